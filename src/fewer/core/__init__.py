@@ -1,0 +1,16 @@
+"""The algebra: plans and what makes them. Imports torch and nothing else."""
+
+from . import attention, match, select
+from .attention import Seen
+from .budgets import Budget, BudgetError, Capacity, KeepRatio, Mass, Remove, Threshold
+from .place import Place, Site
+from .plan import Hard, Masked, Plan, PlanError, Soft
+from .reducer import Card, Reducer, reducer
+from .signals import SignalError, Signals
+from .tokens import Group, Tokens
+
+__all__ = [
+    "Budget", "BudgetError", "Capacity", "Card", "Group", "Hard", "KeepRatio", "Mass", "Masked", "Place", "Plan",
+    "PlanError", "Reducer", "Remove", "Seen", "SignalError", "Signals", "Site", "Soft", "Threshold", "Tokens",
+    "attention", "match", "reducer", "select",
+]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Where a plan is executed: the kind of site, and which one of them this is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Site(Enum):
+    """Kinds of places at which a host can execute a plan."""
+
+    BEFORE_BLOCK = "before a block"
+    MID_BLOCK = "between attention and MLP"
+    AFTER_BLOCK = "after a block"
+
+    @property
+    def sees_attention(self) -> bool:
+        """Whether this block's queries and keys exist when the plan is made."""
+        return self is not Site.BEFORE_BLOCK
+
+
+def _ignore(_: int | str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """One site of one forward pass.
+
+    layer, layers   0-based block index, number of blocks
+    stage, stages   0-based index among the blocks where the method acts, their number
+    start           free tokens that entered the model
+    spend           called with FLOPs per sample the method costs here (closed forms; feeds the ledger)
+    note            called with a sentence when a request could not be met as asked
+    """
+
+    layer: int = 0
+    layers: int = 1
+    stage: int = 0
+    stages: int = 1
+    start: int = 0
+    spend: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
+    note: Callable[[str], None] = field(default=_ignore, compare=False, repr=False)

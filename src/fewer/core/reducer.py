@@ -1,0 +1,70 @@
+"""Reducer: what a published method declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from .budgets import Budget
+from .place import Site
+from .plan import Plan
+from .signals import Signals
+from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from torch import nn
+
+@dataclass(frozen=True)
+class Card:
+    """What is published about a method.
+
+    acts: prune, merge, pool, distill, or a "+" of them. on: vision, language, ... training: free, optional, required.
+    exempt: contract checks the method is known to fail, with the reason.
+    """
+
+    name: str
+    title: str
+    paper: str
+    acts: str
+    on: str
+    training: str
+    exempt: dict[str, str] = field(default_factory=dict)
+
+
+class Reducer:
+    """A published method: a frozen dataclass of its parameters and one `plan`. Subclass and decorate with `reducer`.
+
+    budget        how many stay
+    layers        0-based blocks where it acts; None = every block
+    site          where in the block
+    proportional  later blocks add log(size) to their attention logits
+    """
+
+    card: ClassVar[Card]
+    budget: Budget
+    layers: tuple[int, ...] | None = None
+    site: ClassVar[Site] = Site.MID_BLOCK
+    proportional: bool = False
+
+    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
+        """The method: look at the signals, say which tokens go where."""
+        raise NotImplementedError
+
+    def modules(self, width: int, heads: int, stages: int, free: int) -> dict[str, nn.Module]:
+        """The method's own trainable modules for a host of this shape; none for training-free methods."""
+        return {}
+
+
+R = TypeVar("R", bound=type[Reducer])
+
+
+def reducer(name: str, *, paper: str, acts: str, on: str, training: str, exempt: dict[str, str] | None = None) -> Callable[[R], R]:  # fmt: skip
+    """Declare a method. The decorated class keeps its card; the file it stands in is how it is found."""
+
+    def declare(cls: R) -> R:
+        title = (cls.__doc__ or name).strip().splitlines()[0]
+        cls.card = Card(name, title, paper, acts, on, training, exempt or {})
+        return cls
+
+    return declare

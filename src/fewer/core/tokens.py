@@ -1,0 +1,164 @@
+"""Tokens: how many there are, which may go, and the streams that stay in step with the features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .plan import Hard, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Named positions: a run of them, or an index per sample. Knows nothing about features."""
+
+    start: int = 0
+    stop: int = 0
+    index: Tensor | None = None  # (B, w)
+
+    def __len__(self) -> int:
+        return self.stop - self.start if self.index is None else self.index.shape[-1]
+
+    def of(self, x: Tensor, dim: int = -2) -> Tensor:
+        """The group's entries of x along dim (the token axis). x: (B, ..., N, ...)."""
+        if self.index is None:
+            return x.narrow(dim, self.start, len(self))
+        dim = dim % x.dim()
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = self.index.shape
+        target = list(x.shape)
+        target[dim] = self.index.shape[-1]
+        return x.gather(dim, self.index.view(shape).expand(target))
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What a plan must know of the sequence besides its features.
+
+    batch, n   samples, rows per sample (counting padding and masked rows)
+    prefix     the first `prefix` rows are protected (CLS, distillation, registers, package tokens)
+    has_cls    row 0 is a class token whose attention ranks the others
+    size       (B, N) float32, input tokens each row stands for; None = one each
+    valid      (B, N) bool, False = padding; None = all real
+    policy     (B, N) in [0, 1], the learned masks' keep decisions in training form; None outside training
+    guarded    (B, N) bool, further protected rows; None = none
+    guarded_count  how many of the free rows `guarded` protects in every sample
+    modality   (B, N) int, 0 = text, 1 = image; None = one modality
+    position   (B, N) long, the input token each row stands for; None = its own index
+    """
+
+    batch: int
+    n: int
+    prefix: int = 0
+    has_cls: bool = False
+    size: Tensor | None = None
+    valid: Tensor | None = None
+    policy: Tensor | None = None
+    guarded: Tensor | None = None
+    guarded_count: int = 0
+    modality: Tensor | None = None
+    position: Tensor | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def plain(cls, batch: int, n: int, prefix: int = 0, **streams) -> Tokens:
+        """Tokens with nothing special about them: the usual start, and what tests use."""
+        return cls(batch, n, prefix, has_cls=streams.pop("has_cls", prefix > 0), **streams)
+
+    # -- named groups -------------------------------------------------------------------------------------------------
+    @property
+    def cls(self) -> Group:
+        """The class token."""
+        if not self.has_cls:
+            raise ValueError("this model has no class token; choose a method that does not rank by class attention")
+        return Group(0, 1)
+
+    @property
+    def free(self) -> Group:
+        """Everything behind the protected prefix."""
+        return Group(self.prefix, self.n)
+
+    @property
+    def all(self) -> Group:
+        return Group(0, self.n)
+
+    @property
+    def last(self) -> Group:
+        """The last real token of each sample."""
+        return self.recent(1)
+
+    def recent(self, width: int) -> Group:
+        """The last `width` real tokens of each sample."""
+        width = min(width, self.n)
+        if self.valid is None:
+            return Group(self.n - width, self.n)
+        where = torch.arange(self.n, device=self.valid.device)
+        last = torch.where(self.valid, where, -1).amax(-1, keepdim=True)
+        offset = torch.arange(width - 1, -1, -1, device=self.valid.device)
+        return Group(index=(last - offset).clamp(min=0))
+
+    @property
+    def free_count(self) -> int:
+        """Tokens that may go (an upper bound where samples are ragged)."""
+        return self.n - self.prefix - self.guarded_count
+
+    @property
+    def protected(self) -> Tensor | None:
+        """(B or 1, N) bool, True = must stay; None when nothing is protected."""
+        if self.prefix == 0 and self.guarded is None:
+            return None
+        head = (torch.arange(self.n, device=self.device) < self.prefix)[None]
+        return head if self.guarded is None else head | self.guarded
+
+    @property
+    def movable(self) -> Tensor | None:
+        """(B or 1, N) bool, True = may be dropped or merged (not protected, not padding); None when all are."""
+        protected = self.protected
+        if protected is None:
+            return self.valid
+        return ~protected if self.valid is None else ~protected & self.valid
+
+    def where(self, group: Group) -> Tensor:
+        """The group as a mask, (B, N) bool."""
+        mask = torch.zeros(self.batch, self.n, dtype=torch.bool, device=self.device)
+        if group.index is None:
+            mask[:, group.start : group.stop] = True
+            return mask
+        return mask.scatter(1, group.index, True)
+
+    def protect(self, group: Group) -> Tokens:
+        """The same tokens with one more group that must stay (counted as if it did not overlap the prefix)."""
+        mask = self.where(group)
+        guarded = mask if self.guarded is None else self.guarded | mask
+        return replace(self, guarded=guarded, guarded_count=self.guarded_count + len(group))
+
+    def unsized(self) -> Tokens:
+        """The same tokens, each standing for itself only."""
+        return replace(self, size=None)
+
+    def place(self) -> Tensor:
+        """(B, N): the input token each row stands for."""
+        if self.position is not None:
+            return self.position
+        return torch.arange(self.n, device=self.device).expand(self.batch, self.n)
+
+    def after(self, plan: Plan) -> Tokens:
+        """The tokens a plan leaves, every stream moved in step."""
+        merges = not (isinstance(plan, Hard) and not plan.averages)
+        size = plan.sizes(self.size) if merges or self.size is not None else None
+        policy = getattr(plan, "policy", None)
+        if policy is not None:
+            return replace(self, policy=policy, size=size if self.size is not None else None)
+        valid = getattr(plan, "valid", None)
+        return replace(
+            self,
+            n=plan.m,
+            prefix=self.prefix + getattr(plan, "front", 0),
+            size=size,
+            valid=valid if self.valid is None else (valid if valid is not None else plan.gather(self.valid)),
+            guarded=None if self.guarded is None else plan.gather(self.guarded),
+            modality=None if self.modality is None else plan.gather(self.modality),
+            position=plan.gather(self.place()),
+        )

@@ -1,0 +1,32 @@
+"""Hosts: which models a plan can be executed in. `find` binds a model to its row, or says what is supported."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import timm_vision, transformers_vision
+from .base import Call, Family, Host, HostError
+
+DRIVERS = {"transformers": transformers_vision.TransformersDriver(), "timm": timm_vision.TimmDriver()}
+FAMILIES: tuple[Family, ...] = (*transformers_vision.FAMILIES, *timm_vision.FAMILIES)
+
+__all__ = ["FAMILIES", "Call", "Family", "Host", "HostError", "find"]
+
+
+def find(model: nn.Module) -> Host:
+    """Bind a model to its family.
+
+    Raises   HostError if no row fits, naming what was found and what is supported.
+    """
+    for path, module in model.named_modules():
+        for family in FAMILIES:
+            if type(module).__name__ not in family.root:
+                continue
+            blocks = [m for m in module.modules() if type(m).__name__ == family.block]
+            if blocks:
+                return Host(family, module, path, DRIVERS[family.library])
+    supported = ", ".join(f.name for f in FAMILIES)
+    raise HostError(
+        f"{type(model).__name__} is not a model fewer knows: no known encoder inside it. Supported: {supported}. "
+        "Window models (Swin) have no global token sequence to reduce. A family is one table row: see CONTRIBUTING.md"
+    )

@@ -1,0 +1,192 @@
+"""Host: what knows one model family. A family is a table row; a host is that row bound to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewer.core import Seen
+from fewer.core.attention import attend, masked_attention
+
+
+class HostError(TypeError):
+    """A model no row of the tables describes."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: where its blocks are and what their parts are called.
+
+    root              class names of the module that owns the blocks
+    block             class name of a block
+    norm1, attention, norm2, mlp    attribute of each part, by name
+    after_attention, after_mlp      what the branch passes through before the residual is added: modules are called,
+                                    parameters and numbers multiply
+    patch             path from the root to the convolution that cuts patches; its output shape is the grid
+    final_norm        path from the root to the norm after the last block, None where the model has none of its own
+    prefix            protected tokens in front, from the root module
+    has_cls           whether row 0 is a class token
+    pooler            path from the root to an attention-pooling module that reads all rows, or None
+    relative_bias     (block, kwargs) -> additive attention bias of the full sequence, or None
+    library           which attention driver runs it: "transformers" or "timm"
+    """
+
+    name: str
+    root: tuple[str, ...]
+    block: str
+    norm1: str
+    attention: str
+    norm2: str
+    mlp: str
+    patch: str
+    prefix: Callable[[nn.Module], int]
+    has_cls: Callable[[nn.Module], bool]
+    after_attention: tuple[str, ...] = ()
+    after_mlp: tuple[str, ...] = ()
+    final_norm: str | None = None
+    pooler: str | None = None
+    relative_bias: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+    library: str = "transformers"
+
+
+class Call:
+    """One attention call under way: what to add to it, and what it saw.
+
+    bias: (B, 1, 1, N) additive, or None; policy: (B, N) learned mask, or None; watch: whether to remember q, k, v;
+    split: where rows are packed, runs the kernel sample by sample.
+    """
+
+    def __init__(self, bias: Tensor | None = None, policy: Tensor | None = None, eps: float = 1e-6,
+                 watch: bool = False, split: Callable[..., Tensor] | None = None) -> None:  # fmt: skip
+        self.bias, self.policy, self.eps, self.watch, self.split = bias, policy, eps, watch, split
+        self.seen: Seen | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
+        """q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own bias. Returns (B, H, N, d)."""
+        bias = _sum(mask, self.bias, q.dtype)
+        if self.watch:
+            self.seen = Seen(q, k, v, scale, bias)
+        if self.policy is not None:
+            return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
+        if self.split is not None:
+            return self.split(q, k, v, scale, bias, dropout)
+        return attend(q, k, v, scale, bias, dropout)
+
+
+def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return mask + bias
+
+
+class Visit(Protocol):
+    """What a session does at the sites of one forward pass. x: (B, N, C)."""
+
+    def before(self, layer: int, x: Tensor) -> Tensor: ...
+    def call(self, layer: int) -> Call: ...
+    def bias(self, layer: int, full: Tensor) -> Tensor: ...
+    def mid(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
+
+
+class Driver(Protocol):
+    """How a library's attention is run with a Call in it, and what must be put on and taken off for that."""
+
+    def attach(self, host: Host, undo: ExitStack) -> None: ...
+    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor: ...
+    def shape(self, module: nn.Module) -> tuple[int, int]: ...
+    def checkpoint(self, host: Host, layer: int) -> Callable[..., Tensor] | None: ...
+
+
+class Host:
+    """A family row bound to one model."""
+
+    def __init__(self, family: Family, root: nn.Module, path: str, driver: Driver) -> None:
+        self.family, self.root, self.path, self.driver = family, root, path, driver
+        self.blocks = [m for m in root.modules() if type(m).__name__ == family.block]
+        self.prefix, self.has_cls = family.prefix(root), family.has_cls(root)
+        self.heads, self.head_dim = driver.shape(self._part(self.blocks[0], family.attention))
+        self.width = self.heads * self.head_dim
+        self._after = [
+            (self._steps(b, family.after_attention), self._steps(b, family.after_mlp)) for b in self.blocks
+        ]
+
+    @staticmethod
+    def _part(module: nn.Module, path: str) -> Any:
+        return attrgetter(path)(module)
+
+    @staticmethod
+    def _steps(block: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...]:
+        parts = (attrgetter(name)(block) for name in names)
+        return tuple(p for p in parts if not isinstance(p, nn.Identity) and not isinstance(p, float))
+
+    @property
+    def patch(self) -> nn.Module:
+        return self._part(self.root, self.family.patch)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        return None if self.family.final_norm is None else self._part(self.root, self.family.final_norm)
+
+    @property
+    def pooler(self) -> nn.Module | None:
+        return None if self.family.pooler is None else self._part(self.root, self.family.pooler)
+
+    def linear_weights(self, layer: int) -> tuple[int, int]:
+        """Weights multiplied once per token in attention and in the MLP of a block: MACs per token."""
+
+        def count(module: nn.Module) -> int:
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+        block = self.blocks[layer]
+        return count(self._part(block, self.family.attention)), count(self._part(block, self.family.mlp))
+
+    def run(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit) -> Tensor:
+        """One block from its parts, with the visit's plans executed at its sites. x: (B, N, C)."""
+        family, block = self.family, self.blocks[layer]
+        x = visit.before(layer, x)
+        call = visit.call(layer)
+        if family.relative_bias is not None:
+            own = family.relative_bias(block, kwargs)
+            mask = own if mask is None else mask if own is None else mask + own
+        if mask is not None:
+            mask = visit.bias(layer, mask)
+        after_attention, after_mlp = self._after[layer]
+        y = self.driver.attention(
+            getattr(block, family.attention), getattr(block, family.norm1)(x), mask, call, kwargs
+        )
+        x = x + _through(after_attention, y)
+        x = visit.mid(layer, x, call)
+        y = getattr(block, family.mlp)(getattr(block, family.norm2)(x))
+        x = x + _through(after_mlp, y)
+        return visit.after(layer, x, call)
+
+    def attach(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
+        """Give every block the forward of its layer; what `undo` holds takes it off again."""
+        self.driver.attach(self, undo)
+        for layer, block in enumerate(self.blocks):
+            block.__dict__["forward"] = forward(layer)
+            undo.callback(block.__dict__.pop, "forward", None)
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """What was found, as (what, value) rows."""
+        yield "family", self.family.name
+        yield "root", f"{self.path or '(the model itself)'}: {type(self.root).__name__}"
+        yield "blocks", f"{len(self.blocks)} x {self.family.block}"
+        yield "attention", f"{self.heads} heads x {self.head_dim} channels"
+        yield "prefix tokens", f"{self.prefix}" + (", the first is the class token" if self.has_cls else "")
+        yield "sites", "before a block, between attention and MLP, after a block"
+
+
+def _through(steps: tuple[Any, ...], y: Tensor) -> Tensor:
+    for step in steps:
+        y = step(y) if isinstance(step, nn.Module) else y * step
+    return y

@@ -1,0 +1,83 @@
+"""The ledger: what one forward pass cost, from closed forms, and what the method itself took of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .hosts import Host
+
+
+@dataclass
+class Entry:
+    """One block: mean tokens per sample in attention and in the MLP, and the method's own FLOPs per sample."""
+
+    attention: float
+    mlp: float
+    own: int = 0
+
+
+@dataclass
+class Ledger:
+    """Cost of one forward pass, per sample.
+
+    GFLOPs follow the field's habit and count a multiply-add once. Counted: patch embedding, all linear layers of the
+    blocks, q k^T and its product with v, and the method's own matrix products. Left out: norms, activations, softmax,
+    the head (under 1 % together), sorting and gathering.
+    """
+
+    entries: list[Entry]
+    full: int
+    patch_macs: int
+    linear: list[tuple[int, int]]
+    width: int
+    itemsize: int
+    seconds: float | None = None
+    own_seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, host: Host, entries: list[Entry], full: int, itemsize: int) -> Ledger:
+        weight = host.patch.weight
+        linear = [host.linear_weights(i) for i in range(len(host.blocks))]
+        return cls(entries, full, (full - host.prefix) * weight.numel(), linear, host.width, itemsize)  # type: ignore[operator]
+
+    def _macs(self, entries: list[Entry]) -> float:
+        total = float(self.patch_macs)
+        for entry, (attention, mlp) in zip(entries, self.linear, strict=True):
+            total += entry.attention * attention + 2 * entry.attention**2 * self.width + entry.mlp * mlp
+        return total
+
+    @property
+    def gflops_model(self) -> float:
+        """GFLOPs of the model on the tokens that were there."""
+        return self._macs(self.entries) / 1e9
+
+    @property
+    def gflops_own(self) -> float:
+        """GFLOPs of the method itself."""
+        return sum(e.own for e in self.entries) / 2e9
+
+    @property
+    def gflops(self) -> float:
+        """GFLOPs in all."""
+        return self.gflops_model + self.gflops_own
+
+    @property
+    def gflops_full(self) -> float:
+        """GFLOPs of the unreduced model."""
+        return self._macs([Entry(self.full, self.full) for _ in self.entries]) / 1e9
+
+    @property
+    def ceiling(self) -> float:
+        """Speed-up that the remaining FLOPs of the model would allow."""
+        return self.gflops_full / self.gflops_model
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of token features written by the blocks, per sample: two residual streams a block."""
+        return int(sum((e.attention + e.mlp) * self.width * self.itemsize for e in self.entries))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens per block, averaged over attention and MLP."""
+        return sum(e.attention + e.mlp for e in self.entries) / (2 * len(self.entries))

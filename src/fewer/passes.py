@@ -1,0 +1,256 @@
+"""One forward pass: the state a session keeps while a model runs, and what can be read from it afterwards."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .core import Hard, Masked, Plan, PlanError, Reducer, Seen, Signals, Site, Tokens
+from .core.attention import size_bias
+from .core.place import Place
+from .core.plan import take
+from .core.ragged import Packing
+from .hosts import Call
+from .ledger import Entry, Ledger
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A plan that was executed, by which method and after which block's attention."""
+
+    layer: int
+    method: int
+    plan: Plan
+
+
+class Pass:
+    """Everything one forward pass needs and leaves. Implements the hosts' Visit."""
+
+    def __init__(self, session: Session, x: Tensor, grid: tuple[int, int] | None) -> None:
+        host = session.host
+        self.session, self.host = session, host
+        b, n = x.shape[:2]
+        self.first = Tokens.plain(b, n, host.prefix, has_cls=host.has_cls, device=x.device)
+        self.tokens = self.first
+        self.itemsize = x.element_size()
+        self.grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
+        self.steps: list[Step] = []
+        self.packing: Packing | None = None
+        self.live: Hard | None = None  # masked execution: the rows still there,
+        self.compact = self.first  # and the tokens they are
+        self.proportional = False
+        self.memory: list[dict] = [{} for _ in session.methods]
+        self.notes: list[str] = []
+        self._cost = [[0, 0, 0] for _ in host.blocks]
+        self._lengths: list[tuple[Tensor | None, Tensor | None]] = [(None, None) for _ in host.blocks]
+        self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        self._start = time.perf_counter() if self._clock else 0.0
+        self._own = 0.0
+        self.seconds: float | None = None
+        self.done = False
+
+    # -- the sites ----------------------------------------------------------------------------------------------------
+    def before(self, layer: int, x: Tensor) -> Tensor:
+        x = self._at(Site.BEFORE_BLOCK, layer, x, None)
+        self._cost[layer][0] = self._count()
+        return x
+
+    def call(self, layer: int) -> Call:
+        """What this block's attention must add, and whether it is watched."""
+        tokens = self.tokens
+        bias = None
+        if self.proportional and tokens.size is not None:
+            size = tokens.size if self.packing is None else self.packing.pack(tokens.size[..., None])[..., 0]
+            bias = size_bias(size, self.session.dtype)
+        if self.packing is None and tokens.valid is not None:
+            pad = torch.zeros(tokens.valid.shape, dtype=self.session.dtype, device=tokens.valid.device)
+            pad = pad.masked_fill(~tokens.valid, float("-inf"))[:, None, None, :]
+            bias = pad if bias is None else bias.masked_fill(~tokens.valid[:, None, None, :], float("-inf"))
+        policy = tokens.policy
+        eps = self.session.mask_eps if policy is not None and policy.requires_grad else 0.0
+        split = None if self.packing is None else self.packing.attention
+        return Call(bias, policy, eps, self.session.watches(layer), split)
+
+    def bias(self, layer: int, full: Tensor) -> Tensor:
+        """The model's own (1, H, N0, N0) bias at the tokens that are left: each row keeps its representative's."""
+        if not self.steps or full.shape[-1] == 1:
+            return full
+        place = self.tokens.place()
+        rows = full.expand(place.shape[0], *full.shape[1:])
+        index = place[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1])
+        rows = rows.gather(2, index)
+        return rows.gather(3, place[:, None, None, :].expand(-1, full.shape[1], place.shape[1], -1))
+
+    def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        x = self._at(Site.MID_BLOCK, layer, x, call.seen)
+        self._cost[layer][1] = self._count()
+        self._lengths[layer] = (self._lengths[layer][0], self._live_lengths())
+        return x
+
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        x = self._at(Site.AFTER_BLOCK, layer, x, call.seen)
+        if layer + 1 < len(self.host.blocks):
+            self._lengths[layer + 1] = (self._live_lengths(), None)
+            return x
+        return self._finish(x)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        if self._clock:
+            self.seconds = time.perf_counter() - self._start
+        self.done = True
+        if self.packing is not None:
+            x = self.packing.pad(x)
+            self.packing = None
+        return x
+
+    def _count(self) -> int:
+        return self.tokens.n if self.live is None else self.live.m
+
+    def _live_lengths(self) -> Tensor | None:
+        return None if self.tokens.valid is None else self.tokens.valid.sum(-1)
+
+    def _at(self, site: Site, layer: int, x: Tensor, seen: Seen | None) -> Tensor:
+        acting = self.session.acting(site, layer)
+        if not acting:
+            return x
+        began = time.perf_counter() if self._clock else 0.0
+        if self.packing is not None:
+            x, seen = self.packing.pad(x), _padded(seen, self.packing)
+        for turn, (method, stage, stages) in enumerate(acting):
+            x, plan = self._act(method, stage, stages, layer, x, seen)
+            if seen is not None and plan is not None and turn + 1 < len(acting):
+                seen = seen.gathered(plan.position)
+        if self.session.execution == "packed" and self.tokens.valid is not None:
+            lengths = self.tokens.valid.sum(-1).tolist()
+            self.packing = Packing(lengths, self.tokens.n, x.device)
+            x = self.packing.pack(x)
+        if self._clock:
+            self._own += time.perf_counter() - began
+        return x
+
+    def _act(self, method: int, stage: int, stages: int, layer: int, x: Tensor, seen: Seen | None) -> tuple[Tensor, Plan | None]:
+        """One method at one site: signals, plan, execution. Returns the features and the plan whose rows they are."""
+        reducer: Reducer = self.session.methods[method]
+        entry = self._cost[layer]
+
+        def spend(flops: int) -> None:
+            entry[2] += flops
+
+        tokens, hidden = self.tokens, x
+        if self.live is not None:
+            tokens, hidden = self.compact, take(x, self.live.anchor)
+            seen = None if seen is None else seen.gathered(self.live.anchor)
+        place = Place(layer, len(self.host.blocks), stage, stages, self.first.free_count, spend, self.notes.append)
+        budget = reducer.budget
+        if not budget.adaptive and budget.keep(tokens.free_count, place) == tokens.free_count:
+            return x, None  # keeping all is the identity, for every method
+        signals = Signals(
+            hidden, tokens, place, seen, self.grid, self.session.modules_of(method, stage),
+            self.session.training, self.memory[method],
+        )  # fmt: skip
+        plan = reducer.plan(signals, tokens)
+        self.proportional = self.proportional or reducer.proportional
+        self.steps.append(Step(layer, method, plan))
+        if self.session.execution == "masked" and isinstance(plan, Hard):
+            return self._act_masked(x, plan, tokens), None
+        x = plan.reduce(x)
+        self.tokens = tokens.after(plan)
+        return x, None if isinstance(plan, Masked) else plan
+
+    def _act_masked(self, x: Tensor, plan: Hard, tokens: Tokens) -> Tensor:
+        """The plan's training form: N rows stay, the dropped ones are masked out of attention."""
+        if plan.length is not None:
+            raise PlanError("masked execution takes plans with equal counts; use execution='padded' for this budget")
+        live = Plan.identity((x.shape[0],), x.shape[1], x.device) if self.live is None else self.live
+        rows = plan.reduce(take(x, live.anchor))
+        anchor = live.anchor.gather(-1, plan.anchor)
+        self.live = Plan.keep(anchor, x.shape[1])
+        self.compact = tokens.after(plan)
+        policy = torch.zeros(x.shape[:2], device=x.device).scatter(-1, anchor, 1.0)
+        size = self.compact.size
+        if size is not None:
+            size = torch.ones(x.shape[:2], device=x.device).scatter(-1, anchor, size)
+        self.tokens = replace(self.tokens, policy=policy, size=size)
+        return x.scatter(1, anchor[..., None].expand(*anchor.shape, x.shape[-1]), rows)
+
+    # -- what can be read afterwards ------------------------------------------------------------------------------------
+    @property
+    def counts(self) -> list[int] | Tensor:
+        """Tokens after each block: Python integers, or (layers, B) where samples differ."""
+        ragged = any(lengths is not None for _, lengths in self._lengths)
+        if not ragged:
+            return [mlp for _, mlp, _ in self._cost]
+        full = [
+            torch.full((self.first.batch,), entry[1]) if lengths is None else lengths.cpu()
+            for entry, (_, lengths) in zip(self._cost, self._lengths, strict=True)
+        ]
+        return torch.stack(full)
+
+    @property
+    def ledger(self) -> Ledger:
+        entries = []
+        for (attention, mlp, own), (la, lm) in zip(self._cost, self._lengths, strict=True):
+            a = attention if la is None else la.float().mean().item()
+            m = mlp if lm is None else lm.float().mean().item()
+            entries.append(Entry(a, m, own))
+        ledger = Ledger.of(self.host, entries, self.first.n, self.itemsize)
+        ledger.seconds, ledger.own_seconds = self.seconds, (self._own if self._clock else None)
+        ledger.notes = list(dict.fromkeys(self.notes))
+        return ledger
+
+    def rows(self, layer: int | None = None) -> Tensor:
+        """(B, N0): the row each input token is in after `layer` (the last by default), -1 = dropped."""
+        row = torch.arange(self.first.n, device=self.first.device).expand(self.first.batch, -1)
+        for step in self.steps:
+            if layer is None or step.layer <= layer:
+                row = torch.where(row < 0, -1, step.plan.row.gather(-1, row.clamp(min=0)))
+        return row
+
+    def kept(self, layer: int) -> Tensor:
+        """(B, M): the input token each row stands for after `layer`, ascending; -1 pads ragged samples."""
+        place = torch.arange(self.first.n, device=self.first.device).expand(self.first.batch, -1)
+        valid: Tensor | None = None
+        for step in self.steps:
+            if step.layer <= layer:
+                place = step.plan.gather(place)
+                own = getattr(step.plan, "valid", None)
+                valid = own if own is not None else None if valid is None else step.plan.gather(valid)
+                if isinstance(step.plan, Masked):
+                    valid = step.plan.policy > 0
+        return place if valid is None else place.masked_fill(~valid, -1)
+
+    def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """Spread rows back over the input tokens. features: (B, M, C) -> (B, N0, C)."""
+        for step in reversed(self.steps):
+            features = step.plan.restore(features, fill)
+        return features
+
+    def fork(self) -> Pass:
+        """A copy of the state as it is now, for running a block once more without touching this pass."""
+        other = copy.copy(self)
+        other.steps, other.notes = list(self.steps), list(self.notes)
+        other._cost, other._lengths = [list(c) for c in self._cost], list(self._lengths)
+        other.memory = [dict(m) for m in self.memory]
+        return other
+
+
+def _padded(seen: Seen | None, packing: Packing) -> Seen | None:
+    if seen is None:
+        return None
+    bias = seen.bias
+    if bias is not None:
+        bias = packing.pad(bias.transpose(-1, -2)).transpose(-1, -2)
+        bias = bias.masked_fill(~packing.valid[:, None, None, :], float("-inf"))
+    else:
+        bias = torch.zeros(packing.valid.shape, dtype=seen.q.dtype, device=seen.q.device)
+        bias = bias.masked_fill(~packing.valid, float("-inf"))[:, None, None, :]
+    return Seen(packing.pad(seen.q), packing.pad(seen.k), packing.pad(seen.v), seen.scale, bias, seen.causal)
+

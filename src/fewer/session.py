@@ -1,0 +1,234 @@
+"""apply, and the session it returns: the one place where a reducer meets a host, and the only mutable state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import hosts
+from .core import Reducer, Site
+from .ledger import Ledger
+from .passes import Pass
+from .spec import parse, text
+
+Execution = Literal["padded", "packed", "masked"]
+
+
+class SessionError(RuntimeError):
+    """A session cannot be started, or has nothing to show yet."""
+
+
+class Session:
+    """A model with methods on. Use it as a context manager, or call `remove()`; both may be done twice.
+
+    methods    the reducers, in the order they act at a shared site
+    execution  "padded": samples with different counts are padded and masked; "packed": they are laid end to end and
+               no padding is computed; "masked": all rows stay and the dropped ones are masked (the training form)
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: hosts.Host) -> None:
+        self.model, self.methods, self.execution, self.host = model, tuple(methods), execution, host
+        self.modules = nn.ModuleList()
+        self.mask_eps = 1e-6
+        self._local = threading.local()
+        self._latest: Pass | None = None
+        self._undo = ExitStack()
+        depth = len(host.blocks)
+        self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
+        for index, method in enumerate(self.methods):
+            layers = tuple(range(depth)) if method.layers is None else method.layers
+            if any(layer < 0 or layer >= depth for layer in layers):
+                raise SessionError(
+                    f"{text(method)} acts at layers {'+'.join(map(str, layers))}, but the model has {depth} blocks "
+                    f"(0 to {depth - 1}); pass layers="
+                )
+            for stage, layer in enumerate(layers):
+                self._acting.setdefault((method.site, layer), []).append((index, stage, len(layers)))
+
+    # -- on and off -----------------------------------------------------------------------------------------------------
+    def _attach(self) -> None:
+        with ExitStack() as undo:  # if a later step fails, the earlier ones come off again
+            self.host.attach(lambda layer: partial(self._block, layer), undo)
+            patch = self.host.patch.register_forward_hook(self._see_grid)
+            undo.callback(patch.remove)
+            norm = self.host.final_norm
+            if norm is not None:
+                undo.callback(norm.register_forward_hook(self._fill_padding).remove)
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Take everything off: the model is as it was, to the bit. What was traced stays readable."""
+        self._undo.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # -- called by the host -----------------------------------------------------------------------------------------------
+    def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands in for a block's forward."""
+        mask = args[0] if args else kwargs.pop("attention_mask", kwargs.pop("attn_mask", None))
+        visit = self._visit(layer, x)
+        checkpoint = self.host.driver.checkpoint(self.host, layer)
+        if checkpoint is None:
+            return self.host.run(layer, x, mask, kwargs, visit)
+        # The backward pass runs the block once more: from a copy of the state at its entry, leaving the trace alone.
+        entry, visits = visit.fork(), [visit]
+
+        def run(x: Tensor) -> Tensor:
+            return self.host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
+
+        return checkpoint(run, x)
+
+    def _visit(self, layer: int, x: Tensor) -> Pass:
+        if layer == 0:
+            self._local.current = Pass(self, x, getattr(self._local, "grid", None))
+            self._latest = self._local.current
+        current = getattr(self._local, "current", None)
+        if current is None:
+            raise SessionError(f"block {layer} was called before block 0; run the model from its first block")
+        return current
+
+    def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.dim() == 4:
+            self._local.grid = (output.shape[-2], output.shape[-1])
+
+    def _fill_padding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Ragged samples: padding rows take the mean of the sample's real patch rows, so that mean pooling is exact."""
+        current = getattr(self._local, "current", None)
+        if current is None or current.tokens.valid is None or output.dim() != 3:
+            return None
+        valid = current.tokens.valid.clone()
+        pad = ~valid
+        valid[:, : self.host.prefix] = False
+        weight = valid.to(output.dtype)[..., None]
+        mean = (output * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+        return torch.where(pad[..., None], mean, output)
+
+    # -- called by the pass -------------------------------------------------------------------------------------------------
+    def acting(self, site: Site, layer: int) -> list[tuple[int, int, int]]:
+        """(method, stage, stages) of every method that acts there."""
+        return self._acting.get((site, layer), [])
+
+    def watches(self, layer: int) -> bool:
+        """Whether some method looks at this block's attention."""
+        return bool(self.acting(Site.MID_BLOCK, layer) or self.acting(Site.AFTER_BLOCK, layer))
+
+    def modules_of(self, method: int, stage: int) -> nn.ModuleDict:
+        """The trained modules of a method at a stage."""
+        if method >= len(self.modules) or len(self.modules[method]) == 0:  # type: ignore[arg-type]
+            return nn.ModuleDict()
+        return self.modules[method][min(stage, len(self.modules[method]) - 1)]  # type: ignore[index, arg-type]
+
+    @property
+    def training(self) -> bool:
+        """Whether trained methods take their training form."""
+        return self.model.training
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
+        return next(self.host.root.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.host.root.parameters()).device
+
+    # -- the trace ------------------------------------------------------------------------------------------------------
+    @property
+    def last(self) -> Pass:
+        """This thread's last forward pass, else the last of any thread."""
+        current = getattr(self._local, "current", None) or self._latest
+        if current is None:
+            raise SessionError("no forward pass yet: call the model first")
+        return current
+
+    @property
+    def counts(self) -> list[int] | Tensor:
+        """Tokens after each block; (layers, B) where samples differ."""
+        return self.last.counts
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the last forward pass cost."""
+        return self.last.ledger
+
+    @property
+    def origin(self) -> Tensor:
+        """(B, N0): the final row of each input token, -1 = dropped."""
+        return self.last.rows()
+
+    def kept(self, layer: int) -> Tensor:
+        """(B, M): the input tokens the rows after `layer` stand for, ascending."""
+        return self.last.kept(layer)
+
+    def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """Final rows spread back over the patch grid. features: (B, M, C), prefix included.
+
+        Returns (B, height, width, C), or (B, N0 - prefix, C) where the model's patches form no known grid.
+        """
+        dense = self.last.restore(features, fill)[:, self.host.prefix :]
+        grid = self.last.grid
+        return dense if grid is None else dense.unflatten(1, grid)
+
+    def report(self) -> str:
+        """The last pass in words: tokens per block, cost, the method's own share, notes."""
+        ledger, counts = self.ledger, self.counts
+        shown = counts if isinstance(counts, list) else [round(c, 1) for c in counts.float().mean(1).tolist()]
+        own = f", own share {100 * ledger.gflops_own / ledger.gflops:.1f} % of FLOPs"
+        if ledger.seconds and ledger.own_seconds is not None:
+            own += f", {100 * ledger.own_seconds / ledger.seconds:.1f} % of time"
+        lines = [
+            " ".join(text(m) for m in self.methods),
+            f"tokens {self.last.first.n} -> {' '.join(map(str, shown))}",
+            f"{ledger.gflops_full:.2f} -> {ledger.gflops:.2f} GFLOPs (ceiling {ledger.ceiling:.2f}x{own})",
+            *ledger.notes,
+        ]
+        return "\n".join(lines)
+
+
+def apply(
+    model: nn.Module,
+    method: str | Reducer | Sequence[str | Reducer],
+    *,
+    execution: Execution = "padded",
+    modules: nn.Module | str | None = None,
+    **parameters: Any,
+) -> Session:
+    """Put a method, or several, into a model. The model is then called as before.
+
+    model       a model of transformers or timm; see `fewer doctor`
+    method      a name with its parameters as keywords, a text form ("tome:r=8"), a reducer, or a list of these
+    execution   how samples with different counts are run; see Session
+    modules     trained modules of the method: an nn.ModuleList, or a path or packaged name to load them from
+
+    Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; SessionError for a second
+             session on the same model. The model is left as it was.
+
+    >>> session = fewer.apply(model, "tome", r=8)  # doctest: +SKIP
+    """
+    items = [method] if isinstance(method, (str, Reducer)) else list(method)
+    if parameters and len(items) > 1:
+        raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
+    reducers = [parse(item, **parameters) for item in items]
+    host = hosts.find(model)
+    if any("forward" in block.__dict__ for block in host.blocks):
+        raise SessionError(
+            "this model already has a session on (or another library replaced its blocks' forward): call remove() "
+            "first, or give apply a list of methods"
+        )
+    if execution == "packed" and host.family.relative_bias is not None:
+        raise SessionError(f"packed execution does not carry {host.family.name}'s bias; use execution='padded'")
+    session = Session(model, reducers, execution, host)
+    session._attach()
+    return session
+
