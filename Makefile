@@ -1,0 +1,82 @@
+# Every target sets itself up: on a machine with Python 3.11 or newer, `make demo` and `make test` are all there is to type.
+#
+#   make demo    measure the embedded model with every method, write a report
+#   make test    all tests and doctests             make test T="-k plan -x" passes options to pytest
+#   make lint    formatting, lint, types, and the floors of the house
+#   make bench   the committed measurements of benchmarks/
+#   make docs    check that the generated pages are fresh, build the site into site/
+#   make pages   rewrite the generated pages and the tables in README.md
+#   make clean   remove the environment and everything built
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+JOBS   ?= auto
+T      ?=
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format bench docs pages clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.base
+	$(VENV)/bin/fewer bench --out runs/demo
+	@echo "report: $(CURDIR)/runs/demo/report.html"
+
+# One thread per test process: the tests are many and small.
+test: export OMP_NUM_THREADS = 1
+test: export HF_HUB_OFFLINE = 1
+test: $(VENV)/.dev
+	$(PY) -m pytest -n $(JOBS) $(T)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.base
+	$(PY) benchmarks/import_time.py
+	$(PY) benchmarks/memory.py
+	$(PY) benchmarks/vision_speed.py --shape deit-s vit-b --out benchmarks/results/vision_speed.json
+	$(VENV)/bin/fewer bench --out runs/bench
+	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(PY) scripts/docs.py --check
+	$(PY) scripts/readme_table.py --check
+	$(PY) -m mkdocs build --quiet --strict
+	@echo "site: $(CURDIR)/site/index.html"
+
+pages: $(VENV)/.base
+	$(PY) scripts/docs.py
+	$(PY) scripts/readme_table.py
+
+clean:
+	rm -rf $(VENV) site build dist
+
+# The environment grows in three steps, each with a stamp: what demo needs, what the tests add, what the site adds.
+# torch comes first and alone, so that a CPU build that is already at hand is taken instead of a CUDA one.
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fewer needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[report]"
+	@touch $@
+
+# timm without its dependencies: it would bring torchvision, which is not needed and has no CPU build to match.
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e ".[test,lint]"
+	$(PIP) --no-deps "timm>=1.0.20"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e ".[docs]"
+	@touch $@
