@@ -1,8 +1,8 @@
 """The algebra: plans and what makes them. Imports torch and nothing else."""
 
-from . import attention, match, select
+from . import attention, cluster, match, select
 from .attention import Seen
-from .budgets import Budget, BudgetError, Capacity, KeepRatio, Mass, Remove, Threshold
+from .budgets import Budget, BudgetError, Capacity, KeepRatio, Mass, Outliers, Remove, Threshold
 from .place import Place, Site
 from .plan import Hard, Masked, Plan, PlanError, Soft
 from .reducer import Card, Reducer, reducer
@@ -10,7 +10,7 @@ from .signals import SignalError, Signals
 from .tokens import Group, Tokens
 
 __all__ = [
-    "Budget", "BudgetError", "Capacity", "Card", "Group", "Hard", "KeepRatio", "Mass", "Masked", "Place", "Plan",
-    "PlanError", "Reducer", "Remove", "Seen", "SignalError", "Signals", "Site", "Soft", "Threshold", "Tokens",
-    "attention", "match", "reducer", "select",
+    "Budget", "BudgetError", "Capacity", "Card", "Group", "Hard", "KeepRatio", "Masked", "Mass", "Outliers", "Place",
+    "Plan", "PlanError", "Reducer", "Remove", "Seen", "SignalError", "Signals", "Site", "Soft", "Threshold", "Tokens",
+    "attention", "cluster", "match", "reducer", "select",
 ]  # fmt: skip

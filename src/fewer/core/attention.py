@@ -17,8 +17,8 @@ CHUNK = 1 << 22  # logits held at once by the chunked statistics, in numbers (16
 class Seen:
     """The inputs of one attention call, as the fused kernel got them.
 
-    q: (B, H, N, d); k, v: (B, G, N, d), G KV heads; scale: factor on q k^T; bias: additive, broadcastable to
-    (B, H, N, N), or None; causal: key j is visible to query i only for j <= i.
+    q: (B, H, N, d); k, v: (B, G, N, d), G KV heads; scale: factor on q k^T; bias: additive, or bool with
+    True = visible, broadcastable to (B, H, N, N), or None; causal: key j is visible to query i only for j <= i.
     """
 
     q: Tensor
@@ -44,21 +44,34 @@ def _logits(seen: Seen, q: Tensor, positions: Tensor | slice) -> Tensor:
 
     positions: the rows' places in the sequence, a slice or (B, Q)."""
     k = seen.k
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = (q.float() * seen.scale) @ k.float().transpose(-1, -2)
+    logits = grouped_product(q.float() * seen.scale, k.float())
     if seen.bias is not None:
-        bias = seen.bias.float()
+        bias = seen.bias
         if bias.shape[-2] > 1:
             group = Group(positions.start, positions.stop) if isinstance(positions, slice) else Group(index=positions)
             bias = group.of(bias if group.index is None else bias.expand(q.shape[0], -1, -1, -1), -2)
-        logits = logits + bias
+        if bias.dtype == torch.bool:  # not -inf: a row that sees nothing must not become NaN
+            logits = logits.masked_fill(~bias, torch.finfo(logits.dtype).min)
+        else:
+            logits = logits + bias.float()
     if seen.causal:
         n = k.shape[-2]
         where = torch.arange(n, device=q.device)
-        own = where[positions][None] if isinstance(positions, slice) else positions
-        logits = logits.masked_fill(where > own[:, None, :, None], float("-inf"))
+        if isinstance(positions, slice):  # only keys behind the first of these queries can lie ahead of one
+            late = where[positions.start :]
+            logits[..., positions.start :].masked_fill_(late > where[positions][:, None], float("-inf"))
+        else:
+            logits = logits.masked_fill(where > positions[:, None, :, None], float("-inf"))
     return logits
+
+
+def grouped_product(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T where H query heads share G keys, no key copied. q: (B, H, Q, d), k: (B, G, N, d) -> (B, H, Q, N)."""
+    h, g = q.shape[1], k.shape[1]
+    if h == g:
+        return q @ k.transpose(-1, -2)
+    folded = q.unflatten(1, (g, h // g)).flatten(2, 3)
+    return (folded @ k.transpose(-1, -2)).unflatten(2, (h // g, q.shape[2])).flatten(1, 2)
 
 
 def rows(seen: Seen, queries: Group) -> Tensor:
@@ -78,8 +91,7 @@ def mass(seen: Seen, queries: Group | None = None, weight: Tensor | None = None)
     chunks of at most `CHUNK` logits.
     """
     if queries is not None and queries.index is not None:
-        p = rows(seen, queries)
-        return (p if weight is None else p * weight[:, None, :, None]).sum(2)
+        return _weighted(rows(seen, queries), weight).sum(2)
     start, stop = (0, seen.q.shape[-2]) if queries is None else (queries.start, queries.stop)
     b, h, _, _ = seen.q.shape
     n = seen.k.shape[-2]
@@ -88,11 +100,21 @@ def mass(seen: Seen, queries: Group | None = None, weight: Tensor | None = None)
     for i in range(start, stop, step):
         part = slice(i, min(i + step, stop))
         p = _logits(seen, seen.q[:, :, part], part).softmax(-1)
-        total += (p if weight is None else p * weight[:, None, i - start : part.stop - start, None]).sum(2)
+        total += _weighted(p, None if weight is None else weight[:, i - start : part.stop - start]).sum(2)
     return total
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, policy: Tensor, eps: float) -> Tensor:
+def _weighted(p: Tensor, weight: Tensor | None) -> Tensor:
+    """Probabilities times a factor per query; a query that counts nothing adds nothing, even where it sees no key."""
+    if weight is None:
+        return p
+    w = weight[:, None, :, None]
+    return (p * w).masked_fill_(w == 0, 0)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, policy: Tensor, eps: float
+) -> Tensor:
     """Attention under a differentiable keep policy; the training form of pruning.
 
     policy: (B, N) in [0, 1]. Each exponential of key j is multiplied by policy_j, a token always sees itself, and
@@ -107,7 +129,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     eye = torch.eye(n, device=q.device, dtype=torch.float32)
     gate = policy.float()[:, None, None, :]
     gate = gate + (1 - gate) * eye
-    e = (logits - logits.amax(-1, keepdim=True)).exp() * gate
+    e = (logits - logits.amax(-1, keepdim=True).detach()).exp() * gate  # a constant but for eps
     p = (e + eps / n) / (e.sum(-1, keepdim=True) + eps)
     return (p.to(v.dtype)) @ v
 

@@ -4,28 +4,35 @@ Every counting convention of the literature has a name here:
 
 | convention | budget |
 |---|---|
-| ToMe: r go per block, constant, linearly inflected or listed | `Remove(8)`, `Remove(8, inflect=-1)`, `Remove((16, 8, 0))` |
+| ToMe: r go per block, constant, inflected or listed | `Remove(8)`, `Remove(8, inflect=-1)`, `Remove((16, 8, 0))` |
 | EViT: share of the current free tokens, rounded up | `KeepRatio(0.7, rounding="ceil")` |
 | DynamicViT, ATC: share of the first free tokens, power by stage | `KeepRatio(0.7, of="start")` |
 | explicit shares of the first free tokens, stage by stage | `KeepRatio((0.7, 0.39, 0.21), of="start")` |
+| a share cut off in double precision (kvpress) | `KeepRatio(0.7, rounding="trunc")` |
 | a number that stays | `Capacity(64)`, `Capacity((128, 64, 32))` |
-| a score threshold, a share of the score mass (per sample) | `Threshold(0.01)`, `Mass(0.9)` |
+| per sample: a score threshold, a share of the mass, outliers | `Threshold(0.01)`, `Mass(0.9)`, `Outliers()` |
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .place import Place
 
-ROUNDING: dict[str, Callable[[float], int]] = {"floor": math.floor, "ceil": math.ceil, "round": round}
+ROUNDING: dict[str, Callable[[float], int]] = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": int}
 
 
 class BudgetError(ValueError):
     """A budget outside its range."""
+
+
+def _whole(counts: int | tuple[int, ...], least: int) -> bool:
+    """Whether this is a whole number, or some, of at least `least`."""
+    items = counts if isinstance(counts, tuple) else (counts,)
+    return bool(items) and all(isinstance(c, int) and c >= least for c in items)
 
 
 def _nearly(x: float) -> float:
@@ -46,6 +53,16 @@ class Budget:
         """How many of the `free` tokens stay at this place, 0 <= keep <= free."""
         raise NotImplementedError
 
+    def counts(self, free: int, at: Place, *, least: int = 0) -> list[int]:
+        """How many stay of 0, 1, ..., free tokens, at least `least`: what a batch of different lengths needs to know.
+
+        Only the answer for all of them is noted in the ledger. Raises BudgetError where scores decide the number.
+        """
+        if self.adaptive:
+            raise BudgetError(f"{self!r} depends on scores and names no count; give r, keep or tokens here")
+        quiet = replace(at, note=lambda _: None)
+        return [max(self.keep(n, at if n == free else quiet), min(least, n)) for n in range(free + 1)]
+
     def _stage(self, values: float | tuple, at: Place, index: int) -> float:
         if not isinstance(values, tuple):
             return values
@@ -65,8 +82,7 @@ class Remove(Budget):
     inflect: float = 0.0
 
     def __post_init__(self) -> None:
-        counts = self.r if isinstance(self.r, tuple) else (self.r,)
-        if any(c < 0 or c != int(c) for c in counts):
+        if not _whole(self.r, least=0):
             raise BudgetError(f"r={self.r}: r counts tokens that go, whole numbers from 0 up")
         if not -1 <= self.inflect <= 1:
             raise BudgetError(f"inflect={self.inflect} is outside [-1, 1]; -1 removes most in the first layers")
@@ -98,25 +114,33 @@ class KeepRatio(Budget):
 
     ratio: in (0, 1]; or one per stage. of: "current" = the free tokens present, so stages compound; "start" = the
     free tokens that entered the model: a single ratio is then raised to the stage's number (1, 2, 3, ...), listed
-    ones are taken as they are. rounding: "floor", "ceil" or "round" (half to even).
+    ones are taken as they are. rounding: "floor", "ceil", "round" (half to even), each of the decimal product; or
+    "trunc", of the product in double precision as it is: 90 tokens at 0.7 floor to 63 and truncate to 62 (kvpress).
     """
 
     ratio: float | tuple[float, ...] = 0.7
     of: Literal["current", "start"] = "current"
-    rounding: Literal["floor", "ceil", "round"] = "floor"
+    rounding: Literal["floor", "ceil", "round", "trunc"] = "floor"
 
     def __post_init__(self) -> None:
+        if self.ratio == ():
+            raise BudgetError("keep names no share; give one, or one per stage")
         for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
             if not 0 < ratio <= 1:
                 raise BudgetError(f"keep={ratio} is outside (0, 1]; keep is the share of tokens that stays")
+        if self.of not in ("current", "start"):
+            raise BudgetError(f"of={self.of}: keep is a share of the tokens at the start or of the current ones")
+        if self.rounding not in ROUNDING:
+            raise BudgetError(f"rounding={self.rounding}: choose {', '.join(ROUNDING)}")
 
     def keep(self, free: int, at: Place) -> int:
         ratio = self._stage(self.ratio, at, at.stage)
         if self.of == "start":
             share = ratio if isinstance(self.ratio, tuple) else ratio ** (at.stage + 1)
-            count = ROUNDING[self.rounding](_nearly(at.start * share))
+            wanted = at.start * share
         else:
-            count = ROUNDING[self.rounding](_nearly(free * ratio))
+            wanted = free * ratio
+        count = ROUNDING[self.rounding](wanted if self.rounding == "trunc" else _nearly(wanted))
         return max(min(count, free), min(1, free))
 
 
@@ -127,9 +151,8 @@ class Capacity(Budget):
     tokens: int | tuple[int, ...] = 64
 
     def __post_init__(self) -> None:
-        for tokens in self.tokens if isinstance(self.tokens, tuple) else (self.tokens,):
-            if tokens < 1 or tokens != int(tokens):
-                raise BudgetError(f"tokens={tokens}: tokens counts what stays, whole numbers from 1 up")
+        if not _whole(self.tokens, least=1):
+            raise BudgetError(f"tokens={self.tokens}: tokens counts what stays, whole numbers from 1 up")
 
     def keep(self, free: int, at: Place) -> int:
         return min(int(self._stage(self.tokens, at, at.stage)), free)
@@ -140,6 +163,10 @@ class Threshold(Budget):
     """Tokens whose score reaches a value stay; samples keep different numbers, at least one."""
 
     value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value):
+            raise BudgetError("threshold=nan: no score reaches a value that is not a number")
 
     @property
     def adaptive(self) -> bool:
@@ -158,6 +185,24 @@ class Mass(Budget):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise BudgetError(f"mass={self.share} is outside (0, 1]; it is the share of the total score that is kept")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    def keep(self, free: int, at: Place) -> int:
+        return free
+
+
+@dataclass(frozen=True)
+class Outliers(Budget):
+    """Tokens whose score lies above Q3 + factor (Q3 - Q1) of their sample stay; at least one."""
+
+    factor: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.factor < 0:
+            raise BudgetError(f"factor={self.factor} is negative; 1.5 is the usual fence")
 
     @property
     def adaptive(self) -> bool:

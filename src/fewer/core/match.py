@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .budgets import Budget
+from .budgets import Budget, Threshold
 from .place import Place
-from .plan import Hard, Plan, PlanError
+from .plan import Hard, Plan, PlanError, complement, on_device, take
 from .tokens import Tokens
 
 CHUNK = 1 << 24  # similarities held at once, in numbers (64 MB of float32)
 
 
-def best_partner(a: Tensor, b: Tensor, forbidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each row of a its most similar row of b. a: (B, Na, d), b: (B, Nb, d); forbidden: (B or 1, Nb) bool.
+def unit(x: Tensor) -> Tensor:
+    """Rows of x at length one, float32, detached; a row that is not finite becomes zero, similar to nothing."""
+    return F.normalize(x.detach().float(), dim=-1).nan_to_num(0.0)
 
-    Returns (values, indices), each (B, Na). The first index wins ties. Memory is linear in Na + Nb: rows of a are
-    taken in chunks of at most `CHUNK` similarities.
+
+def best_partner(
+    a: Tensor, b: Tensor, forbidden: Tensor | int | None = None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:  # fmt: skip
+    """For each row of a its most similar row of b. a: (B, Na, d), b: (B, Nb, d).
+
+    forbidden: (B or 1, Nb) bool, or how many of the first rows of b take no part.
+    Returns the similarities (B, Na), and a function from some rows of a, (B, r), to their partners, (B, r): only the
+    pairs that merge need one. The first index wins ties. Memory is linear in Na + Nb: rows of a are taken in chunks of
+    at most `CHUNK` similarities.
     """
     batch, na, _ = a.shape
     nb = b.shape[1]
     step = max(1, CHUNK // max(1, batch * nb))
     bt = b.transpose(-1, -2)
-    values, indices = [], []
-    for i in range(0, na, step):
-        s = a[:, i : i + step] @ bt
-        if forbidden is not None:
-            s = s.masked_fill(forbidden[:, None], float("-inf"))
-        v, j = s.max(dim=-1)
-        values.append(v)
-        indices.append(j)
-    return (values[0], indices[0]) if len(values) == 1 else (torch.cat(values, 1), torch.cat(indices, 1))
+
+    def similar(rows: Tensor) -> Tensor:
+        s = rows @ bt
+        if isinstance(forbidden, Tensor):
+            return s.masked_fill_(forbidden[:, None], float("-inf"))
+        if forbidden:
+            s[..., :forbidden] = float("-inf")
+        return s
+
+    if na <= step:
+        s = similar(a)
+        return s.amax(-1), lambda rows: take(s, rows).argmax(-1)
+    parts = [similar(a[:, i : i + step]).max(dim=-1) for i in range(0, na, step)]
+    values, partner = (torch.cat(list(part), 1) for part in zip(*parts, strict=True))
+    return values, lambda rows: partner.gather(-1, rows)
 
 
-def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
+Order = Literal["position", "halves", "ranked"]
+Fidelity = Literal["paper", "code"]
+Parts = tuple[slice | Tensor, slice | Tensor]
+
+
+def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, order: Order = "position") -> Hard:
     """Fold the most similar free tokens at even positions into their best match at an odd position.
 
     Shapes   metric: (B, N, d), any float; compared by cosine in float32, without gradient.
-    Returns  a hard plan from N to N - r rows, ascending by the position of the token that stayed; weights are the
-             tokens' sizes, normalised in each row. Ties: the earlier position wins, on every device.
+    Returns  a hard plan from N to N - r rows; weights are the tokens' sizes, normalised in each row. Ties: the
+             earlier position wins, on every device.
+    order    of the rows. "position": by the position of the token that stayed. "halves": the protected prefix, what
+             is left of the even positions, the odd ones (step 5 of the paper; it decides which tokens can pair in the
+             next block). "ranked": halves, but the even ones by falling similarity, as the paper's code has them
+             where there is no class token.
     Units    the budget counts free tokens; at most half of them go, and the ledger records a request cut short.
     Cost     N^2 d / 2 FLOPs per sample in chunks of bounded memory, one sort of N / 2, no synchronisation.
     Raises   PlanError, naming both shapes, if metric and tokens disagree on N.
@@ -51,49 +78,245 @@ def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> H
     >>> bipartite(metric, Remove(1), Tokens.plain(1, 4), at=Place()).row.tolist()
     [[0, 0, 1, 2]]
     """
-    if metric.shape[1] != tokens.n:
-        raise PlanError(f"the metric is for {metric.shape[1]} tokens (shape {tuple(metric.shape)}), there are {tokens.n}")
+    if tokens.guarded is None:
+        parts: Parts = (slice(0, None, 2), slice(1, None, 2))
+    else:  # guarded tokens lie anywhere: the halves are the even and the odd ones among those that may go
+        index = tokens.free_index()
+        parts = (index[:, ::2], index[:, 1::2])
+    return _fold(metric, budget, tokens, at, parts, lambda free: free // 2, order)
+
+
+def kth_bipartite(
+    metric: Tensor, budget: Budget | None, tokens: Tokens, *, at: Place, k: int = 2, fidelity: Fidelity = "paper"
+) -> Hard:
+    """Every k-th token (positions k - 1, 2k - 1, ...) is a destination; the most similar of the others fold into one.
+
+    Shapes   metric: (B, N, d), any float; compared by cosine in float32, without gradient.
+    budget   counts free tokens; None folds every source, N to N / k. A protected token neither goes nor receives.
+    fidelity "code" drops the last N mod k tokens, as the authors' code does; "paper" treats them as sources. "code"
+             needs plain input: no protected prefix, no padding, no budget.
+    Source   ToMe, arXiv:2210.09461, its video variant.
+    """
+    if k < 2:
+        raise PlanError(f"k={k}: every k-th token receives, so k is at least 2")
+    if fidelity == "code":
+        return _kth_of_code(metric, budget, tokens, at, k)
+    target = torch.arange(tokens.n, device=metric.device)[k - 1 :: k]
+    first = tokens.n - tokens.free_count
+
+    def most(free: int) -> int:
+        receivers = (first + free) // k - first // k
+        return free - receivers if receivers else 0
+
+    return _fold(metric, budget, tokens, at, (complement(target, tokens.n), target), most)
+
+
+def _kth_of_code(metric: Tensor, budget: Budget | None, tokens: Tokens, at: Place, k: int) -> Hard:
+    if tokens.prefix or tokens.irregular or budget is not None:
+        raise PlanError("kth_bipartite(fidelity='code') takes plain tokens and no budget; use fidelity='paper'")
+    n = tokens.n - tokens.n % k
+    row = kth_bipartite(metric[:, :n], None, Tokens.plain(tokens.batch, n, device=tokens.device), at=at, k=k).row
+    return Plan.from_rows(F.pad(row, (0, tokens.n % k), value=-1), n // k, size=tokens.size)
+
+
+def random_bipartite(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, order: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Hard:  # fmt: skip
+    """Tokens drawn at random go, each into the most similar of those that stay.
+
+    Shapes   metric: (B, N, d), any float; compared by cosine in float32, without gradient. order: (B, N), a
+             permutation: the first r that may go are the sources; None = drawn with `generator`.
+    Units    the budget counts free tokens; one free token always stays to receive.
+    Source   ToMe, arXiv:2210.09461, the random partition of its ablation.
+    """
     free = tokens.free_count
-    asked = free - budget.keep(free, at)
-    r = min(asked, free // 2)
-    if r < asked:
-        at.note(f"layer {at.layer}: asked to remove {asked} of {free} tokens, pairing takes at most {r}")
+    if order is None:
+        order = torch.rand(tokens.batch, tokens.n, generator=generator, device=metric.device).argsort(-1)
+    movable = tokens.movable
+    if movable is not None:  # what may not go is drawn last
+        fixed = (~movable).expand_as(order).gather(-1, order)
+        order = order.gather(-1, fixed.to(torch.int8).argsort(dim=-1, stable=True))
+    most = max(free - 1, 0)
+    r = _asked(budget, tokens, at, most)
+    goes = None
+    if tokens.valid is not None:  # a sample's sources are its own first r, the others receive
+        goes = _own_share(budget, tokens, at, tokens.n, lambda n: max(n - 1, 0))
+    return _fold_drawn(metric, tokens, at, order, r, goes)
+
+
+def grid_bipartite(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, grid: tuple[int, int],
+    stride: tuple[int, int] = (2, 2), choice: Tensor | None = None, generator: torch.Generator | None = None,
+) -> Hard:  # fmt: skip
+    """One cell of every window of the patch grid receives; the most similar of the other patches fold into one.
+
+    Shapes   metric: (B, N, d), any float; compared by cosine in float32, without gradient.
+    grid     (height, width) of the free tokens, row-major. stride: (sy, sx) of the windows; rows and columns behind
+             the last whole window hold sources only.
+    choice   (height // sy, width // sx), the receiving cell of each window, row-major inside it; None = drawn with
+             `generator`, or the first cell where there is none either.
+    Units    the budget counts free tokens; at most all sources go, and the ledger records a request cut short.
+    Raises   PlanError if the free tokens are not this grid, are padded or guarded, or the grid holds no window.
+    Source   ToMe for Stable Diffusion, arXiv:2303.17604, sec. 3.
+    """
+    (h, w), (sy, sx) = grid, stride
+    if tokens.irregular or tokens.free_count != h * w:
+        raise PlanError(f"grid_bipartite needs the whole {h} x {w} grid, {h * w} tokens; {tokens.free_count} are free")
+    if not (0 < sy <= h and 0 < sx <= w):
+        raise PlanError(f"windows of {sy} x {sx} do not fit into a grid of {h} x {w}")
+    rows, columns = h // sy, w // sx
+    device = metric.device
+    if choice is None:
+        if generator is None:
+            choice = torch.zeros(rows, columns, dtype=torch.long, device=device)
+        else:
+            choice = torch.randint(sy * sx, (rows, columns), generator=generator, device=device)
+    if choice.shape != (rows, columns):
+        raise PlanError(f"choice has shape {tuple(choice.shape)}, the grid has {rows} x {columns} windows")
+    y = torch.arange(rows, device=device)[:, None] * sy + choice // sx
+    x = torch.arange(columns, device=device) * sx + choice % sx
+    target = (tokens.prefix + y * w + x).flatten().sort().values
+    source = complement(target, tokens.n)[tokens.prefix :]
+    return _fold(metric, budget, tokens, at, (source, target), lambda _: h * w - rows * columns)
+
+
+def _asked(budget: Budget | None, tokens: Tokens, at: Place, most: int) -> int:
+    """How many tokens go: what the budget asks, cut at what is possible, and the ledger told so."""
+    if budget is not None and budget.adaptive:
+        raise PlanError(f"{budget!r} names no count; matchings take r, keep, tokens or a threshold of similarity")
+    free = tokens.free_count
+    asked = most if budget is None else free - budget.keep(free, at)
+    if asked > most:
+        at.note(f"layer {at.layer}: asked to remove {asked} of {free} tokens, this matching takes at most {most}")
+    return min(asked, most)
+
+
+def _part(x: Tensor, part: slice | Tensor) -> Tensor:
+    """Rows of x: (B, N[, C]) at a slice, at positions (M,) or at positions (B, M)."""
+    if isinstance(part, slice):
+        return x[:, part]
+    return x.index_select(1, part) if part.dim() == 1 else take(x, part)
+
+
+def _at(part: slice | Tensor, index: Tensor) -> Tensor:
+    """Positions of the index-th entries of a part. index: (B, M)."""
+    if isinstance(part, slice):
+        return index * part.step + part.start
+    return part[index] if part.dim() == 1 else part.gather(-1, index)
+
+
+def _fold(
+    metric: Tensor, budget: Budget | None, tokens: Tokens, at: Place, parts: Parts, most: Callable[[int], int],
+    order: Order = "position",
+) -> Hard:  # fmt: skip
+    """Sources into their most similar target, the most similar first.
+
+    parts: sources and targets, each ascending. most: how many of some free tokens can go.
+    """
+    _check(metric, tokens)
+    cut = budget.value if isinstance(budget, Threshold) else None
+    r = most(tokens.free_count) if cut is not None else _asked(budget, tokens, at, most(tokens.free_count))
     if r <= 0:
         return Plan.identity((tokens.batch,), tokens.n, metric.device)
     with torch.no_grad():
-        at.spend(matching_flops(tokens.n, metric.shape[-1]))
-        unit = F.normalize(metric.detach().float(), dim=-1)
-        movable = tokens.movable
-        forbidden = None if movable is None else ~movable[:, 1::2]
-        best, partner = best_partner(unit[:, ::2], unit[:, 1::2], forbidden)
-        if movable is not None:
-            best = best.masked_fill(~movable[:, ::2], float("-inf"))
-        source = best.sort(dim=-1, descending=True, stable=True).indices[:, :r]
-        into = partner.gather(-1, source) * 2 + 1
-        if tokens.valid is None:
-            return Plan.merge(source * 2, into, tokens.n, tokens.size)
-        return _bipartite_of_padded(source * 2, into, budget, tokens, at)
+        u = unit(metric)
+        a, b = (_part(u, part) for part in parts)
+        at.spend(2 * a.shape[1] * b.shape[1] * u.shape[-1])
+        if not tokens.irregular and isinstance(parts[0], slice):  # only a prefix to protect: its first halves
+            best, partner = best_partner(a, b, tokens.prefix // 2)
+            best[:, : (tokens.prefix + 1) // 2] = float("-inf")
+        else:
+            movable = tokens.movable
+            fixed = None if movable is None else [~_part(movable.expand(tokens.batch, -1), part) for part in parts]
+            best, partner = best_partner(a, b, None if fixed is None else fixed[1])
+            if fixed is not None:
+                best = best.masked_fill(fixed[0], float("-inf"))
+        ranked = best.sort(dim=-1, descending=True, stable=True)
+        first = ranked.indices[:, :r]
+        source, into = _at(parts[0], first), _at(parts[1], partner(first))
+        # Which sources can go is known from the counts alone, unless guarded tokens lie in a partition made without
+        # regard to them, samples are padded, or a threshold decides.
+        counted = tokens.guarded is None or (isinstance(parts[0], Tensor) and parts[0].dim() == 2)
+        if cut is None and tokens.valid is None and counted:
+            plan = Plan.merge(source, into, tokens.n, tokens.size)
+        else:
+            value = ranked.values[:, :r]
+            goes = value > float("-inf") if cut is None else value >= cut
+            if cut is None and tokens.valid is not None:
+                goes = goes & _own_share(budget, tokens, at, r, most)
+            plan = _merge_some(source, into, goes, tokens)
+        return plan if order == "position" else _in_halves(plan, tokens, best if order == "ranked" else None)
 
 
-def _bipartite_of_padded(source: Tensor, into: Tensor, budget: Budget, tokens: Tokens, at: Place) -> Hard:
-    """The same pairs where samples are padded: each sample folds what the budget asks of its own length."""
+def _fold_drawn(metric: Tensor, tokens: Tokens, at: Place, order: Tensor, r: int, goes: Tensor | None) -> Hard:
+    """The first tokens of an order into the most similar of the free ones behind them.
+
+    order: (B, N); r: how many go, goes: (B, N) bool, which entries of the order do where samples differ.
+    """
+    _check(metric, tokens)
+    if r <= 0:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    with torch.no_grad():
+        u = unit(metric)
+        at.spend(2 * r * (tokens.n - r) * u.shape[-1])
+        if goes is None:
+            source, target = order[:, :r], order[:, r:].sort(-1).values
+        else:
+            source, target = order[:, :r], torch.arange(tokens.n, device=order.device).expand_as(order)
+        fixed = torch.zeros_like(target, dtype=torch.bool)
+        if tokens.movable is not None:
+            fixed = ~tokens.movable.expand(tokens.batch, -1).gather(-1, target)
+        if goes is not None:  # whoever goes does not receive
+            fixed = fixed | torch.zeros_like(fixed).scatter(-1, order, goes)
+        _, partner = best_partner(take(u, source), take(u, target), fixed)
+        into = target.gather(-1, partner(torch.arange(r, device=order.device).expand(tokens.batch, r)))
+        if goes is None:
+            return Plan.merge(source, into, tokens.n, tokens.size)
+        return _merge_some(source, into, goes[:, :r], tokens)
+
+
+def _check(metric: Tensor, tokens: Tokens) -> None:
+    if metric.shape[-2] != tokens.n:
+        raise PlanError(
+            f"the metric is for {metric.shape[-2]} tokens (shape {tuple(metric.shape)}), there are {tokens.n}"
+        )
+
+
+def _own_share(
+    budget: Budget | None, tokens: Tokens, at: Place, width: int, most: Callable[[int], int]
+) -> Tensor:  # fmt: skip
+    """(B, width) bool: the first pairs of each padded sample, as many as its own length asks for."""
     assert tokens.valid is not None
-    fixed = tokens.n - tokens.free_count
-    table = torch.tensor(
-        [min(n - budget.keep(n, at), n // 2) for n in range(tokens.free_count + 1)], device=source.device
-    )
-    lengths = tokens.valid.sum(-1)
-    r = table[(lengths - fixed).clamp(min=0)]
-    goes = torch.arange(source.shape[-1], device=source.device) < r[:, None]
-    gone = torch.zeros(tokens.batch, tokens.n, dtype=torch.bool, device=source.device).scatter(-1, source, goes)
-    stays = tokens.valid & ~gone
-    order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+    free = tokens.free_count
+    if budget is None:
+        table = [most(n) for n in range(free + 1)]
+    else:
+        table = [min(n - k, most(n)) for n, k in enumerate(budget.counts(free, at))]
+    own = on_device(table, tokens.valid.device)[(tokens.valid.sum(-1) - tokens.n + free).clamp(min=0)]
+    return torch.arange(width, device=own.device) < own[:, None]
+
+
+def _merge_some(source: Tensor, into: Tensor, goes: Tensor, tokens: Tokens) -> Hard:
+    """A ragged merge: each source that goes is folded into the token at `into`; padding is dropped. All (B, S)."""
+    n = tokens.n
+    gone = torch.zeros(tokens.batch, n, dtype=torch.bool, device=source.device).scatter(-1, source, goes)
+    stays = ~gone if tokens.valid is None else tokens.valid & ~gone
+    anchor = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
     row = stays.long().cumsum(-1) - 1
     to = row.gather(-1, into).masked_fill(~goes, -1)
-    width = tokens.n
-    return Hard(tokens.n, order[..., :width], source, to, length=lengths - r).averaged(tokens.size)
+    return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
 
 
-def matching_flops(n: int, d: int) -> int:
-    """A @ B.T over halves: 2 * (n/2) * (n/2) * d. Left out: normalising, 3nd (3% of it at n = 197), and the sort."""
-    return n * n * d // 2
+def _in_halves(plan: Hard, tokens: Tokens, best: Tensor | None) -> Hard:
+    """The rows of a bipartite plan as prefix, even positions, odd positions, padding. best: (B, ceil(N / 2)), what the
+    even ones are ranked by, or None for their position."""
+    where, n = plan.anchor, tokens.n
+    even = where
+    if best is not None:
+        rank = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        even = rank.gather(-1, where // 2)
+    key = torch.where(where % 2 == 0, even, n + where).masked_fill(where < tokens.prefix, -1)
+    if plan.valid is not None:
+        key = key.masked_fill(~plan.valid, 2 * n)
+    return plan.arranged(key.argsort(dim=-1, stable=True))

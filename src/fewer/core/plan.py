@@ -39,10 +39,24 @@ def _flat_index(index: Tensor, n: int) -> Tensor:
     return (rows + offset).reshape(-1)
 
 
+def on_device(values: list[int], device: torch.device) -> Tensor:
+    """(len(values),) long: Python integers on the device, copied there without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def complement(index: Tensor, n: int) -> Tensor:
     """The sources absent from index, ascending. index: (*lead, M) distinct; returns (*lead, N - M)."""
     taken = torch.zeros(*index.shape[:-1], n, dtype=torch.int8, device=index.device).scatter_(-1, index, 1)
     return taken.argsort(dim=-1, stable=True)[..., : n - index.shape[-1]]
+
+
+def _muted(row: Tensor, anchor: Tensor, lengths: Tensor) -> Tensor:
+    """The rows of all sources but the anchors of real rows, which get -1: in a ragged plan the anchors of padding
+    rows are arbitrary, so every source is listed as an extra. row: (*lead, N), anchor: (*lead, M)."""
+    n, m = row.shape[-1], anchor.shape[-1]
+    real = torch.arange(m, device=row.device) < lengths[..., None]
+    anchored = torch.zeros(*row.shape[:-1], n + 1, dtype=torch.bool, device=row.device)
+    return row.masked_fill(anchored.scatter(-1, torch.where(real, anchor, n), True)[..., :n], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,43 +97,68 @@ class Plan:
         return Hard(n, anchor, source, row.gather(-1, into)).averaged(size)
 
     @staticmethod
-    def from_rows(row: Tensor, m: int, weight: Tensor | None = None, size: Tensor | None = None) -> Hard:
+    def from_rows(
+        row: Tensor, m: int, weight: Tensor | None = None, size: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Hard:
         """A hard plan from its integer map. The first source of a row anchors it.
 
         row: (*lead, N) long, the row of each source, -1 = dropped; each of the m rows needs a source. weight:
         (*lead, N) combining weights taken as they are; without them rows are averages weighted by size.
+        lengths: (*lead,) where samples have different numbers of rows; rows at and beyond it need no source.
         """
         lead, n = row.shape[:-1], row.shape[-1]
         where = torch.arange(n, device=row.device).expand(*lead, n)
         slot = torch.where(row < 0, m, row)
         first = torch.full((*lead, m + 1), n, device=row.device)
         anchor = first.scatter_reduce(-1, slot, where, "amin")[..., :m]
-        extra = complement(anchor, n)
-        plan = Hard(n, anchor, extra, row.gather(-1, extra))
+        if lengths is None:
+            extra = complement(anchor, n)
+            to = row.gather(-1, extra)
+        else:
+            anchor = anchor.clamp(max=n - 1)
+            extra, to = where, _muted(row, anchor, lengths)
+        plan = Hard(n, anchor, extra, to, length=lengths)
         if weight is None:
             return plan.averaged(size)
         return replace(plan, anchor_weight=weight.gather(-1, anchor), extra_weight=weight.gather(-1, extra))
 
     @staticmethod
-    def soft(matrix: Tensor, mass: Tensor | None = None, position: Tensor | None = None) -> Soft:
+    def soft(
+        matrix: Tensor, mass: Tensor | None = None, position: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Soft:
         """A dense plan. matrix: (*lead, M, N). mass: (*lead, M, N), how sizes travel (columns sum to one); by default
-        the matrix with its columns normalised. position: (*lead, M), the source each row mostly stands for."""
-        return Soft(matrix.shape[-1], matrix, mass, position)
+        the matrix with its columns normalised. position: (*lead, M), the source each row mostly stands for. lengths:
+        (*lead,) where samples have different numbers of rows; rows at and beyond it become zero."""
+        if lengths is not None:
+            rows = torch.arange(matrix.shape[-2], device=matrix.device)
+            matrix = matrix.masked_fill((rows >= lengths[..., None])[..., None], 0)
+        return Soft(matrix.shape[-1], matrix, mass, position, length=lengths)
 
     @staticmethod
-    def mask(policy: Tensor) -> Masked:
-        """The training form: all N rows stay, policy (*lead, N) in [0, 1] says how much each is still there."""
-        return Masked(policy.shape[-1], policy)
+    def mask(policy: Tensor, change: Hard | Soft | None = None, front: int = 0) -> Masked:
+        """The training form: all rows stay, policy (*lead, M) in [0, 1] says how much each is still there.
+
+        change: what happens to the rows besides, see `Masked`. front: rows it adds right behind the prefix.
+        """
+        return Masked(policy.shape[-1] if change is None else change.n, policy, change, front=front)
 
     @staticmethod
     def where(condition: Tensor, yes: Hard, no: Hard) -> Hard:
-        """Per sample one of two hard plans of the same shape. condition: (*lead,) bool."""
-        if yes.anchor.shape != no.anchor.shape:
+        """Per sample one of two hard plans, of as many rows unless one is ragged. condition: (*lead,) bool."""
+        if yes.m != no.m and yes.length is None and no.length is None:
             raise PlanError(f"Plan.where needs equal row counts, got {yes.m} and {no.m}")
-        yes, no = yes.spelled_out(), no.spelled_out()
+        if yes.front != no.front or yes.preserve_norm != no.preserve_norm:
+            raise PlanError("Plan.where needs two plans that agree on front rows and on preserving norms")
+        ragged = yes.length is not None or no.length is not None
+        width = max(yes.m, no.m)
+        yes, no = (plan.spelled_out(ragged).widened(width) for plan in (yes, no))
         pick = condition[..., None]
         names = ("anchor", "extra", "to", "anchor_weight", "extra_weight", "extra_mass")
-        return Hard(yes.n, *(torch.where(pick, getattr(yes, k), getattr(no, k)) for k in names))
+        return Hard(
+            yes.n, *(torch.where(pick, getattr(yes, k), getattr(no, k)) for k in names),
+            length=torch.where(condition, yes.counted, no.counted) if ragged else None,
+            front=yes.front, preserve_norm=yes.preserve_norm,
+        )  # fmt: skip
 
     # -- what every form answers ------------------------------------------------------------------------------------
     @property
@@ -183,7 +222,9 @@ class Plan:
 
     def _check(self, x: Tensor, n: int, axis: int) -> None:
         if x.shape[axis] != n:
-            raise PlanError(f"this plan takes {self.n} tokens to {self.m}; got {x.shape[axis]} (shape {tuple(x.shape)})")
+            raise PlanError(
+                f"this plan takes {self.n} tokens to {self.m}; got {x.shape[axis]} (shape {tuple(x.shape)})"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +281,7 @@ class Hard(Plan):
         if self.extra is not None and self.to is not None:
             row.scatter_(-1, self.extra, self.to)
         rows = torch.arange(m, device=self.anchor.device).expand(*lead, m)
-        valid = self.valid
-        slot = self.anchor if valid is None else torch.where(valid, self.anchor, self.n)
-        return row.scatter_(-1, slot, rows)[..., : self.n]
+        return row.scatter_(-1, self._real_anchor, rows)[..., : self.n]
 
     @property
     def position(self) -> Tensor:
@@ -255,10 +294,8 @@ class Hard(Plan):
         if self.extra is not None and self.to is not None:
             extra = torch.ones_like(self.extra, dtype=weight.dtype) if self.extra_weight is None else self.extra_weight
             weight = weight.scatter(-1, self.extra, extra.float().masked_fill(self.to < 0, 0))
-        valid = self.valid
-        slot = self.anchor if valid is None else torch.where(valid, self.anchor, self.n)
         anchor = torch.ones_like(self.anchor, dtype=weight.dtype) if self.anchor_weight is None else self.anchor_weight
-        return weight.scatter(-1, slot, anchor.float())[..., : self.n]
+        return weight.scatter(-1, self._real_anchor, anchor.float())[..., : self.n]
 
     def averaged(self, size: Tensor | None) -> Hard:
         """The same rows as averages weighted by size. size: (*lead, N) or None for one each."""
@@ -269,7 +306,7 @@ class Hard(Plan):
         e = torch.ones_like(self.extra, dtype=torch.float32) if size is None else size.gather(-1, self.extra)
         e = e.masked_fill(self.to < 0, 0)
         to = self.to.clamp(min=0)
-        total = a.scatter_add(-1, to, e)
+        total = a.scatter_add(-1, to, e).clamp_min(1e-30)  # padding stands for nothing
         return replace(self, anchor_weight=a / total, extra_weight=e / total.gather(-1, to))
 
     def pruned(self) -> Hard:
@@ -280,36 +317,83 @@ class Hard(Plan):
         """Average, then rescale each row to the largest norm among its members (MLERP, arXiv:2312.01026)."""
         return replace(self, preserve_norm=True)
 
-    def spelled_out(self) -> Hard:
-        """The same plan with every optional tensor written down and all other sources as dropped extras."""
-        if self.extra is not None and self.extra.shape[-1] == self.n - self.m:
+    def arranged(self, order: Tensor) -> Hard:
+        """The same rows in another order. order: (*lead, M), a permutation of the rows that leaves padding last."""
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(self.m, device=order.device).expand_as(order))
+        to = None if self.to is None else torch.where(self.to < 0, -1, rank.gather(-1, self.to.clamp(min=0)))
+        weight = None if self.anchor_weight is None else self.anchor_weight.gather(-1, order)
+        return replace(self, anchor=self.anchor.gather(-1, order), to=to, anchor_weight=weight)
+
+    @property
+    def counted(self) -> Tensor:
+        """(*lead,): the real rows of each sample."""
+        if self.length is not None:
+            return self.length
+        return torch.full(self.lead, self.m, device=self.anchor.device)
+
+    @property
+    def share(self) -> Tensor:
+        """(*lead, N): the share of each source's size that its row inherits, 0 where dropped."""
+        share = (self.row >= 0).float()
+        if self.extra_mass is None or self.extra is None or self.to is None:
+            return share
+        whole = torch.ones_like(share).scatter(-1, self.extra, self.extra_mass.float())
+        return share * torch.nn.functional.pad(whole, (0, 1)).scatter(-1, self._real_anchor, 1.0)[..., : self.n]
+
+    @property
+    def _real_anchor(self) -> Tensor:
+        """(*lead, M): the anchors, N where a row is padding."""
+        valid = self.valid
+        return self.anchor if valid is None else torch.where(valid, self.anchor, self.n)
+
+    def widened(self, m: int) -> Hard:
+        """The same rows with padding up to m rows."""
+        if self.m == m:
+            return self
+        more = (0, m - self.m)
+        weight = None if self.anchor_weight is None else torch.nn.functional.pad(self.anchor_weight, more)
+        return replace(
+            self, anchor=torch.nn.functional.pad(self.anchor, more), anchor_weight=weight, length=self.counted
+        )
+
+    def spelled_out(self, every: bool = False) -> Hard:
+        """The same plan with every optional tensor written down and all other sources as dropped extras.
+
+        every: list all N sources as extras, the anchors of real rows muted; always so in a ragged plan.
+        """
+        if every or self.length is not None:
+            extra = torch.arange(self.n, device=self.anchor.device).expand(*self.lead, self.n)
+            to = _muted(self.row, self.anchor, self.counted)
+        elif self.extra is not None and self.to is not None and self.extra.shape[-1] == self.n - self.m:
             extra, to = self.extra, self.to
         else:
             extra = complement(self.anchor, self.n)
             to = self.row.gather(-1, extra)
-        assert to is not None
-        weight, mass = self.weight, torch.ones_like(extra, dtype=torch.float32)
-        if self.extra_mass is not None and self.extra is not None:
-            mass = torch.ones(*self.lead, self.n, device=mass.device).scatter(-1, self.extra, self.extra_mass)
-            mass = mass.gather(-1, extra)
+        weight = self.weight
         return replace(
-            self, extra=extra, to=to, extra_mass=mass,
+            self, extra=extra, to=to, extra_mass=self.share.gather(-1, extra),
             anchor_weight=weight.gather(-1, self.anchor), extra_weight=weight.gather(-1, extra),
         )  # fmt: skip
 
-    def fuse_rest(self, weight: Tensor, *, normalise: bool = False, protect: bool = False, prefix: int = 0) -> Hard:
+    def fuse_rest(
+        self, weight: Tensor, *, normalise: bool = False, protect: bool = False, prefix: int = 0,
+        valid: Tensor | None = None,
+    ) -> Hard:  # fmt: skip
         """One more row: the weighted sum of everything this pruning plan drops.
 
         weight: (*lead, N), taken as it is (EViT) or divided by its sum over the dropped (`normalise`, SPViT).
         protect: the new row goes right behind the `prefix` protected rows and is protected from now on; else it is
-        last. A plan that drops nothing is returned unchanged.
+        last. A plan that drops nothing is returned unchanged. valid: (*lead, N) bool, the sources that are no padding
+        and can be fused at all; where samples differ, those that drop nothing get no new row.
         """
         if self.averages:
             raise PlanError("fuse_rest works on a pruning plan; this one already merges")
         if self.m == self.n and self.length is None:
             return self
         if self.length is not None:
-            return self._fuse_ragged(weight, normalise)
+            if protect:
+                raise PlanError("a protected package needs the same prefix in every sample; this plan is ragged")
+            return self._fuse_ragged(weight, normalise, valid)
         rest = complement(self.anchor, self.n)
         w = weight.gather(-1, rest).float()
         if normalise:
@@ -326,10 +410,10 @@ class Hard(Plan):
             front=int(protect),
         )
 
-    def _fuse_ragged(self, weight: Tensor, normalise: bool) -> Hard:
+    def _fuse_ragged(self, weight: Tensor, normalise: bool, real: Tensor | None) -> Hard:
         """fuse_rest where samples keep different numbers: the new row stands at each sample's old length."""
         assert self.length is not None and self.valid is not None
-        gone = self.row < 0
+        gone = self.row < 0 if real is None else (self.row < 0) & real
         w = weight.float().masked_fill(~gone, 0)
         if normalise:
             w = w / w.sum(-1, keepdim=True).clamp_min(1e-12)
@@ -344,9 +428,10 @@ class Hard(Plan):
 
     def reduce(self, x: Tensor) -> Tensor:
         self._check(x, self.n, -2)
-        y = take(x, self.anchor)
+        y = take(x, self.anchor)  # fresh memory, so the next steps may write into it
         if self.anchor_weight is not None:
-            y = y * self.anchor_weight[..., None].to(x.dtype)
+            weight = self.anchor_weight[..., None].to(x.dtype)
+            y = y * weight if weight.requires_grad else y.mul_(weight)
         if self.averages:
             assert self.extra is not None and self.to is not None
             e = take(x, self.extra)
@@ -355,7 +440,7 @@ class Hard(Plan):
             e = e.masked_fill((self.to < 0)[..., None], 0)
             index = _flat_index(self.to.clamp(min=0), self.m)
             c = x.shape[-1]
-            y = y.reshape(-1, c).index_add(0, index, e.reshape(-1, c)).view_as(y)
+            y.view(-1, c).index_add_(0, index, e.view(-1, c))
             if self.preserve_norm:
                 y = self._to_largest_norm(x, y)
         if self.length is not None:
@@ -379,8 +464,7 @@ class Hard(Plan):
         self._check(y, self.m, -2)
         row = self.row
         x = take(y, row.clamp(min=0))
-        filler = fill if isinstance(fill, Tensor) else torch.as_tensor(fill, dtype=y.dtype, device=y.device)
-        return torch.where((row < 0)[..., None], filler, x)
+        return torch.where((row < 0)[..., None], fill, x)
 
     def sizes(self, size: Tensor | None) -> Tensor:
         if size is None:
@@ -418,29 +502,32 @@ class Hard(Plan):
         row = torch.where(mine < 0, -1, yours.gather(-1, mine.clamp(min=0)))
         weight = self.weight * next.weight.gather(-1, mine.clamp(min=0)).masked_fill(mine < 0, 0)
         anchor = self.anchor.gather(-1, next.anchor)
-        extra = torch.arange(self.n, device=row.device).expand_as(row)
-        if next.length is None and self.length is None:
+        lengths = next.length
+        if lengths is None and self.length is not None:  # a row is real if the row that anchors it was
+            lengths = (next.anchor < self.length[..., None]).sum(-1)
+        if lengths is None:
             extra = complement(anchor, self.n)
-            return Hard(
-                self.n, anchor, extra, row.gather(-1, extra), weight.gather(-1, anchor), weight.gather(-1, extra)
-            )
-        # Ragged: anchors of padding rows are arbitrary, so every source is listed and the anchors' copies are muted.
-        valid = next.valid if next.valid is not None else torch.ones_like(anchor, dtype=torch.bool)
-        slot = torch.where(valid, anchor, self.n)
-        anchored = torch.zeros(*row.shape[:-1], self.n + 1, dtype=torch.bool, device=row.device)
-        anchored = anchored.scatter(-1, slot, True)[..., : self.n]
-        to = row.masked_fill(anchored, -1)
-        lengths = next.length if next.length is not None else torch.full(row.shape[:-1], next.m, device=row.device)
-        return Hard(self.n, anchor, extra, to, weight.gather(-1, anchor), weight, length=lengths)
+            to = row.gather(-1, extra)
+        else:
+            extra = torch.arange(self.n, device=row.device).expand_as(row)
+            to = _muted(row, anchor, lengths)
+        share = None
+        if self.extra_mass is not None or next.extra_mass is not None:
+            share = (self.share * next.share.gather(-1, mine.clamp(min=0))).gather(-1, extra)
+        return Hard(
+            self.n, anchor, extra, to, weight.gather(-1, anchor), weight.gather(-1, extra), share,
+            length=lengths, front=self.front + next.front,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Soft(Plan):
-    """Every source may contribute to every row. matrix: (*lead, M, N)."""
+    """Every source may contribute to every row. matrix: (*lead, M, N); length: (*lead,) real rows, where ragged."""
 
     matrix: Tensor
     mass: Tensor | None = None
     place: Tensor | None = None
+    length: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def m(self) -> int:
@@ -449,6 +536,17 @@ class Soft(Plan):
     @property
     def lead(self) -> tuple[int, ...]:
         return tuple(self.matrix.shape[:-2])
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return self.length
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(*lead, M) bool, True where a row is real; None where all are."""
+        if self.length is None:
+            return None
+        return torch.arange(self.m, device=self.matrix.device) < self.length[..., None]
 
     @property
     def row(self) -> Tensor:
@@ -485,21 +583,36 @@ class Soft(Plan):
 
 @dataclass(frozen=True, eq=False)
 class Masked(Plan):
-    """N rows in, N rows out. policy: (*lead, N) in [0, 1], may carry gradient; change: rows updated in place."""
+    """The training form: every row stays. policy: (*lead, M) in [0, 1], may carry gradient.
+
+    change  what happens to the rows besides: a hard plan updates its anchors where they stand; a soft one gives all
+            M rows from the N sources (M = N + front)
+    front   rows a soft change adds right behind the protected prefix (package tokens)
+    """
 
     policy: Tensor
-    change: Hard | None = None
+    change: Hard | Soft | None = None
+    front: int = field(default=0, kw_only=True)
 
     @property
     def m(self) -> int:
-        return self.n
+        return self.policy.shape[-1]
 
     @property
     def lead(self) -> tuple[int, ...]:
         return tuple(self.policy.shape[:-1])
 
     @property
+    def _live(self) -> Tensor:
+        """(*lead, M, N): a soft change without the rows that are masked."""
+        assert isinstance(self.change, Soft)
+        return self.change.matrix * (self.policy > 0)[..., None]
+
+    @property
     def row(self) -> Tensor:
+        if isinstance(self.change, Soft):
+            best, row = self._live.max(dim=-2)
+            return torch.where(best > 0, row, -1)
         own = torch.where(self.policy > 0, torch.arange(self.n, device=self.policy.device), -1)
         if self.change is None:
             return own
@@ -508,28 +621,52 @@ class Masked(Plan):
 
     @property
     def position(self) -> Tensor:
+        if isinstance(self.change, Soft):
+            return self.change.position
         return torch.arange(self.n, device=self.policy.device).expand_as(self.policy)
 
     def reduce(self, x: Tensor) -> Tensor:
         self._check(x, self.n, -2)
+        if isinstance(self.change, Soft):
+            return self.change.reduce(x)
         if self.change is None or not (self.change.averages or self.change.anchor_weight is not None):
             return x
-        index = self.change.anchor[..., None].expand(*self.change.anchor.shape, x.shape[-1])
-        return x.scatter(-2, index, self.change.reduce(x))
+        return self._updated(x, self.change, self.change.reduce(x))
 
     def restore(self, y: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        return y
+        if not isinstance(self.change, Soft):
+            return y
+        row = self.row
+        return torch.where((row < 0)[..., None], fill, take(y, row.clamp(min=0)))
 
     def sizes(self, size: Tensor | None) -> Tensor:
         if size is None:
-            size = torch.ones_like(self.policy)
+            size = torch.ones(*self.lead, self.n, device=self.policy.device)
         if self.change is None:
             return size
-        return size.scatter(-1, self.change.anchor, self.change.sizes(size))
+        if isinstance(self.change, Soft):
+            return Soft(self.n, self._live.detach()).sizes(size)
+        change = self.change
+        out = self._updated(size[..., None], change, change.sizes(size)[..., None])[..., 0]
+        if change.extra is None or change.extra_mass is None:
+            return out
+        # A masked row that passed on a share of its size keeps that share: it weighs in the gradient of the policy.
+        assert change.to is not None
+        passed = size.gather(-1, change.extra) * change.extra_mass
+        return out.scatter(-1, change.extra, torch.where(change.to < 0, out.gather(-1, change.extra), passed))
 
     def dense(self) -> Tensor:
+        if isinstance(self.change, Soft):
+            return self.change.dense()
         eye = torch.eye(self.n, device=self.policy.device).expand(*self.lead, self.n, self.n)
         if self.change is None:
             return eye
-        index = self.change.anchor[..., None].expand(*self.change.anchor.shape, self.n)
-        return eye.scatter(-2, index, self.change.dense())
+        return self._updated(eye, self.change, self.change.dense())
+
+    @staticmethod
+    def _updated(x: Tensor, change: Hard, rows: Tensor) -> Tensor:
+        """x: (*lead, N, C) with the change's rows where their anchors stand; padding rows go nowhere."""
+        index = change._real_anchor[..., None].expand(*change.anchor.shape, x.shape[-1])
+        if change.length is None:
+            return x.scatter(-2, index, rows)
+        return torch.nn.functional.pad(x, (0, 0, 0, 1)).scatter(-2, index, rows)[..., : change.n, :]

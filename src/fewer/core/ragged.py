@@ -18,17 +18,18 @@ class Packing:
 
     def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
         self.lengths, self.width = list(lengths), width
-        rows = torch.arange(width, device=device)
-        real = rows < torch.tensor(self.lengths, device=device)[:, None]
-        offset = torch.arange(len(self.lengths), device=device)[:, None] * width
-        self.valid = real
-        self.index = (offset + rows)[real]  # (T,) into the flattened (B * width) padded rows
+        # The layout is made on the host, where picking by a mask waits for nothing, and copied over.
+        rows = torch.arange(width)
+        real = rows < torch.tensor(self.lengths)[:, None]
+        offset = torch.arange(len(self.lengths))[:, None] * width
+        self.valid = real.to(device, non_blocking=True)
+        self.index = (offset + rows)[real].to(device, non_blocking=True)  # (T,) into the flattened (B * width) rows
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, width, C) -> (1, T, C)."""
         return x.reshape(-1, x.shape[-1]).index_select(0, self.index)[None]
 
-    def pad(self, x: Tensor, dim: int = -2) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         """(1, ..., T, C) -> (B, ..., width, C), zeros in the padding; the token axis is the second to last."""
         if x.dim() == 3:
             out = x.new_zeros(len(self.lengths) * self.width, x.shape[-1])

@@ -15,6 +15,7 @@ from .tokens import Tokens
 if TYPE_CHECKING:
     from torch import nn
 
+
 @dataclass(frozen=True)
 class Card:
     """What is published about a method.
@@ -39,6 +40,8 @@ class Reducer:
     layers        0-based blocks where it acts; None = every block
     site          where in the block
     proportional  later blocks add log(size) to their attention logits
+    needs_cls     whether it ranks by a class token and has no answer without one
+    extra         rows it adds to those the budget grants (what is dropped, fused into one)
     """
 
     card: ClassVar[Card]
@@ -46,6 +49,16 @@ class Reducer:
     layers: tuple[int, ...] | None = None
     site: ClassVar[Site] = Site.MID_BLOCK
     proportional: bool = False
+    needs_cls: ClassVar[bool] = False
+
+    @property
+    def extra(self) -> int:
+        return 0
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether samples may keep different numbers, so that the budget alone does not tell how many stay."""
+        return self.budget.adaptive
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         """The method: look at the signals, say which tokens go where."""
@@ -59,7 +72,9 @@ class Reducer:
 R = TypeVar("R", bound=type[Reducer])
 
 
-def reducer(name: str, *, paper: str, acts: str, on: str, training: str, exempt: dict[str, str] | None = None) -> Callable[[R], R]:  # fmt: skip
+def reducer(
+    name: str, *, paper: str, acts: str, on: str, training: str, exempt: dict[str, str] | None = None
+) -> Callable[[R], R]:
     """Declare a method. The decorated class keeps its card; the file it stands in is how it is found."""
 
     def declare(cls: R) -> R:

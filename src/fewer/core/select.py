@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .budgets import Budget, Mass, Threshold
+from . import cluster
+from .budgets import Budget, Mass, Outliers, Threshold
 from .place import Place
-from .plan import Hard, Plan, PlanError
+from .plan import Hard, Plan, PlanError, on_device
 from .tokens import Group, Tokens
+
+Fidelity = Literal["paper", "code"]
 
 
 def top(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, among: Group | None = None) -> Hard:
@@ -20,20 +25,157 @@ def top(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, among: Gro
     Cost     one sort of N per sample, one scatter; no synchronisation.
     Raises   PlanError if scores and tokens disagree on N.
     """
-    if scores.shape[-1] != tokens.n:
-        raise PlanError(f"scores are for {scores.shape[-1]} tokens, the sequence has {tokens.n}")
+    _check(scores, tokens)
     scores = _candidates(scores, tokens, among)
     free = tokens.free_count if among is None else len(among)
     fixed = tokens.n - free
     if budget.adaptive:
         return _ragged(_adaptive(scores, budget), tokens)
-    count = fixed + budget.keep(free, at)
-    if count == tokens.n and tokens.valid is None:
+    if tokens.valid is None and budget.keep(free, at) == free:
         return Plan.identity((tokens.batch,), tokens.n, scores.device)
+    return _first(scores.sort(dim=-1, descending=True, stable=True).indices, budget, tokens, at, fixed)
+
+
+def outliers(scores: Tensor, tokens: Tokens, *, at: Place, factor: float = 1.5) -> Hard:
+    """Keep the tokens whose score lies above the upper fence, Q3 + factor (Q3 - Q1), of their sample; at least one.
+
+    Shapes   scores: (B, N), any float. Quartiles of the free tokens, interpolated linearly.
+    Returns  a ragged pruning plan. The same as `top` with the budget `Outliers(factor)`.
+    Source   Tukey 1977; LLaVA-PruMerge, arXiv:2403.15388, sec. 3.2.
+    """
+    return top(scores, Outliers(factor), tokens, at=at)
+
+
+def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fidelity: Fidelity = "paper") -> Hard:
+    """Inverse transform sampling: K fixed points of the distribution of scores; a token hit twice stays once.
+
+    Shapes   scores: (B, N), non-negative; they need not sum to one. A sample whose scores are all zero counts as even.
+    Returns  a ragged pruning plan: at most K free tokens stay, fewer where the scores are peaked. Deterministic.
+    Points   the free tokens in order of rising score (the earlier position first) are summed up from 0 to 1. "paper":
+             the points (2i - 1) / 2K, each takes the token whose step holds it. "code": K points spread from 0 to 1,
+             each takes the token whose sum, rescaled to run from 0 to 1, is nearest (the first of equals).
+    Cost     one sort of N and two searches per point; no synchronisation.
+    Raises   PlanError if scores and tokens disagree on N, or for a budget that names no count.
+    Source   ATS, arXiv:2111.15667, sec. 3.2.
+    """
+    _check(scores, tokens)
+    if budget.adaptive:
+        raise PlanError(f"{budget!r} names no count; sampling takes r, keep or tokens")
+    free = tokens.free_count
+    k = budget.keep(free, at)
+    place = tokens.free_index()
+    f = place.shape[1]
+    if k == 0 or f == 0:
+        return top(scores, budget, tokens, at=at)
+    with torch.no_grad():
+        s = scores.gather(-1, place).double().nan_to_num(0.0).clamp(min=0)
+        number: Tensor | int = k
+        real = None if tokens.valid is None else tokens.valid.gather(-1, place)
+        even = torch.ones_like(s)
+        if real is not None:
+            number = on_device(budget.counts(free, at), s.device)[real.sum(-1)][:, None]
+            s, even = s.masked_fill(~real, 0), real.to(s.dtype)
+        s = torch.where(s.sum(-1, keepdim=True) > 0, s, even)
+        order = (s if real is None else s.masked_fill(~real, -1)).sort(dim=-1, stable=True).indices  # padding first
+        total = s.gather(-1, order).cumsum(-1)
+        total = total / total[:, -1:].clamp(min=1e-300)
+        i = torch.arange(k, device=s.device, dtype=s.dtype).expand(tokens.batch, k)
+        if fidelity == "paper":  # a point on an edge takes the lower token; sums of float32 in float64 are exact
+            hit = torch.searchsorted(total, (2 * i + 1) / (2 * number))
+        else:
+            low = total[:, :1] if real is None else total.gather(-1, (f - real.sum(-1, keepdim=True)).clamp(max=f - 1))
+            total = (total - low) / (1 - low).clamp(min=1e-300)
+            if real is not None:
+                total = total.masked_fill(~real.gather(-1, order), -9)
+            hit = _nearest_step(total, i / (number - 1 if isinstance(number, Tensor) else max(number - 1, 1)))
+        hit = order.gather(-1, hit.clamp(max=f - 1))
+        hit = hit.masked_fill(i >= number, f)
+        keep = torch.zeros(tokens.batch, f + 1, dtype=torch.bool, device=s.device).scatter(-1, hit, True)[:, :-1]
+        return _kept(keep, place, tokens, tokens.n - free + k, ragged=True)
+
+
+def _nearest_step(steps: Tensor, points: Tensor) -> Tensor:
+    """For each point the step nearest to it, the first of equals. steps: (B, F) ascending, points: (B, K)."""
+    points = points.nan_to_num(0.0)
+    above = torch.searchsorted(steps, points).clamp(max=steps.shape[-1] - 1)
+    below = (above - 1).clamp(min=0)
+    lower = points - steps.gather(-1, below) <= steps.gather(-1, above) - points
+    return torch.searchsorted(steps, steps.gather(-1, torch.where(lower, below, above)))
+
+
+def stratified(
+    scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, grid: tuple[int, int],
+    window: tuple[int, int] = (2, 2), offset: int | None = None,
+) -> Hard:  # fmt: skip
+    """Every window of the patch grid keeps its best token, then every window its second best, until the budget is met.
+
+    Shapes   scores: (B, N), any float; higher stays. The last round goes by score.
+    grid     (height, width) of the input patches; a token belongs to the window of the patch it stands for, so earlier
+             reductions do no harm. window: (height, width) in patches; windows at the edge may be smaller.
+    offset   input tokens before the first patch; None = the protected prefix.
+    Returns  a hard pruning plan, rows ascending by position.
+    Cost     three sorts of N per sample, no synchronisation.
+    """
+    _check(scores, tokens)
+    if min(window) < 1:
+        raise PlanError(f"windows of {window[0]} x {window[1]} hold no patch")
+    if budget.adaptive:
+        raise PlanError(f"{budget!r} names no count; stratified takes r, keep or tokens")
+    s = _candidates(scores, tokens, None)
+    patch = (tokens.place() - (tokens.prefix if offset is None else offset)).clamp(min=0)
+    across = -(-grid[1] // window[1])
+    cell = patch // grid[1] // window[0] * across + patch % grid[1] // window[1]
+    by_score = s.sort(dim=-1, descending=True, stable=True).indices
+    sorted_cell, by_cell = cell.masked_fill(~s.isfinite(), -1).gather(-1, by_score).sort(dim=-1, stable=True)
+    turn = torch.arange(tokens.n, device=s.device) - torch.searchsorted(sorted_cell, sorted_cell)
+    turn = torch.empty_like(turn).scatter_(-1, by_cell, turn)  # of by_score's tokens: which in its window
+    ranked = s.gather(-1, by_score)
+    turn = turn.masked_fill(ranked == float("inf"), -1).masked_fill(ranked == float("-inf"), tokens.n)
+    order = by_score.gather(-1, turn.sort(dim=-1, stable=True).indices)
+    return _first(order, budget, tokens, at, tokens.n - tokens.free_count)
+
+
+def maxmin(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
+    """Greedy max-min diversity: always the token farthest from all that were chosen.
+
+    Shapes   metric: (B, N, d), any float; the distance is 1 - cosine, in float32, without gradient. The first choice
+             is the token whose nearest neighbour is farthest. At least one free token stays.
+    Returns  a hard pruning plan, rows ascending by position.
+    Cost     2 F^2 d + 2 F K FLOPs and F^2 floats per sample for F free tokens, K of them chosen; K steps, no sync.
+    Source   DivPrune, arXiv:2503.02175, alg. 1.
+    """
+    block = cluster.Field.of(metric, budget, tokens, at)
+    if block.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * block.f**2 * metric.shape[-1] + 2 * block.f * block.k)
+    with torch.no_grad():
+        d = cluster.cosine_distance(block.take(metric), block.real)
+        alone = d.amin(-1)
+        first = (alone if block.real is None else alone.masked_fill(~block.real, -1)).argmax(-1)
+        chosen = cluster.farthest(d, first, block.k, block.real)
+        if block.count is not None:
+            late = torch.arange(block.k, device=d.device) >= block.count[:, None]
+            chosen = chosen.masked_fill(late, block.f)
+        keep = torch.zeros(tokens.batch, block.f + 1, dtype=torch.bool, device=d.device).scatter(-1, chosen, True)
+        m = tokens.n - block.f + block.k
+        return _kept(keep[:, :-1], tokens.free_index(), tokens, m, ragged=block.count is not None)
+
+
+def _check(scores: Tensor, tokens: Tokens) -> None:
+    if scores.shape[-1] != tokens.n:
+        raise PlanError(f"scores are for {scores.shape[-1]} tokens, the sequence has {tokens.n}")
+
+
+def _kept(keep: Tensor, place: Tensor, tokens: Tokens, m: int, *, ragged: bool) -> Hard:
+    """The plan that keeps some free tokens and all protected ones. keep, place: (B, F); m: rows."""
+    full = torch.zeros(tokens.batch, tokens.n, dtype=torch.bool, device=keep.device).scatter(-1, place, keep)
+    if tokens.protected is not None:
+        full = full | tokens.protected
     if tokens.valid is not None:
-        return _top_of_padded(scores, budget, tokens, at, fixed)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return Plan.keep(order.sort(dim=-1).values, tokens.n)
+        full = full & tokens.valid
+    if ragged:
+        return _ragged(full, tokens, m)
+    return Plan.keep((~full).to(torch.int8).argsort(dim=-1, stable=True)[:, :m], tokens.n)
 
 
 def _candidates(scores: Tensor, tokens: Tokens, among: Group | None) -> Tensor:
@@ -57,8 +199,10 @@ def _adaptive(scores: Tensor, budget: Budget) -> Tensor:
         ranked, order = scores.masked_fill(~candidate, -1).sort(dim=-1, descending=True, stable=True)
         ranked = ranked.clamp(min=0)
         before = ranked.cumsum(-1) - ranked
-        wanted = before < budget.share * ranked.sum(-1, keepdim=True)
+        wanted = (before < budget.share * ranked.sum(-1, keepdim=True)) | (budget.share == 1)
         keep = torch.zeros_like(wanted).scatter(-1, order, wanted)
+    elif isinstance(budget, Outliers):
+        keep = scores > _fence(scores.masked_fill(~candidate, float("inf")), candidate.sum(-1, keepdim=True), budget)
     else:
         raise PlanError(f"{type(budget).__name__} does not say which scores stay")
     best = scores.masked_fill(~candidate, float("-inf")).argmax(-1, keepdim=True)
@@ -66,21 +210,34 @@ def _adaptive(scores: Tensor, budget: Budget) -> Tensor:
     return keep | (scores == float("inf"))
 
 
-def _ragged(keep: Tensor, tokens: Tokens) -> Hard:
-    """A ragged pruning plan from a mask. keep: (B, N) bool. As many rows as tokens; the lengths say which are real."""
+def _fence(scores: Tensor, number: Tensor, budget: Outliers) -> Tensor:
+    """(B, 1): Q3 + factor (Q3 - Q1) of the `number` finite scores of each sample."""
+    ranked = scores.sort(dim=-1).values
+    quartile = []
+    for share in (0.25, 0.75):
+        at = share * (number - 1).clamp(min=0)
+        low, high = at.floor().long(), at.ceil().long()
+        quartile.append(torch.lerp(ranked.gather(-1, low), ranked.gather(-1, high), (at - low).float()))
+    return quartile[1] + budget.factor * (quartile[1] - quartile[0])
+
+
+def _ragged(keep: Tensor, tokens: Tokens, width: int | None = None) -> Hard:
+    """A ragged pruning plan from a mask. keep: (B, N) bool. width: rows, the most any sample can keep (default N)."""
     order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)
-    return Plan.keep(order, tokens.n, keep.sum(-1))
+    return Plan.keep(order[:, :width], tokens.n, keep.sum(-1))
 
 
-def _top_of_padded(scores: Tensor, budget: Budget, tokens: Tokens, at: Place, fixed: int) -> Hard:
-    """top where samples are padded: each keeps the budget's share of its own tokens, as it would alone."""
-    assert tokens.valid is not None
+def _first(order: Tensor, budget: Budget, tokens: Tokens, at: Place, fixed: int) -> Hard:
+    """Keep as many as the budget grants, and the `fixed` ones. order: (B, N), what stays first, padding last.
+
+    Where samples are padded, each keeps the budget's share of its own tokens, as it would alone.
+    """
+    if tokens.valid is None:
+        count = fixed + budget.keep(tokens.n - fixed, at)
+        return Plan.keep(order[..., :count].sort(dim=-1).values, tokens.n)
     # The budget is asked once per possible length: a table of Python integers, read per sample without a sync.
-    table = torch.tensor([fixed + budget.keep(n, at) for n in range(tokens.n - fixed + 1)], device=scores.device)
-    lengths = table[(tokens.valid.sum(-1) - fixed).clamp(min=0)]
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.arange(tokens.n, device=scores.device)
+    table = [fixed + kept for kept in budget.counts(tokens.n - fixed, at)]
+    lengths = on_device(table, order.device)[(tokens.valid.sum(-1) - fixed).clamp(min=0)]
+    rank = torch.arange(tokens.n, device=order.device)
     keep = torch.zeros_like(tokens.valid).scatter(-1, order, rank < lengths[:, None]) & tokens.valid
-    width = int(fixed + budget.keep(tokens.n - fixed, at))
-    plan = _ragged(keep, tokens)
-    return Plan.keep(plan.anchor[..., :width], tokens.n, lengths)
+    return _ragged(keep, tokens, max(table))

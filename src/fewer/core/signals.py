@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +13,20 @@ from . import attention
 from .attention import Seen
 from .place import Place
 from .tokens import Group, Tokens
+
+
+class lazy:
+    """A property computed once. cached_property takes a lock on Python 3.11, which torch.compile cannot trace."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = self.function(instance)
+        instance.__dict__[self.function.__name__] = value
+        return value
 
 
 class SignalError(RuntimeError):
@@ -27,6 +41,7 @@ class Signals:
     at         the place; pass it on to selectors and matchers
     modules    the method's own trained modules, empty for training-free methods
     training   whether the training form is wanted
+    prefix     tokens in front of the patches in the model's input
     """
 
     hidden: Tensor
@@ -37,6 +52,7 @@ class Signals:
     modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     training: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
+    prefix: int = 0
 
     def _attention(self, what: str) -> Seen:
         if self.seen is None:
@@ -55,10 +71,24 @@ class Signals:
     def v(self) -> Tensor:
         return self._attention("v").v
 
-    @cached_property
+    @lazy
+    def cell(self) -> tuple[Tensor, Tensor]:
+        """Row and column in the patch grid of the input token each row stands for, (B, N) long each.
+
+        Tokens in front of the patches count as the first cell; patches that form no known grid are one row."""
+        place = (self.tokens.place() - self.prefix).clamp(min=0)
+        width = self.at.start if self.grid is None else self.grid[1]
+        return place // max(width, 1), place % max(width, 1)
+
+    @lazy
     def key(self) -> Tensor:
         """(B, N, d) float32: keys averaged over heads, what a token offers."""
         return self.k.float().mean(dim=1)
+
+    @lazy
+    def value_norm(self) -> Tensor:
+        """(B, N), float32: lengths of the values, heads side by side: how much a token can say."""
+        return self.v.float().square().sum(dim=(1, 3)).sqrt()
 
     def attention_rows(self, queries: Group) -> Tensor:
         """(B, H, Q, N), float32: probabilities of some queries, all masks and biases applied."""
@@ -67,7 +97,7 @@ class Signals:
         self.at.spend(2 * h * len(queries) * n * d)
         return attention.rows(seen, queries)
 
-    @cached_property
+    @lazy
     def cls_attention(self) -> Tensor:
         """(B, N), float32: the class token's attention averaged over heads; its own entry included."""
         return self.attention_rows(self.tokens.cls).mean(dim=(1, 2))
@@ -80,7 +110,7 @@ class Signals:
         weight = None if self.tokens.valid is None or queries is not None else self.tokens.valid.float()
         return attention.mass(seen, queries, weight)
 
-    @cached_property
+    @lazy
     def saliency(self) -> Tensor:
         """(B, N), float32: importance every host can give: class attention where there is a class token, else the
         attention received from all queries, averaged over heads."""
@@ -88,8 +118,8 @@ class Signals:
             return self.cls_attention
         return self.attention_mass().mean(dim=1)
 
-    def module(self, name: str) -> nn.Module:
-        """One of the method's trained modules."""
+    def module(self, name: str) -> Any:
+        """One of the method's trained modules: an nn.Module of a class the method knows."""
         if name not in self.modules:
             raise SignalError(f"this method has no module {name!r}; it has {sorted(self.modules)}")
         return self.modules[name]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .plan import Hard, Plan
+from .plan import Hard, Masked, Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Tokens:
     device: torch.device | None = None
 
     @classmethod
-    def plain(cls, batch: int, n: int, prefix: int = 0, **streams) -> Tokens:
+    def plain(cls, batch: int, n: int, prefix: int = 0, **streams: Any) -> Tokens:
         """Tokens with nothing special about them: the usual start, and what tests use."""
         return cls(batch, n, prefix, has_cls=streams.pop("has_cls", prefix > 0), **streams)
 
@@ -120,6 +121,18 @@ class Tokens:
             return self.valid
         return ~protected if self.valid is None else ~protected & self.valid
 
+    @property
+    def irregular(self) -> bool:
+        """Whether the free tokens are anything else than all rows behind the prefix."""
+        return self.guarded is not None or self.valid is not None
+
+    def free_index(self) -> Tensor:
+        """(B, free_count) long: positions of the unprotected tokens, ascending; padding is not told apart."""
+        if self.protected is None:
+            return torch.arange(self.n, device=self.device).expand(self.batch, self.n)
+        order = self.protected.to(torch.int8).argsort(dim=-1, stable=True)
+        return order[:, : self.free_count].expand(self.batch, -1)
+
     def where(self, group: Group) -> Tensor:
         """The group as a mask, (B, N) bool."""
         mask = torch.zeros(self.batch, self.n, dtype=torch.bool, device=self.device)
@@ -146,11 +159,12 @@ class Tokens:
 
     def after(self, plan: Plan) -> Tokens:
         """The tokens a plan leaves, every stream moved in step."""
+        if isinstance(plan, Masked):
+            size = plan.sizes(self.size) if plan.change is not None or self.size is not None else None
+            masked = replace(self, policy=plan.policy, size=size)
+            return masked if not plan.front else masked._with_front(plan)
         merges = not (isinstance(plan, Hard) and not plan.averages)
         size = plan.sizes(self.size) if merges or self.size is not None else None
-        policy = getattr(plan, "policy", None)
-        if policy is not None:
-            return replace(self, policy=policy, size=size if self.size is not None else None)
         valid = getattr(plan, "valid", None)
         return replace(
             self,
@@ -158,6 +172,18 @@ class Tokens:
             prefix=self.prefix + getattr(plan, "front", 0),
             size=size,
             valid=valid if self.valid is None else (valid if valid is not None else plan.gather(self.valid)),
+            guarded=None if self.guarded is None else plan.gather(self.guarded),
+            modality=None if self.modality is None else plan.gather(self.modality),
+            position=plan.gather(self.place()),
+        )
+
+    def _with_front(self, plan: Masked) -> Tokens:
+        """The streams behind a masked plan that adds protected rows."""
+        return replace(
+            self,
+            n=plan.m,
+            prefix=self.prefix + plan.front,
+            valid=None if self.valid is None else plan.gather(self.valid),
             guarded=None if self.guarded is None else plan.gather(self.guarded),
             modality=None if self.modality is None else plan.gather(self.modality),
             position=plan.gather(self.place()),

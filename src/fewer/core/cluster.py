@@ -1,0 +1,446 @@
+"""Clusterings: a metric and a budget in, a plan that merges each cluster out. Pure, deterministic, batched.
+
+Each algorithm stands twice: a core over a block of F tokens and K clusters that returns labels, and a wrapper that
+takes the free tokens, asks the budget and builds the plan. Rows are ordered by their smallest member; the earlier
+position wins every tie. A cluster's row is the average of its members, weighted by `weight` or by the tokens' sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .budgets import Budget
+from .match import unit
+from .place import Place
+from .plan import Hard, Plan, PlanError, on_device, take
+from .tokens import Tokens
+
+Linkage = Literal["average", "single", "complete"]
+LINKAGES = ("average", "single", "complete")
+INF = float("inf")
+
+
+# -- wrappers: tokens and budgets -----------------------------------------------------------------------------------
+def agglomerative(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, linkage: Linkage = "average",
+    weight: Tensor | None = None,
+) -> Hard:  # fmt: skip
+    """Merge the two closest clusters until as many are left as the budget grants.
+
+    Shapes   metric: (B, N, d), any float; the distance is 1 - cosine, in float32, without gradient. weight: (B, N).
+    Returns  a hard plan, one row per cluster; ragged where the input is padded.
+    Cost     2 F^2 d + R F^2 FLOPs and F^2 floats per sample for F free tokens and R merges; R steps, no sync.
+    Raises   PlanError for an unknown linkage, a metric of another length or a budget that names no count.
+    Source   ATC, arXiv:2409.11923, sec. 3; the update is Lance and Williams 1967.
+    """  # fmt: skip
+    if linkage not in LINKAGES:
+        raise PlanError(f"linkage={linkage!r} is unknown; choose one of {', '.join(LINKAGES)}")
+    field = Field.of(metric, budget, tokens, at)
+    merges = field.f - field.k
+    if merges == 0 and field.count is None:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * field.f**2 * metric.shape[-1] + merges * field.f**2)
+    with torch.no_grad():
+        d = cosine_distance(field.take(metric), field.real)
+        limit = None if field.count is None else field.number - field.count
+        steps = merges if limit is None else field.most_merges
+        return field.plan(agglomerate(d, steps, linkage, limit), tokens, weight)
+
+
+def dpc_knn(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, neighbours: int = 5, weight: Tensor | None = None
+) -> Hard:
+    """Density peaks: centres are dense and far from anything denser; the others join their nearest centre.
+
+    Shapes   metric: (B, N, d); distances are Euclidean over sqrt(d), in float32, without gradient. weight: (B, N).
+    Returns  a hard plan, one row per cluster. No noise is added to the densities: the earlier of two equals is denser.
+    Cost     2 F^2 d FLOPs and F^2 floats per sample; no loop, no sync.
+    Source   Du et al. 2016; as TCFormer, arXiv:2204.08680, sec. 3.2, uses it.
+    """
+    field = Field.of(metric, budget, tokens, at)
+    if neighbours < 1:
+        raise PlanError(f"neighbours={neighbours}: the density needs at least one neighbour")
+    if field.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * field.f**2 * metric.shape[-1])
+    with torch.no_grad():
+        d = squared_distance(field.take(metric), field.real) / metric.shape[-1]
+        label, _ = density_peaks(d, field.k, neighbours, field.real, field.count)
+        return field.plan(label, tokens, weight)
+
+
+def kmeans(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, iterations: int = 3, weight: Tensor | None = None
+) -> Hard:
+    """Lloyd's algorithm from evenly spaced seeds. A seed never leaves its cluster, so no cluster runs empty.
+
+    Shapes   metric: (B, N, d); squared Euclidean, in float32, without gradient. weight: (B, N), also of the means.
+    Cost     4 F K d FLOPs per sample and iteration; iterations loops, no sync.
+    """
+    field = Field.of(metric, budget, tokens, at)
+    if field.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(4 * field.f * field.k * metric.shape[-1] * max(iterations, 1))
+    with torch.no_grad():
+        mass = field.mass(tokens, weight)
+        label = lloyd(field.take(metric).float(), field.k, iterations, mass, field.real, field.count)
+        return field.plan(label, tokens, weight)
+
+
+def kmedoids(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, weight: Tensor | None = None, iterations: int = 3,
+    output: Literal["mean", "medoid"] = "mean",
+) -> Hard:  # fmt: skip
+    """Weighted k-medoids: the heaviest tokens start as centres; a centre is the member its cluster is closest to.
+
+    Shapes   metric: (B, N, d); squared Euclidean, in float32, without gradient. weight: (B, N), non-negative: ranks
+             the first centres, weighs the members' distances and the rows' averages; None = the tokens' sizes.
+    output   "mean": a row is the average of its cluster; "medoid": its centre, as it is.
+    Cost     2 F^2 d + 3 F^2 iterations FLOPs and F^2 floats per sample; iterations loops, no sync.
+    Source   Token Pooling, arXiv:2110.03860, sec. 3.2 (weighted clustering).
+    """
+    field = Field.of(metric, budget, tokens, at)
+    if field.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * field.f**2 * metric.shape[-1] + 3 * field.f**2 * iterations)
+    with torch.no_grad():
+        d = squared_distance(field.take(metric), field.real)
+        label, centre = medoids(d, field.k, iterations, field.mass(tokens, weight), field.real, field.count)
+        if output == "medoid":
+            weight = field.only(centre, tokens)
+        return field.plan(label, tokens, weight)
+
+
+def kcentre(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, weight: Tensor | None = None) -> Hard:
+    """Greedy k-centre: from the first free token on, the token farthest from all centres is the next one.
+
+    Shapes   metric: (B, N, d); squared Euclidean, in float32, without gradient. weight: (B, N).
+    Cost     2 F^2 d + 2 F K FLOPs and F^2 floats per sample; K steps, no sync. At most twice the optimal radius.
+    Source   Gonzalez 1985.
+    """
+    field = Field.of(metric, budget, tokens, at)
+    if field.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * field.f**2 * metric.shape[-1] + 2 * field.f * field.k)
+    with torch.no_grad():
+        d = squared_distance(field.take(metric), field.real)
+        first = torch.zeros(tokens.batch, dtype=torch.long, device=metric.device)
+        centre = farthest(d, first, field.k, field.real).sort(-1).values if field.count is None else None
+        if centre is None:
+            centre = farthest(d, first, field.k, field.real)
+        return field.plan(nearest(d, centre, field.count), tokens, weight)
+
+
+def runs(key: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
+    """Line the free tokens up by key and cut the line into equal runs, as many as the budget grants.
+
+    Shapes   key: (B, N), any ordered type; ties: the earlier position first.
+    Returns  a hard plan, one row per run; runs differ in length by at most one.
+    Cost     two sorts of F; no loop, no sync.
+    """
+    field = Field.of(key[..., None], budget, tokens, at)
+    if field.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, key.device)
+    line = field.take(key).float()
+    if field.real is not None:
+        line = line.masked_fill(~field.real, INF)
+    rank = line.argsort(dim=-1, stable=True).argsort(dim=-1)
+    if field.count is None:
+        label = rank * field.k // field.f
+    else:
+        label = (rank * field.count[:, None] // field.number.clamp(min=1)[:, None]).clamp(max=field.k)
+    return field.plan(label, tokens, None)
+
+
+# -- cores: F tokens, K clusters ------------------------------------------------------------------------------------
+def cosine_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """1 - cosine. x: (B, F, d) -> (B, F, F) float32, exactly symmetric, +inf on the diagonal and at padding."""
+    u = unit(x)
+    d = 1 - u @ u.transpose(-1, -2)
+    # The two triangles of a matrix product may differ in the last bit; the order of merges must not depend on that.
+    d = torch.minimum(d, d.transpose(-1, -2))
+    d.diagonal(dim1=-2, dim2=-1).fill_(INF)
+    return d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+
+
+def squared_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """Squared Euclidean. x: (B, F, d) -> (B, F, F) float32, symmetric, zero diagonal, +inf at padding."""
+    x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)
+    norm = (x * x).sum(-1)
+    d = (norm[:, :, None] + norm[:, None] - 2 * (x @ x.transpose(-1, -2))).clamp_(min=0)
+    d = torch.minimum(d, d.transpose(-1, -2))
+    d.diagonal(dim1=-2, dim2=-1).zero_()
+    return d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+
+
+def agglomerate(d: Tensor, merges: int, linkage: Linkage, limit: Tensor | None = None) -> Tensor:
+    """The cluster of each token after some merges, named by its smallest member. Returns (B, F) long.
+
+    d: (B, F, F) symmetric distances, +inf on the diagonal; used up. limit: (B,) merges of each sample, at most
+    `merges`; None = all. A step is a vectorised row minimum and a handful of operations on rows.
+    """
+    b, f, _ = d.shape
+    if limit is not None:  # samples that are done merge a spare row with itself
+        d = torch.nn.functional.pad(d, (0, 1, 0, 1), value=INF)
+        f += 1
+    flat = d.view(b * f, f)
+    base = torch.arange(b, device=d.device) * f
+    size = torch.ones(b * f, device=d.device)
+    rows = torch.full((2, b, f), INF, device=d.device)  # the merged row, and what stands where the other one was
+    new = rows[0]
+    columns = rows.permute(1, 2, 0)
+    pair = torch.empty(2, b, dtype=torch.long, device=d.device)
+    index = pair.t()[:, None].expand(b, f, 2)
+    kept, gone = [], []
+    for step in range(merges):
+        i = d.amin(-1).argmin(-1)
+        if limit is not None:
+            i = torch.where(step < limit, i, f - 1)
+        at_i = i + base
+        mine = flat.index_select(0, at_i)
+        j = mine.argmin(-1)
+        if limit is not None:
+            j = torch.where(step < limit, j, f - 1)
+        at_j = j + base
+        theirs = flat.index_select(0, at_j)
+        if linkage == "average":
+            n, m = size.index_select(0, at_i), size.index_select(0, at_j)
+            total = n + m
+            torch.div((n[:, None] * mine).add_(m[:, None] * theirs), total[:, None], out=new)
+            size.index_copy_(0, at_i, total)
+        elif linkage == "complete":
+            torch.maximum(mine, theirs, out=new)
+        else:  # the pair's own distance must not survive as a distance of the new row to itself
+            torch.minimum(mine, theirs, out=new)
+            new.scatter_(1, i[:, None], INF)
+        pair[0], pair[1] = i, j
+        flat.index_copy_(0, at_i, new)
+        d.scatter_(2, index, columns)
+        flat.index_fill_(0, at_j, INF)
+        kept.append(i)
+        gone.append(j)
+    parent = torch.arange(f, device=d.device).repeat(b, 1)
+    if kept:
+        parent.scatter_(1, torch.stack(gone, 1), torch.stack(kept, 1))
+    for _ in range(max(1, math.ceil(math.log2(max(f, 2))))):  # a parent comes earlier, so jumping ends at the root
+        parent = parent.gather(1, parent)
+    return parent if limit is None else parent[:, : f - 1]
+
+
+def density_peaks(
+    d: Tensor, k: int, neighbours: int, real: Tensor | None = None, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels (B, F) in [0, k) and centres (B, k), positions. d: (B, F, F) squared distances over channels.
+
+    density = exp(-mean of d over the nearest `neighbours`), the token itself being one of them; separation = distance
+    to the nearest denser token, for the densest one the largest distance there is. Centres maximise their product.
+    """
+    f = d.shape[-1]
+    near = d.topk(min(neighbours, f), dim=-1, largest=False).values
+    if real is None:
+        density = (-near.mean(-1)).exp()
+    else:  # a sample shorter than `neighbours` averages over what it has
+        there = near.isfinite()
+        density = (-near.masked_fill(~there, 0).sum(-1) / there.sum(-1).clamp(min=1)).exp().masked_fill(~real, -1)
+    where = torch.arange(f, device=d.device)
+    mine, theirs = density[:, :, None], density[:, None]
+    denser = (theirs > mine) | ((theirs == mine) & (where < where[:, None]))
+    far = d.masked_fill(d == INF, 0).amax(dim=(-2, -1))[:, None]
+    separation = torch.minimum(d.masked_fill(~denser, INF).amin(-1), far).sqrt()
+    score = density * separation
+    if real is not None:
+        score = score.masked_fill(~real, -1)
+    centre = score.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if count is None:
+        centre = centre.sort(-1).values
+    return nearest(d, centre, count), centre
+
+
+def lloyd(
+    x: Tensor, k: int, iterations: int, mass: Tensor, real: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """k-means labels (B, F) in [0, k). x: (B, F, d) float32; mass: (B, F) weights of the means."""
+    x = x.nan_to_num(0.0, 0.0, 0.0)
+    b, f, c = x.shape
+    step = torch.arange(k, device=x.device)
+    if real is None or count is None:
+        seed = (step * f // k).expand(b, k)
+        spare = None
+    else:
+        seed = step * real.sum(-1, keepdim=True) // count.clamp(min=1)[:, None]
+        spare = step >= count[:, None]
+        seed = seed.clamp(max=f - 1)
+    centre = take(x, seed)
+    own = step.expand(b, k)
+    label = own
+    for _ in range(max(iterations, 1)):
+        # |x|^2 is the same for all centres of a token and is left out
+        d = (centre * centre).sum(-1)[:, None] - 2 * (x @ centre.transpose(-1, -2))
+        if spare is not None:
+            d = d.masked_fill(spare[:, None], INF)
+        label = _put(d.argmin(-1), seed, own, spare)
+        m = mass[..., None]
+        index = label[..., None]
+        total = x.new_zeros(b, k, 1).scatter_add(1, index, m)
+        mean = x.new_zeros(b, k, c).scatter_add(1, index.expand(b, f, c), x * m) / total.clamp_min(1e-30)
+        centre = torch.where(total > 0, mean, centre)
+    return label
+
+
+def medoids(
+    d: Tensor, k: int, iterations: int, mass: Tensor, real: Tensor | None = None, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """k-medoids: labels (B, F) in [0, k) and centres (B, k). d: (B, F, F) squared distances; mass: (B, F)."""
+    b, f, _ = d.shape
+    rank = mass if real is None else mass.masked_fill(~real, -INF)
+    centre = rank.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if count is None:
+        centre = centre.sort(-1).values
+    weighted = d.masked_fill(d == INF, 0) * mass[:, None]
+    where = torch.arange(f, device=d.device).expand(b, f)
+    label = nearest(d, centre, count)
+    for _ in range(iterations):
+        cost = (weighted * (label[:, :, None] == label[:, None])).sum(-1)
+        if real is not None:
+            cost = cost.masked_fill(~real, INF)
+        best = cost.new_full((b, k), INF).scatter_reduce(1, label, cost, "amin")
+        wins = where.masked_fill(cost > best.gather(1, label), f)
+        found = where.new_full((b, k), f).scatter_reduce(1, label, wins, "amin")
+        centre = torch.where(found < f, found, centre)
+        label = nearest(d, centre, count)
+    return label, centre
+
+
+def farthest(d: Tensor, first: Tensor, k: int, real: Tensor | None = None) -> Tensor:
+    """Greedy max-min: positions (B, k) in the order chosen. d: (B, F, F) distances; first: (B,) the start."""
+    b, f, _ = d.shape
+    flat = d.reshape(b * f, f)
+    base = torch.arange(b, device=d.device) * f
+    apart = d.new_full((b, f), INF) if real is None else torch.where(real, INF, -1.0)
+    chosen = [first]
+    for _ in range(k - 1):
+        apart = torch.minimum(apart, flat.index_select(0, chosen[-1] + base))
+        apart = apart.scatter(1, chosen[-1][:, None], -1.0 - len(chosen))  # never again, even among duplicates
+        chosen.append(apart.argmax(-1))
+    return torch.stack(chosen, 1)
+
+
+def nearest(d: Tensor, centre: Tensor, count: Tensor | None = None) -> Tensor:
+    """The nearest centre of each token, (B, F) in [0, k); a centre belongs to itself. centre: (B, k) positions."""
+    b, k = centre.shape
+    to = d.transpose(-1, -2) if d.shape[0] == 0 else take(d, centre)  # (B, k, F); d is symmetric
+    spare = None
+    if count is not None:
+        spare = torch.arange(k, device=d.device) >= count[:, None]
+        to = to.masked_fill(spare[..., None], INF)
+    own = torch.arange(k, device=d.device).expand(b, k)
+    return _put(to.argmin(-2), centre, own, spare)
+
+
+def _put(label: Tensor, where: Tensor, own: Tensor, spare: Tensor | None) -> Tensor:
+    """label with its entries at `where` set to `own`, but for the spare ones."""
+    if spare is None:
+        return label.scatter(1, where, own)
+    wide = torch.nn.functional.pad(label, (0, 1))
+    return wide.scatter(1, where.masked_fill(spare, label.shape[1]), own)[:, :-1]
+
+
+# -- the free tokens as one block -----------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Field:
+    """The F free tokens of each sample, side by side, and the number of clusters they become.
+
+    start   their first position where they are a run; index: (B, F) positions otherwise
+    f, k    tokens and clusters, the largest of any sample
+    real    (B, F) bool and count (B,), the clusters of each sample, where samples are padded
+    """
+
+    start: int
+    index: Tensor | None
+    f: int
+    k: int
+    real: Tensor | None = None
+    count: Tensor | None = None
+    most_merges: int = 0
+
+    @classmethod
+    def of(cls, metric: Tensor, budget: Budget, tokens: Tokens, at: Place) -> Field:
+        if metric.shape[-2] != tokens.n:
+            raise PlanError(
+                f"the metric is for {metric.shape[-2]} tokens (shape {tuple(metric.shape)}), there are {tokens.n}"
+            )
+        f = tokens.free_count
+        index = None
+        if tokens.guarded is not None:
+            index = tokens.free_index()
+        table = budget.counts(f, at, least=1)
+        if tokens.valid is None:
+            return cls(tokens.prefix, index, f, table[f], most_merges=f - table[f])
+        real = tokens.valid[:, tokens.prefix :] if index is None else tokens.valid.gather(1, index)
+        count = on_device(table, metric.device)[real.sum(-1)]
+        most = max(n - k for n, k in enumerate(table))
+        return cls(tokens.prefix, index, f, max(table), real, count, most)
+
+    @property
+    def all_stay(self) -> bool:
+        return self.count is None and self.k == self.f
+
+    @property
+    def number(self) -> Tensor:
+        """(B,): the real tokens of each sample."""
+        assert self.real is not None
+        return self.real.sum(-1)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The block of (B, N[, C])."""
+        if self.index is not None:
+            return take(x, self.index)
+        return x[:, self.start :]
+
+    def mass(self, tokens: Tokens, weight: Tensor | None) -> Tensor:
+        """(B, F) float32: weight, or sizes, or ones; zero at padding."""
+        given = tokens.size if weight is None else weight
+        shape = (tokens.batch, self.f)
+        if given is None:
+            mass = torch.ones(shape, device=tokens.device if self.real is None else self.real.device)
+        else:
+            mass = self.take(given).detach().float().nan_to_num(0.0)
+        return mass if self.real is None else mass.masked_fill(~self.real, 0)
+
+    def only(self, centre: Tensor, tokens: Tokens) -> Tensor:
+        """(B, N) weights: one at the centres (B, k) and outside the block, zero elsewhere in it."""
+        weight = torch.zeros(tokens.batch, self.f + 1, device=centre.device)
+        if self.count is not None:
+            spare = torch.arange(self.k, device=centre.device) >= self.count[:, None]
+            centre = centre.masked_fill(spare, self.f)
+        weight = weight.scatter(1, centre, 1.0)[:, : self.f]
+        if self.index is None:
+            return torch.cat([weight.new_ones(tokens.batch, self.start), weight], 1)
+        return weight.new_ones(tokens.batch, tokens.n).scatter(1, self.index, weight)
+
+    def plan(self, label: Tensor, tokens: Tokens, weight: Tensor | None) -> Hard:
+        """label: (B, F), clusters named in any way, none of them empty. Rows by smallest member."""
+        b, n = tokens.batch, tokens.n
+        where = torch.arange(n, device=label.device).expand(b, n)
+        place = where[:, self.start :] if self.index is None else self.index
+        if self.real is not None:  # padding is in no cluster
+            label = label.masked_fill(~self.real, self.f)
+        first = place.new_full((b, self.f + 1), n).scatter_reduce(1, label, place, "amin")
+        root = where.scatter(1, place, first.gather(1, label))
+        alive = root == where
+        if tokens.valid is not None:
+            alive = alive & tokens.valid
+        row = (alive.long().cumsum(-1) - 1).gather(1, root.clamp(max=n - 1))
+        m = n - self.f + self.k
+        # Members that all weigh nothing still make a row: their even average.
+        size = tokens.size if weight is None else weight.detach().float().clamp_min(1e-12)
+        if self.count is None:
+            return Plan.from_rows(row, m, size=size)
+        assert tokens.valid is not None
+        lengths = tokens.valid.sum(-1) - self.number + self.count
+        return Plan.from_rows(row.masked_fill(~tokens.valid, -1), m, size=size, lengths=lengths)

@@ -1,0 +1,110 @@
+"""What learned reducers share: a keep predictor, hard decisions with soft gradients, and their training record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .budgets import Budget
+from .signals import Signals
+from .tokens import Tokens
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of hard, to the bit, with the gradient of soft."""
+    return hard + (soft - soft.detach())
+
+
+def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise, float32, of like's shape and device."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+
+
+def keep_decision(logp: Tensor, noise: Tensor, tau: float = 1.0) -> Tensor:
+    """Sample keep (1) or drop (0) for each token.
+
+    Shapes   logp: (B, M, 2) log-probabilities, class 0 = keep; noise: Gumbel noise of the same shape.
+    Returns  (B, M) float32, exactly 0 or 1, with the gradient of softmax((logp + noise) / tau).
+    Source   Gumbel-softmax with straight-through gradients, arXiv:1611.01144.
+    """
+    soft = ((logp + noise) / tau).softmax(-1)[..., 0]
+    noisy = logp + noise
+    return straight_through((noisy[..., 0] >= noisy[..., 1]).float(), soft)
+
+
+class Predictor(nn.Module):
+    """Keep or drop, from a token's own features and the mean of those still present.
+
+    h = GELU(Linear(LayerNorm(x))); the first half of h's channels is the token's own, the second half is averaged over
+    the present tokens; both go through C -> C/2 -> C/4 -> 2 with GELU. Source: DynamicViT, arXiv:2106.02034, sec. 3.2.
+
+    generator: source of the training noise; None = torch's global one.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half, quarter = max(1, width // 2), max(1, width // 4)
+        self.own = half
+        self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.decide = nn.Sequential(
+            nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        )
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """x: (B, M, C); present: (B, M) in [0, 1], None = all. -> (B, M, 2), float32 log-probabilities, 0 = keep."""
+        h = self.embed(x)
+        own, shared = h[..., : self.own], h[..., self.own :]
+        if present is None:
+            mean = shared.mean(1, keepdim=True)
+        else:
+            weight = present[..., None].to(h.dtype)
+            mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        return F.log_softmax(self.decide(torch.cat([own, mean.expand_as(shared)], -1)).float(), dim=-1)
+
+    def noise(self, logp: Tensor) -> Tensor:
+        """What is added to the log-probabilities in training."""
+        return gumbel(logp, self.generator)
+
+    def flops(self, n: int) -> int:
+        """The linear layers on n tokens: 2 multiply-adds per weight and token."""
+        return 2 * n * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+
+def present(tokens: Tokens) -> Tensor | None:
+    """(B, M) in [0, 1]: which free tokens are still there, by earlier decisions and padding; None = all."""
+    stream = tokens.policy
+    if tokens.valid is not None:
+        stream = tokens.valid.float() if stream is None else stream * tokens.valid
+    return None if stream is None else tokens.free.of(stream, -1)
+
+
+def training_policy(signals: Signals, tokens: Tokens, budget: Budget, decision: Tensor) -> Tensor:
+    """The policy after a learned decision, and its entry in the pass's memory.
+
+    decision: (B, M) in {0, 1} for the free tokens. A token dropped once stays dropped; protected tokens stay.
+    Returns  (B, N) policy. `signals.memory` gains, under the stage: "keep", the free tokens' decisions (B, M), and
+             "target", the share of the starting tokens that the budget grants. The training losses read both.
+    """
+    there = present(tokens)
+    keep = decision if there is None else decision * there
+    policy = torch.cat([keep.new_ones(tokens.batch, tokens.prefix), keep], 1)
+    if tokens.guarded is not None:
+        policy = policy.masked_fill(tokens.guarded, 1)
+    at = signals.at
+    left = signals.memory.get("left", tokens.free_count)  # in training no row goes, so the budget's own count is kept
+    left = budget.keep(left, at)
+    remember(signals, "keep", tokens.free.of(policy, -1))
+    remember(signals, "target", left / at.start)
+    signals.memory["left"] = left
+    return policy
+
+
+def remember(signals: Signals, name: str, value: Any) -> None:
+    """One stage's entry of a record in the pass's memory. Written anew, so that forked passes do not share it."""
+    signals.memory[name] = {**signals.memory.get(name, {}), signals.at.stage: value}
