@@ -1,37 +1,67 @@
 """fewer: token reduction for transformers. Fewer tokens, better models.
 
 >>> import fewer
->>> fewer.ToMe(budget=fewer.Remove(16))
-ToMe(budget=Remove(r=16, inflect=0.0), layers=None, proportional=True)
+>>> fewer.text(fewer.ToMe(budget=fewer.Remove(16)))
+'tome:r=16'
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import core
-from .core import Budget, Capacity, KeepRatio, Mass, Plan, Reducer, Remove, Signals, Site, Threshold, Tokens, reducer
-from .registry import UnknownMethod, lookup, names, registered
-from .session import Session, SessionError, apply
-from .spec import SpecError, parse, text
+if TYPE_CHECKING:
+    from . import core
+    from .core import (
+        Budget,
+        Capacity,
+        KeepRatio,
+        Mass,
+        Plan,
+        Reducer,
+        Remove,
+        Signals,
+        Site,
+        Threshold,
+        Tokens,
+        reducer,
+    )
+    from .entry import apply
+    from .registry import UnknownMethod, lookup, names, registered
+    from .session import Session, SessionError
+    from .spec import SpecError, parse, text
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "Capacity", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError", "Signals", "Site",
-    "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "lookup", "names", "parse", "reducer",
+    "Budget", "Capacity", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError", "Signals",
+    "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "lookup", "names", "parse", "reducer",
     "registered", "text",
 ]  # fmt: skip
 
+_ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not wait for torch
+    **dict.fromkeys(("UnknownMethod", "lookup", "names", "registered"), "registry"),
+    **dict.fromkeys(("Session", "SessionError"), "session"),
+    "apply": "entry",
+    **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Reducer classes by name (`fewer.ToMe`), imported when first asked for."""
+    """The names above, and reducer classes (`fewer.ToMe`), imported when first asked for."""
+    if name == "core":
+        return import_module(".core", __name__)
+    if name in __all__:
+        value = getattr(import_module(f".{_ELSEWHERE.get(name, 'core')}", __name__), name)
+        globals()[name] = value
+        return value
     if not name.startswith("_"):
-        for cls in registered().values():
+        for cls in import_module(".registry", __name__).registered().values():
             if cls.__name__ == name:
                 return cls
     raise AttributeError(f"module 'fewer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *(cls.__name__ for cls in registered().values())])
+    classes = import_module(".registry", __name__).registered().values()
+    return sorted({*globals(), *__all__, *(cls.__name__ for cls in classes)})

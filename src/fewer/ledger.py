@@ -9,11 +9,13 @@ from .hosts import Host
 
 @dataclass
 class Entry:
-    """One block: mean tokens per sample in attention and in the MLP, and the method's own FLOPs per sample."""
+    """One block: mean tokens per sample in attention and in the MLP, the method's own FLOPs per sample, and the mean
+    number of query-key pairs (by default the square of the tokens: all samples alike)."""
 
     attention: float
     mlp: float
     own: int = 0
+    pairs: float | None = None
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Ledger:
     def _macs(self, entries: list[Entry]) -> float:
         total = float(self.patch_macs)
         for entry, (attention, mlp) in zip(entries, self.linear, strict=True):
-            total += entry.attention * attention + 2 * entry.attention**2 * self.width + entry.mlp * mlp
+            pairs = entry.attention**2 if entry.pairs is None else entry.pairs
+            total += entry.attention * attention + 2 * pairs * self.width + entry.mlp * mlp
         return total
 
     @property

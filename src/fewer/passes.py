@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .core import Hard, Masked, Plan, PlanError, Reducer, Seen, Signals, Site, Tokens
+from .core import Hard, Masked, Plan, Reducer, Seen, Signals, Site, Tokens
 from .core.attention import size_bias
 from .core.place import Place
 from .core.plan import take
@@ -49,18 +50,19 @@ class Pass:
         self.proportional = False
         self.memory: list[dict] = [{} for _ in session.methods]
         self.notes: list[str] = []
-        self._cost = [[0, 0, 0] for _ in host.blocks]
-        self._lengths: list[tuple[Tensor | None, Tensor | None]] = [(None, None) for _ in host.blocks]
+        self._cost = [[0, 0, 0] for _ in host.blocks]  # rows in attention, rows in the MLP, FLOPs of the methods
+        self._out = [0 for _ in host.blocks]
+        self._lengths: list[list[Tensor | None]] = [[None, None, None] for _ in host.blocks]  # the same and out, ragged
         self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
         self._start = time.perf_counter() if self._clock else 0.0
         self._own = 0.0
         self.seconds: float | None = None
-        self.done = False
+        self.counted = True  # False in a block's second run by gradient checkpointing
 
     # -- the sites ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, x: Tensor) -> Tensor:
         x = self._at(Site.BEFORE_BLOCK, layer, x, None)
-        self._cost[layer][0] = self._count()
+        self._cost[layer][0], self._lengths[layer][0] = self._count(), self._live_lengths()
         return x
 
     def call(self, layer: int) -> Call:
@@ -69,11 +71,9 @@ class Pass:
         bias = None
         if self.proportional and tokens.size is not None:
             size = tokens.size if self.packing is None else self.packing.pack(tokens.size[..., None])[..., 0]
-            bias = size_bias(size, self.session.dtype)
+            bias = size_bias(size, torch.float32)
         if self.packing is None and tokens.valid is not None:
-            pad = torch.zeros(tokens.valid.shape, dtype=self.session.dtype, device=tokens.valid.device)
-            pad = pad.masked_fill(~tokens.valid, float("-inf"))[:, None, None, :]
-            bias = pad if bias is None else bias.masked_fill(~tokens.valid[:, None, None, :], float("-inf"))
+            bias = _hidden(bias, tokens.valid)
         policy = tokens.policy
         eps = self.session.mask_eps if policy is not None and policy.requires_grad else 0.0
         split = None if self.packing is None else self.packing.attention
@@ -91,31 +91,32 @@ class Pass:
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         x = self._at(Site.MID_BLOCK, layer, x, call.seen)
-        self._cost[layer][1] = self._count()
-        self._lengths[layer] = (self._lengths[layer][0], self._live_lengths())
+        if not self.session.acting(Site.AFTER_BLOCK, layer):
+            call.seen = None  # nobody will look again: q, k and v need not live through the MLP
+        self._cost[layer][1], self._lengths[layer][1] = self._count(), self._live_lengths()
         return x
 
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
         x = self._at(Site.AFTER_BLOCK, layer, x, call.seen)
-        if layer + 1 < len(self.host.blocks):
-            self._lengths[layer + 1] = (self._live_lengths(), None)
-            return x
-        return self._finish(x)
+        self._out[layer], self._lengths[layer][2] = self._count(), self._live_lengths()
+        return x if layer + 1 < len(self.host.blocks) else self._finish(x)
 
     def _finish(self, x: Tensor) -> Tensor:
         if self._clock:
             self.seconds = time.perf_counter() - self._start
-        self.done = True
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
+        if self.counted:
+            self.session.finished(self)
         return x
 
     def _count(self) -> int:
         return self.tokens.n if self.live is None else self.live.m
 
     def _live_lengths(self) -> Tensor | None:
-        return None if self.tokens.valid is None else self.tokens.valid.sum(-1)
+        valid = self.tokens.valid if self.live is None else self.compact.valid
+        return None if valid is None else valid.sum(-1)
 
     def _at(self, site: Site, layer: int, x: Tensor, seen: Seen | None) -> Tensor:
         acting = self.session.acting(site, layer)
@@ -125,10 +126,13 @@ class Pass:
         if self.packing is not None:
             x, seen = self.packing.pad(x), _padded(seen, self.packing)
         for turn, (method, stage, stages) in enumerate(acting):
-            x, plan = self._act(method, stage, stages, layer, x, seen)
+            with _full_precision(x):
+                x, plan = self._act(method, stage, stages, layer, x, seen)
             if seen is not None and plan is not None and turn + 1 < len(acting):
                 seen = seen.gathered(plan.position)
-        if self.session.execution == "packed" and self.tokens.valid is not None:
+                if self.tokens.valid is not None:
+                    seen.bias = _hidden(seen.bias, self.tokens.valid)
+        if self.session.execution == "packed" and self.tokens.valid is not None and len(x):
             lengths = self.tokens.valid.sum(-1).tolist()
             self.packing = Packing(lengths, self.tokens.n, x.device)
             x = self.packing.pack(x)
@@ -136,7 +140,9 @@ class Pass:
             self._own += time.perf_counter() - began
         return x
 
-    def _act(self, method: int, stage: int, stages: int, layer: int, x: Tensor, seen: Seen | None) -> tuple[Tensor, Plan | None]:
+    def _act(
+        self, method: int, stage: int, stages: int, layer: int, x: Tensor, seen: Seen | None
+    ) -> tuple[Tensor, Plan | None]:
         """One method at one site: signals, plan, execution. Returns the features and the plan whose rows they are."""
         reducer: Reducer = self.session.methods[method]
         entry = self._cost[layer]
@@ -148,59 +154,63 @@ class Pass:
         if self.live is not None:
             tokens, hidden = self.compact, take(x, self.live.anchor)
             seen = None if seen is None else seen.gathered(self.live.anchor)
+            if seen is not None and tokens.valid is not None:
+                seen.bias = _hidden(seen.bias, tokens.valid)
         place = Place(layer, len(self.host.blocks), stage, stages, self.first.free_count, spend, self.notes.append)
         budget = reducer.budget
-        if not budget.adaptive and budget.keep(tokens.free_count, place) == tokens.free_count:
+        if not reducer.adaptive and budget.keep(tokens.free_count, place) == tokens.free_count:
             return x, None  # keeping all is the identity, for every method
+        modules = self.session.modules_of(method, stage)
+        weight = next(modules.parameters(), None)
         signals = Signals(
-            hidden, tokens, place, seen, self.grid, self.session.modules_of(method, stage),
-            self.session.training, self.memory[method],
+            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.grid, modules,
+            self.session.training, self.memory[method], self.first.prefix,
         )  # fmt: skip
         plan = reducer.plan(signals, tokens)
         self.proportional = self.proportional or reducer.proportional
         self.steps.append(Step(layer, method, plan))
         if self.session.execution == "masked" and isinstance(plan, Hard):
             return self._act_masked(x, plan, tokens), None
-        x = plan.reduce(x)
+        x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here
         self.tokens = tokens.after(plan)
         return x, None if isinstance(plan, Masked) else plan
 
     def _act_masked(self, x: Tensor, plan: Hard, tokens: Tokens) -> Tensor:
         """The plan's training form: N rows stay, the dropped ones are masked out of attention."""
-        if plan.length is not None:
-            raise PlanError("masked execution takes plans with equal counts; use execution='padded' for this budget")
-        live = Plan.identity((x.shape[0],), x.shape[1], x.device) if self.live is None else self.live
+        n = x.shape[1]
+        live = Plan.identity((x.shape[0],), n, x.device) if self.live is None else self.live
         rows = plan.reduce(take(x, live.anchor))
         anchor = live.anchor.gather(-1, plan.anchor)
-        self.live = Plan.keep(anchor, x.shape[1])
         self.compact = tokens.after(plan)
-        policy = torch.zeros(x.shape[:2], device=x.device).scatter(-1, anchor, 1.0)
-        size = self.compact.size
+        valid, size = self.compact.valid, self.compact.size
+        self.live = Plan.keep(anchor, n, None if valid is None else valid.sum(-1))
+        slot = anchor if valid is None else torch.where(valid, anchor, n)  # padding goes nowhere
+        policy = _placed(torch.zeros(x.shape[:2], device=x.device), slot, torch.ones(slot.shape, device=x.device))
         if size is not None:
-            size = torch.ones(x.shape[:2], device=x.device).scatter(-1, anchor, size)
+            size = _placed(torch.ones(x.shape[:2], device=x.device), slot, size)
         self.tokens = replace(self.tokens, policy=policy, size=size)
-        return x.scatter(1, anchor[..., None].expand(*anchor.shape, x.shape[-1]), rows)
+        return _placed(x, slot, rows)
 
-    # -- what can be read afterwards ------------------------------------------------------------------------------------
+    # -- what can be read afterwards -----------------------------------------------------------------------------------
     @property
     def counts(self) -> list[int] | Tensor:
         """Tokens after each block: Python integers, or (layers, B) where samples differ."""
-        ragged = any(lengths is not None for _, lengths in self._lengths)
-        if not ragged:
-            return [mlp for _, mlp, _ in self._cost]
+        if all(lengths is None for _, _, lengths in self._lengths):
+            return list(self._out)
         full = [
-            torch.full((self.first.batch,), entry[1]) if lengths is None else lengths.cpu()
-            for entry, (_, lengths) in zip(self._cost, self._lengths, strict=True)
+            torch.full((self.first.batch,), count) if lengths is None else lengths.cpu()
+            for count, (_, _, lengths) in zip(self._out, self._lengths, strict=True)
         ]
         return torch.stack(full)
 
     @property
     def ledger(self) -> Ledger:
         entries = []
-        for (attention, mlp, own), (la, lm) in zip(self._cost, self._lengths, strict=True):
-            a = attention if la is None else la.float().mean().item()
-            m = mlp if lm is None else lm.float().mean().item()
-            entries.append(Entry(a, m, own))
+        for (attention, mlp, own), (la, lm, _) in zip(self._cost, self._lengths, strict=True):
+            a = attention if la is None else la.double().mean().item()
+            m = mlp if lm is None else lm.double().mean().item()
+            pairs = attention**2 if la is None else la.double().square().mean().item()
+            entries.append(Entry(a, m, own, pairs))
         ledger = Ledger.of(self.host, entries, self.first.n, self.itemsize)
         ledger.seconds, ledger.own_seconds = self.seconds, (self._own if self._clock else None)
         ledger.notes = list(dict.fromkeys(self.notes))
@@ -212,10 +222,12 @@ class Pass:
         for step in self.steps:
             if layer is None or step.layer <= layer:
                 row = torch.where(row < 0, -1, step.plan.row.gather(-1, row.clamp(min=0)))
+        if layer is None and self.live is not None:  # masked execution: the rows of the output are all still there
+            row = torch.where(row < 0, -1, self.live.anchor.gather(-1, row.clamp(min=0)))
         return row
 
     def kept(self, layer: int) -> Tensor:
-        """(B, M): the input token each row stands for after `layer`, ascending; -1 pads ragged samples."""
+        """(B, M): the input token each row stands for after `layer`, row by row; -1 pads ragged samples."""
         place = torch.arange(self.first.n, device=self.first.device).expand(self.first.batch, -1)
         valid: Tensor | None = None
         for step in self.steps:
@@ -229,6 +241,8 @@ class Pass:
 
     def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """Spread rows back over the input tokens. features: (B, M, C) -> (B, N0, C)."""
+        if self.live is not None:
+            features = take(features, self.live.anchor)
         for step in reversed(self.steps):
             features = step.plan.restore(features, fill)
         return features
@@ -237,20 +251,36 @@ class Pass:
         """A copy of the state as it is now, for running a block once more without touching this pass."""
         other = copy.copy(self)
         other.steps, other.notes = list(self.steps), list(self.notes)
-        other._cost, other._lengths = [list(c) for c in self._cost], list(self._lengths)
+        other._cost, other._lengths = [list(c) for c in self._cost], [list(c) for c in self._lengths]
+        other._out, other.counted = list(self._out), False
         other.memory = [dict(m) for m in self.memory]
         return other
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager:
+    """Plans are made and executed in the precision their code says, whatever autocast is on around the model."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def _placed(onto: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
+    """Rows written to their slots; slot N is nowhere. onto: (B, N[, C]), slot: (B, M), rows: (B, M[, C])."""
+    roomy = torch.cat([onto, onto[:, :1]], 1)
+    index = slot if rows.dim() == 2 else slot[..., None].expand_as(rows)
+    return roomy.scatter(1, index, rows)[:, :-1]
+
+
+def _hidden(bias: Tensor | None, valid: Tensor) -> Tensor:
+    """An additive bias, or none, with padding's keys hidden. valid: (B, N). Returns (B, 1 or H, 1 or N, N)."""
+    if bias is None:
+        bias = torch.zeros(valid.shape, device=valid.device)[:, None, None, :]
+    return bias.masked_fill(~valid[:, None, None, :], float("-inf"))
 
 
 def _padded(seen: Seen | None, packing: Packing) -> Seen | None:
     if seen is None:
         return None
-    bias = seen.bias
-    if bias is not None:
-        bias = packing.pad(bias.transpose(-1, -2)).transpose(-1, -2)
-        bias = bias.masked_fill(~packing.valid[:, None, None, :], float("-inf"))
-    else:
-        bias = torch.zeros(packing.valid.shape, dtype=seen.q.dtype, device=seen.q.device)
-        bias = bias.masked_fill(~packing.valid, float("-inf"))[:, None, None, :]
-    return Seen(packing.pad(seen.q), packing.pad(seen.k), packing.pad(seen.v), seen.scale, bias, seen.causal)
-
+    bias = None if seen.bias is None else packing.pad(seen.bias.transpose(-1, -2)).transpose(-1, -2)
+    q, k, v = (packing.pad(x) for x in (seen.q, seen.k, seen.v))
+    return replace(seen, q=q, k=k, v=v, bias=_hidden(bias, packing.valid))

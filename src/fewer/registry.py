@@ -34,9 +34,10 @@ def lookup(name: str) -> type[Reducer]:
         raise UnknownMethod(f"no method named {name!r}{hint} (fewer list shows all {len(names())})")
     module = importlib.import_module(names()[key])
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Reducer) and getattr(value, "card", None):
-            if value.card.name == key and value.__module__ == module.__name__:
-                return value
+        if not (isinstance(value, type) and issubclass(value, Reducer) and value.__module__ == module.__name__):
+            continue
+        if getattr(value, "card", None) and value.card.name == key:
+            return value
     raise UnknownMethod(f"{module.__name__} declares no reducer named {key!r}: check its @reducer line")
 
 

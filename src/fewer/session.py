@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from . import hosts
+from . import hosts, trained
 from .core import Reducer, Site
 from .ledger import Ledger
 from .passes import Pass
@@ -32,17 +34,27 @@ class Session:
                no padding is computed; "masked": all rows stay and the dropped ones are masked (the training form)
     """
 
-    def __init__(self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: hosts.Host) -> None:
+    def __init__(
+        self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: hosts.Host,
+        modules: nn.Module | str | Path | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.methods, self.execution, self.host = model, tuple(methods), execution, host
-        self.modules = nn.ModuleList()
         self.mask_eps = 1e-6
         self._local = threading.local()
         self._latest: Pass | None = None
         self._undo = ExitStack()
         depth = len(host.blocks)
         self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
+        stages = []
         for index, method in enumerate(self.methods):
             layers = tuple(range(depth)) if method.layers is None else method.layers
+            if method.needs_cls and not host.has_cls:
+                raise SessionError(
+                    f"{text(method)} ranks tokens by the class token's attention, and {host.family.name} has none; "
+                    "choose a method that does without, such as tome or evit"
+                )
+            if list(layers) != sorted(set(layers)):
+                raise SessionError(f"{text(method)}: name each block once, in ascending order, in layers=")
             if any(layer < 0 or layer >= depth for layer in layers):
                 raise SessionError(
                     f"{text(method)} acts at layers {'+'.join(map(str, layers))}, but the model has {depth} blocks "
@@ -50,21 +62,28 @@ class Session:
                 )
             for stage, layer in enumerate(layers):
                 self._acting.setdefault((method.site, layer), []).append((index, stage, len(layers)))
+            stages.append(len(layers))
+        self.modules = trained.prepare(model, host, self.methods, stages, modules)
 
-    # -- on and off -----------------------------------------------------------------------------------------------------
+    # -- on and off ----------------------------------------------------------------------------------------------------
     def _attach(self) -> None:
         with ExitStack() as undo:  # if a later step fails, the earlier ones come off again
             self.host.attach(lambda layer: partial(self._block, layer), undo)
             patch = self.host.patch.register_forward_hook(self._see_grid)
             undo.callback(patch.remove)
-            norm = self.host.final_norm
+            norm, pooler = self.host.final_norm, self.host.pooler
             if norm is not None:
                 undo.callback(norm.register_forward_hook(self._fill_padding).remove)
+            if pooler is not None:
+                undo.callback(pooler.register_forward_pre_hook(self._mask_pooler, with_kwargs=True).remove)
             self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Take everything off: the model is as it was, to the bit. What was traced stays readable."""
         self._undo.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SessionError("a model with a session on cannot be copied or pickled: call session.remove() first")
 
     def __enter__(self) -> Session:
         return self
@@ -72,26 +91,33 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    # -- called by the host -----------------------------------------------------------------------------------------------
+    # -- called by the host --------------------------------------------------------------------------------------------
     def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands in for a block's forward."""
         mask = args[0] if args else kwargs.pop("attention_mask", kwargs.pop("attn_mask", None))
-        visit = self._visit(layer, x)
         checkpoint = self.host.driver.checkpoint(self.host, layer)
+        visit = self._visit(layer, x)
+        last = layer + 1 == len(self.host.blocks) and self.host.final_norm is None
         if checkpoint is None:
-            return self.host.run(layer, x, mask, kwargs, visit)
+            x = self.host.run(layer, x, mask, kwargs, visit)
+            return self._filled(x) if last else x
         # The backward pass runs the block once more: from a copy of the state at its entry, leaving the trace alone.
         entry, visits = visit.fork(), [visit]
 
         def run(x: Tensor) -> Tensor:
+            if visits and not torch.is_grad_enabled() and any(p.requires_grad for p in self.modules.parameters()):
+                raise SessionError(
+                    "reentrant checkpointing loses the gradient of learned masks; call "
+                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                )
             return self.host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
 
-        return checkpoint(run, x)
+        x = checkpoint(run, x)
+        return self._filled(x) if last else x
 
     def _visit(self, layer: int, x: Tensor) -> Pass:
         if layer == 0:
             self._local.current = Pass(self, x, getattr(self._local, "grid", None))
-            self._latest = self._local.current
         current = getattr(self._local, "current", None)
         if current is None:
             raise SessionError(f"block {layer} was called before block 0; run the model from its first block")
@@ -101,19 +127,43 @@ class Session:
         if output.dim() == 4:
             self._local.grid = (output.shape[-2], output.shape[-1])
 
-    def _fill_padding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Ragged samples: padding rows take the mean of the sample's real patch rows, so that mean pooling is exact."""
-        current = getattr(self._local, "current", None)
-        if current is None or current.tokens.valid is None or output.dim() != 3:
-            return None
-        valid = current.tokens.valid.clone()
-        pad = ~valid
-        valid[:, : self.host.prefix] = False
-        weight = valid.to(output.dtype)[..., None]
-        mean = (output * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
-        return torch.where(pad[..., None], mean, output)
+    def _fill_padding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return self._filled(output)
 
-    # -- called by the pass -------------------------------------------------------------------------------------------------
+    def _filled(self, x: Tensor) -> Tensor:
+        """Rows that are padding or masked take the mean of the sample's real patch rows: mean pooling stays exact."""
+        real = self._real(x)
+        if real is None:
+            return x
+        weight = real.to(x.dtype)[..., None]
+        pooled, share = x[:, self.host.pools_from :], weight[:, self.host.pools_from :]
+        mean = (pooled * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp_min(1)
+        return torch.where(weight > 0, x, mean)
+
+    def _mask_pooler(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """An attention-pooling head looks at real rows only."""
+        x = args[-1]
+        real = self._real(x)
+        family = self.host.family
+        if real is None or family.pooler_mask is None:
+            return None
+        mask = family.pooler_mask(real[:, -x.shape[1] :] > 0)
+        if not mask.keys() <= inspect.signature(module.forward).parameters.keys():
+            raise hosts.HostError(
+                f"{type(module).__name__} pools all rows and takes no mask; use a budget that keeps the same number in "
+                "all samples"
+            )
+        return args, kwargs | mask
+
+    def _real(self, x: Tensor) -> Tensor | None:
+        """(B, N) how much each final row is there, bool or the learned policy; None where all rows are."""
+        current = getattr(self._local, "current", None)
+        if current is None or x.dim() != 3:
+            return None
+        tokens = current.tokens
+        return tokens.policy if tokens.policy is not None else tokens.valid
+
+    # -- called by the pass --------------------------------------------------------------------------------------------
     def acting(self, site: Site, layer: int) -> list[tuple[int, int, int]]:
         """(method, stage, stages) of every method that acts there."""
         return self._acting.get((site, layer), [])
@@ -124,30 +174,30 @@ class Session:
 
     def modules_of(self, method: int, stage: int) -> nn.ModuleDict:
         """The trained modules of a method at a stage."""
-        if method >= len(self.modules) or len(self.modules[method]) == 0:  # type: ignore[arg-type]
-            return nn.ModuleDict()
-        return self.modules[method][min(stage, len(self.modules[method]) - 1)]  # type: ignore[index, arg-type]
+        own = self.modules[method]
+        return own[stage] if len(own) else nn.ModuleDict()  # type: ignore[index, arg-type]
+
+    def save_modules(self, path: str | Path, card: Mapping[str, str] | None = None) -> list[Path]:
+        """Write the methods' trained modules: into a folder, or as one .safetensors file. Returns the files.
+
+        card: what to say about them besides their method and shape, kept in the files' metadata.
+        """
+        return trained.save(path, self.methods, self.modules, self.host, card or {})
 
     @property
     def training(self) -> bool:
         """Whether trained methods take their training form."""
         return self.model.training
 
-    @property
-    def dtype(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        return next(self.host.root.parameters()).dtype
+    def finished(self, run: Pass) -> None:
+        """A forward pass came to its end: what the session shows from now on."""
+        self._local.finished = self._latest = run
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.host.root.parameters()).device
-
-    # -- the trace ------------------------------------------------------------------------------------------------------
+    # -- the trace -----------------------------------------------------------------------------------------------------
     @property
     def last(self) -> Pass:
-        """This thread's last forward pass, else the last of any thread."""
-        current = getattr(self._local, "current", None) or self._latest
+        """This thread's last finished forward pass, else the last of any thread."""
+        current = getattr(self._local, "finished", None) or self._latest
         if current is None:
             raise SessionError("no forward pass yet: call the model first")
         return current
@@ -168,8 +218,8 @@ class Session:
         return self.last.rows()
 
     def kept(self, layer: int) -> Tensor:
-        """(B, M): the input tokens the rows after `layer` stand for, ascending."""
-        return self.last.kept(layer)
+        """(B, M): the input tokens the rows after `layer` stand for, row by row."""
+        return self.last.kept(range(len(self.host.blocks))[layer])
 
     def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """Final rows spread back over the patch grid. features: (B, M, C), prefix included.
@@ -201,7 +251,7 @@ def apply(
     method: str | Reducer | Sequence[str | Reducer],
     *,
     execution: Execution = "padded",
-    modules: nn.Module | str | None = None,
+    modules: nn.Module | str | Path | None = None,
     **parameters: Any,
 ) -> Session:
     """Put a method, or several, into a model. The model is then called as before.
@@ -209,14 +259,21 @@ def apply(
     model       a model of transformers or timm; see `fewer doctor`
     method      a name with its parameters as keywords, a text form ("tome:r=8"), a reducer, or a list of these
     execution   how samples with different counts are run; see Session
-    modules     trained modules of the method: an nn.ModuleList, or a path or packaged name to load them from
+    modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
+                and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
+                random ones. By default those the package has for the packaged model at hand.
 
-    Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; SessionError for a second
-             session on the same model. The model is left as it was.
+    Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
+             or unfitting trained modules; SessionError for a second session on the same model. The model is left as
+             it was.
 
     >>> session = fewer.apply(model, "tome", r=8)  # doctest: +SKIP
     """
-    items = [method] if isinstance(method, (str, Reducer)) else list(method)
+    if execution not in get_args(Execution):
+        raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
+    items = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+    if not items:
+        raise SessionError("the list of methods is empty: give at least one")
     if parameters and len(items) > 1:
         raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
     reducers = [parse(item, **parameters) for item in items]
@@ -228,7 +285,6 @@ def apply(
         )
     if execution == "packed" and host.family.relative_bias is not None:
         raise SessionError(f"packed execution does not carry {host.family.name}'s bias; use execution='padded'")
-    session = Session(model, reducers, execution, host)
+    session = Session(model, reducers, execution, host, modules)
     session._attach()
     return session
-

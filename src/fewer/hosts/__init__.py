@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from . import timm_vision, transformers_vision
-from .base import Call, Family, Host, HostError
+from .base import Call, Driver, Family, Host, HostError
 
-DRIVERS = {"transformers": transformers_vision.TransformersDriver(), "timm": timm_vision.TimmDriver()}
+DRIVERS: dict[str, Driver] = {
+    "transformers": transformers_vision.TransformersDriver(),
+    "timm": timm_vision.TimmDriver(),
+}
 FAMILIES: tuple[Family, ...] = (*transformers_vision.FAMILIES, *timm_vision.FAMILIES)
 
 __all__ = ["FAMILIES", "Call", "Family", "Host", "HostError", "find"]
@@ -18,6 +21,10 @@ def find(model: nn.Module) -> Host:
 
     Raises   HostError if no row fits, naming what was found and what is supported.
     """
+    if not isinstance(model, nn.Module):
+        raise HostError(
+            f"{model!r} is not a model but a {type(model).__name__}; load it first, then apply a method to it"
+        )
     for path, module in model.named_modules():
         for family in FAMILIES:
             if type(module).__name__ not in family.root:

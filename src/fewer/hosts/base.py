@@ -32,7 +32,9 @@ class Family:
     final_norm        path from the root to the norm after the last block, None where the model has none of its own
     prefix            protected tokens in front, from the root module
     has_cls           whether row 0 is a class token
-    pooler            path from the root to an attention-pooling module that reads all rows, or None
+    pooler            path from the root to an attention module that pools all rows, where there is one
+    pooler_mask       (B, N) bool, True = a real row -> keyword arguments that make the pooler look at these only
+    pools_from        first row that pooling reads, from the root module; by default the first behind the prefix
     relative_bias     (block, kwargs) -> additive attention bias of the full sequence, or None
     library           which attention driver runs it: "transformers" or "timm"
     """
@@ -45,12 +47,14 @@ class Family:
     norm2: str
     mlp: str
     patch: str
-    prefix: Callable[[nn.Module], int]
-    has_cls: Callable[[nn.Module], bool]
+    prefix: Callable[[Any], int]
+    has_cls: Callable[[Any], bool]
     after_attention: tuple[str, ...] = ()
     after_mlp: tuple[str, ...] = ()
     final_norm: str | None = None
     pooler: str | None = None
+    pooler_mask: Callable[[Tensor], dict[str, Tensor]] | None = None
+    pools_from: Callable[[Any], int] | None = None
     relative_bias: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
     library: str = "transformers"
 
@@ -58,7 +62,8 @@ class Family:
 class Call:
     """One attention call under way: what to add to it, and what it saw.
 
-    bias: (B, 1, 1, N) additive, or None; policy: (B, N) learned mask, or None; watch: whether to remember q, k, v;
+    bias: (B, 1, 1, N) additive, float32, or None; policy: (B, N) learned mask, or None; watch: whether to remember
+    q, k, v;
     split: where rows are packed, runs the kernel sample by sample.
     """
 
@@ -69,9 +74,10 @@ class Call:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
         """q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own bias. Returns (B, H, N, d)."""
-        bias = _sum(mask, self.bias, q.dtype)
+        bias = _sum(mask, self.bias, v.dtype)
         if self.watch:
-            self.seen = Seen(q, k, v, scale, bias)
+            shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
+            self.seen = Seen(q, k, v, scale, shown)
         if self.policy is not None:
             return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
         if self.split is not None:
@@ -82,9 +88,15 @@ class Call:
 def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    if mask is None or bias is None:
-        return bias if mask is None else mask
-    return mask + bias
+    if mask is not None and bias is not None:
+        bias = mask + bias
+    total = mask if bias is None else bias
+    return None if total is None else total.to(dtype)
+
+
+def _dropped(policy: Tensor) -> Tensor:
+    """A learned mask as a bias for those who look: dropped keys get no attention. (B, N) -> (B, 1, 1, N), bool."""
+    return (policy > 0)[:, None, None, :]
 
 
 class Visit(Protocol):
@@ -113,11 +125,10 @@ class Host:
         self.family, self.root, self.path, self.driver = family, root, path, driver
         self.blocks = [m for m in root.modules() if type(m).__name__ == family.block]
         self.prefix, self.has_cls = family.prefix(root), family.has_cls(root)
+        self.pools_from = self.prefix if family.pools_from is None else family.pools_from(root)
         self.heads, self.head_dim = driver.shape(self._part(self.blocks[0], family.attention))
         self.width = self.heads * self.head_dim
-        self._after = [
-            (self._steps(b, family.after_attention), self._steps(b, family.after_mlp)) for b in self.blocks
-        ]
+        self._after = [(self._steps(b, family.after_attention), self._steps(b, family.after_mlp)) for b in self.blocks]
 
     @staticmethod
     def _part(module: nn.Module, path: str) -> Any:
@@ -133,12 +144,21 @@ class Host:
         return self._part(self.root, self.family.patch)
 
     @property
+    def patches(self) -> int:
+        """Patch tokens at the model's own image size."""
+        return int(self._part(self.root, f"{self.family.patch.rpartition('.')[0]}.num_patches"))
+
+    @property
     def final_norm(self) -> nn.Module | None:
         return None if self.family.final_norm is None else self._part(self.root, self.family.final_norm)
 
     @property
     def pooler(self) -> nn.Module | None:
-        return None if self.family.pooler is None else self._part(self.root, self.family.pooler)
+        """The attention module that pools all rows, None where the model has none."""
+        part: Any = None if self.family.pooler is None else self.root
+        for name in (self.family.pooler or "").split("."):
+            part = getattr(part, name, None)
+        return part
 
     def linear_weights(self, layer: int) -> tuple[int, int]:
         """Weights multiplied once per token in attention and in the MLP of a block: MACs per token."""
@@ -160,9 +180,7 @@ class Host:
         if mask is not None:
             mask = visit.bias(layer, mask)
         after_attention, after_mlp = self._after[layer]
-        y = self.driver.attention(
-            getattr(block, family.attention), getattr(block, family.norm1)(x), mask, call, kwargs
-        )
+        y = self.driver.attention(getattr(block, family.attention), getattr(block, family.norm1)(x), mask, call, kwargs)
         x = x + _through(after_attention, y)
         x = visit.mid(layer, x, call)
         y = getattr(block, family.mlp)(getattr(block, family.norm2)(x))

@@ -16,7 +16,9 @@ from .base import Call, Family, Host, HostError
 FAMILIES = (
     Family(
         "timm VisionTransformer", ("VisionTransformer", "VisionTransformerDistilled"), "Block", "norm1", "attn",
-        "norm2", "mlp", patch="patch_embed.proj", final_norm="norm", pooler="attn_pool",
+        "norm2", "mlp", patch="patch_embed.proj", final_norm="norm",
+        pooler="attn_pool", pooler_mask=lambda valid: {"attn_mask": valid[:, None, None, :]},
+        pools_from=lambda m: 0 if m.pool_include_prefix else m.num_prefix_tokens,
         after_attention=("ls1", "drop_path1"), after_mlp=("ls2", "drop_path2"),
         prefix=lambda m: m.num_prefix_tokens, has_cls=lambda m: m.cls_token is not None, library="timm",
     ),
@@ -51,6 +53,8 @@ class TimmDriver:
                 )
 
     def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
+        if kwargs.get("is_causal"):
+            raise HostError("causal attention over patches is not supported; call the model with is_causal=False")
         with _Intercept(call):
             return module(x, attn_mask=mask)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ FAMILIES = (
     ),
     Family(
         "SigLIP vision (no class token)", ("SiglipVisionModel",), "SiglipEncoderLayer", "layer_norm1", "self_attn",
-        "layer_norm2", "mlp", patch="embeddings.patch_embedding", final_norm="post_layernorm", pooler="head",
+        "layer_norm2", "mlp", patch="embeddings.patch_embedding", final_norm="post_layernorm",
+        pooler="head.attention", pooler_mask=lambda valid: {"key_padding_mask": ~valid},
         prefix=lambda m: 0, has_cls=lambda m: False,
     ),
     Family(
@@ -68,54 +70,100 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float | None = None, dropout: float = 0.0, fewer: Call | None = None,
-                      **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """Our entry in the attention table: the call rides in as a keyword, so no state is shared between threads."""
-    if fewer is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                      attention_mask: Tensor | Carried | None, scaling: float | None = None, dropout: float = 0.0,
+                      **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Our entry in the attention table. The call rides in with the mask, which every attention module hands on as it
+    is: no state is shared between threads. A module without a session that shares a config with one runs as before."""
+    if not isinstance(attention_mask, Carried):
+        plain = TransformersDriver.implementation(module)
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = fewer(query, key, value, scale, attention_mask, dropout)
+    out = attention_mask.call(query, key, value, scale, attention_mask.mask, dropout)
     return out.transpose(1, 2).contiguous(), None
+
+
+class Carried:
+    """A call under way and the model's own mask, in the place of the mask."""
+
+    def __init__(self, call: Call, mask: Tensor | None) -> None:
+        self.call, self.mask = call, mask
 
 
 class TransformersDriver:
     """Runs attention modules of transformers through their attention table, under our name while sessions are on."""
 
+    name: ClassVar[str] = NAME
     _lock = threading.Lock()
     _users = 0
+    _configs: ClassVar[dict[int, tuple[str, int]]] = {}  # by id: the implementation before the first session, sessions
 
     def attach(self, host: Host, undo: ExitStack) -> None:
         modules = [getattr(block, host.family.attention) for block in host.blocks]
-        configs = {id(c): c for c in [host.root.config, *(m.config for m in modules)]}
+        self.enter_all([host.root.config, *(m.config for m in modules)], undo)
+
+    def enter_all(self, configs: Sequence[Any], undo: ExitStack) -> None:
+        """Enter the global tables and put our name into some configs; what `undo` holds takes it out again."""
         self._register(undo)
-        for config in configs.values():
-            undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
-            config._attn_implementation_internal = NAME
+        for config in {id(c): c for c in configs}.values():
+            self._enter(config)
+            undo.callback(self._leave, config)
+
+    def _enter(self, config: Any) -> None:
+        """Put our name into a config; models may share one, so sessions are counted."""
+        with self._lock:
+            before, users = self._configs.get(id(config), (config._attn_implementation_internal, 0))
+            self._configs[id(config)] = (before, users + 1)
+            config._attn_implementation_internal = self.name
+
+    def _leave(self, config: Any) -> None:
+        with self._lock:
+            before, users = self._configs.pop(id(config))
+            if users > 1:
+                self._configs[id(config)] = (before, users - 1)
+            else:
+                config._attn_implementation_internal = before
+
+    @classmethod
+    def implementation(cls, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The attention function a module would use without a session."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        before, _ = cls._configs.get(id(module.config), ("sdpa", 0))
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
 
     def _register(self, undo: ExitStack) -> None:
         """Enter the global tables with the first session, leave them with the last."""
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
+
+        driver = type(self)
 
         def leave() -> None:
             with self._lock:
-                TransformersDriver._users -= 1
-                if not TransformersDriver._users:
-                    AttentionInterface._global_mapping.pop(NAME, None)
-                    AttentionMaskInterface._global_mapping.pop(NAME, None)
+                driver._users -= 1
+                if not driver._users:
+                    AttentionInterface._global_mapping.pop(self.name, None)
+                    AttentionMaskInterface._global_mapping.pop(self.name, None)
 
         with self._lock:
-            AttentionInterface.register(NAME, attention_forward)
-            AttentionMaskInterface.register(NAME, sdpa_mask)
-            TransformersDriver._users += 1
+            attention, mask = self.entries()
+            AttentionInterface.register(self.name, attention)
+            AttentionMaskInterface.register(self.name, mask)
+            driver._users += 1
         undo.callback(leave)
+
+    @classmethod
+    def entries(cls) -> tuple[Callable, Callable]:
+        """Our functions in the attention table and in the mask table."""
+        from transformers.masking_utils import sdpa_mask
+
+        return attention_forward, sdpa_mask
 
     def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
         extra = {k: v for k, v in kwargs.items() if k not in ("resolution", "interpolate_pos_encoding")}
-        return module(hidden_states=x, attention_mask=mask, fewer=call, **extra)[0]
+        return module(hidden_states=x, attention_mask=Carried(call, mask), **extra)[0]
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         heads = getattr(module, "num_attention_heads", None) or module.num_heads

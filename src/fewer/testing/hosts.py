@@ -1,0 +1,130 @@
+"""What a check is given besides the method: a small model, images, and settings that fit both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewer.core import Budget, Capacity, KeepRatio, Mass, Reducer, Remove, Threshold
+from fewer.hosts import Host, find
+from fewer.session import Session, apply
+
+from .models import Shape, answer, images, tiny_vit
+
+DEPTH = 3
+LAYERS = (1, 2)  # where a method acts that does not act in every block
+PLENTY = 10**6
+
+
+@cache
+def _built(kind: str) -> nn.Module:
+    return tiny_vit(kind, depth=DEPTH)
+
+
+@dataclass(frozen=True)
+class TinyHost:
+    """A kind of tiny model, see `fewer.testing.models.KINDS`, and how a check runs a method on it.
+
+    device: where the checks run; synchronisation is only seen in full on a GPU.
+    """
+
+    kind: str = "vit"
+    device: str = "cpu"
+
+    def model(self) -> nn.Module:
+        """A fresh copy, in eval mode."""
+        return copy.deepcopy(_built(self.kind)).to(self.device)
+
+    @property
+    def batch(self) -> Tensor:
+        """Three images, (3, 3, 32, 32)."""
+        return images(3).to(self.device)
+
+    @property
+    def found(self) -> Host:
+        return find(_built(self.kind))
+
+    @property
+    def patches(self) -> int:
+        return Shape().patches
+
+    def session(self, model: nn.Module, method: Reducer, **options: Any) -> Session:
+        """The method put into the model. Trained methods get random modules, the same ones every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return apply(model, method, modules="untrained", **options)
+
+    def run(self, method: Reducer, x: Tensor, **options: Any) -> Tensor:
+        """The answer of a fresh model with the method on, without gradient."""
+        model = self.model()
+        with torch.no_grad(), self.session(model, method, **options):
+            return answer(model, x)
+
+    @contextmanager
+    def passed(self, method: Reducer, **options: Any) -> Iterator[Session]:
+        """A session that has just run the batch."""
+        model = self.model()
+        with torch.no_grad(), self.session(model, method, **options) as session:
+            answer(model, self.batch)
+            yield session
+
+
+def fitted(method: type[Reducer] | Reducer) -> Reducer:
+    """A method with a budget and layers that suit a tiny host: a moderate reduction in its own convention."""
+    method = method() if isinstance(method, type) else method
+    changes: dict[str, Any] = {"budget": _moderate(method.budget)}
+    if method.layers is not None:
+        changes["layers"] = LAYERS[: len(method.layers)]
+    return replace(method, **changes)  # type: ignore[type-var]
+
+
+def keep_all(method: Reducer) -> Reducer:
+    """The same method with a budget that keeps everything."""
+    return replace(method, budget=_everything(method.budget))  # type: ignore[type-var]
+
+
+def _moderate(budget: Budget) -> Budget:
+    if isinstance(budget, Remove):
+        return Remove(3)
+    if isinstance(budget, KeepRatio):
+        return replace(budget, ratio=(0.7, 0.5) if isinstance(budget.ratio, tuple) else 0.6)
+    if isinstance(budget, Mass):
+        return Mass(0.7)
+    return budget if isinstance(budget, Threshold) else Capacity((9, 6))
+
+
+def _everything(budget: Budget) -> Budget:
+    match budget:
+        case Remove():
+            return Remove(0)
+        case KeepRatio():
+            return replace(budget, ratio=1.0)
+        case Capacity():
+            return Capacity(PLENTY)
+        case Mass():
+            return Mass(1.0)
+        case Threshold():
+            return Threshold(float("-inf"))
+    raise TypeError(f"{type(budget).__name__}: say in fewer.testing which of its values keeps everything")
+
+
+def stateless(method: Reducer) -> bool:
+    """Whether the method is a frozen value: every field can be hashed and compared."""
+    return all(isinstance(hash(getattr(method, f.name)), int) for f in fields(method))  # type: ignore[arg-type]
+
+
+def tiny_hosts(device: str = "cpu") -> list[TinyHost]:
+    """One host per way a model can differ: prefix tokens, no class token, layer scale, relative bias, the library."""
+    kinds = ["vit", "deit", "dinov2_registers", "siglip", "beit"]
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        return [TinyHost(kind, device) for kind in kinds]
+    return [TinyHost(kind, device) for kind in [*kinds, "timm_mean", "timm_registers"]]
