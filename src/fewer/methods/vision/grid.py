@@ -1,0 +1,40 @@
+"""Grid: keep tokens evenly spread over the image, whatever it shows. A baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Tokens, reducer, select
+
+
+@reducer("grid", paper="baseline", acts="prune", on="vision", training="optional")
+@dataclass(frozen=True)
+class Grid(Reducer):
+    """Uniform subsampling of the patch grid to any count.
+
+    budget: share of the first free tokens that stays, to the power of the stage (1, 2, 3), rounded down.
+
+    Patches leave in the order of a Bayer matrix, as in ordered dithering: a quarter is every second row and column,
+    a half the squares of one colour of a chess board, and smaller sets are contained in larger ones. Where the
+    patches form no known grid, they are one row.
+    """
+
+    budget: Budget = KeepRatio(0.7, of="start")
+    layers: tuple[int, ...] | None = (3, 6, 9)
+
+    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
+        side = signals.at.start if signals.grid is None else max(signals.grid)
+        row, column = signals.cell
+        rank = bayer(row, column, (side - 1).bit_length())
+        return select.top(-rank.float(), self.budget, tokens, at=signals.at)
+
+
+def bayer(row: Tensor, column: Tensor, bits: int) -> Tensor:
+    """The rank of a cell in the 2^bits x 2^bits Bayer matrix: bits of (row ^ column) and row, interleaved, reversed."""
+    rank = torch.zeros_like(row)
+    for bit in range(bits):
+        rank = (rank << 2) | ((((row ^ column) >> bit) & 1) << 1) | ((row >> bit) & 1)
+    return rank
