@@ -1,0 +1,1 @@
+"""What training a reduced model needs besides the model: losses, costs with gradients, schedules."""
