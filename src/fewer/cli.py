@@ -1,0 +1,494 @@
+"""The command line: `fewer bench`, `list`, `show`, `viz`, `doctor`, `train`.
+
+Importing this module costs no torch: everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from fewer.core import Reducer
+    from fewer.evaluation.record import Row
+
+ACCENT = "bright_red"
+WIDE = 150  # columns of output that goes to a file or a pipe
+TRACEBACK = "FEWER_TRACEBACK"
+
+out = Console(highlight=False, width=None if Console().is_terminal else WIDE)
+err = Console(stderr=True, highlight=False)
+
+
+class Commands(TyperGroup):
+    """Turns errors that tell the user what to do into one red line and exit code 2; others keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if os.environ.get(TRACEBACK) or not _known(error):
+                raise
+            err.print(f"[bold {ACCENT}]error[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+def _known(error: Exception) -> bool:
+    """Whether an error was raised to be read by a user."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    from fewer.core import SignalError
+    from fewer.hosts import HostError
+    from fewer.session import SessionError
+
+    return isinstance(error, (HostError, SessionError, SignalError))
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fewer tokens, better models: token reduction for transformers, measured. "
+    f"[dim]{TRACEBACK}=1 shows where an error comes from.[/]",
+)
+
+NAMES = "A packaged name, a hub name, a folder, or timm/NAME."
+Model = Annotated[str, typer.Option(help=NAMES)]
+Seed = Annotated[int, typer.Option(help="Of the draw of images and of random methods' draws.")]
+Threads = Annotated[
+    int, typer.Option(min=0, help="Torch threads; one is timed undisturbed by others; 0 = as torch has it.")
+]
+
+
+@app.command()
+def bench(
+    model: Model = "vit-fashion",
+    data: Annotated[
+        str, typer.Option(help="embedded, fashion, tuxpaint, a folder of folders, or a hub name.")
+    ] = "embedded",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Text forms like tome:r=8; repeat or join by ';'. Default: all."),
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Set every method to keep this many tokens on average.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed comparisons, two runs of each model in each.")] = 4,
+    limit: Annotated[int, typer.Option(min=0, help="Images, balanced over the classes; 0 = all.")] = 1000,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    layer: Annotated[int | None, typer.Option(help="Score this block's features (0-based) by k-NN.")] = None,
+    execution: Annotated[str, typer.Option(help="Of samples with different counts: packed or padded.")] = "packed",
+    out_: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the results; an interrupted run goes on there."),
+    ] = Path("runs/bench"),
+) -> None:
+    """Measure what each method costs and gains, against the same model with all its tokens."""
+    from fewer.evaluation import bench as job
+    from fewer.studio import report
+    from fewer.studio.gallery import gallery
+
+    _quiet()
+    if execution not in ("packed", "padded"):
+        raise ValueError(f"execution={execution!r}: packed or padded")
+    settings = job.Settings(
+        model,
+        data,
+        tuple(methods or ()),
+        tokens,
+        batch,
+        device,
+        dtype,
+        repeats,
+        limit,
+        seed,
+        threads,
+        layer,
+        execution,  # type: ignore[arg-type]
+    )
+    with _Progress() as watch:
+        rows = job.run(settings, out_, watch=watch, picture=gallery)
+    _print_table(rows)
+    written = [out_ / job.FILE]
+    try:
+        written.append(report.write(rows, out_))
+    except report.ReportError as error:
+        err.print(f"[{ACCENT}]no report[/]: {escape(str(error))}")
+    for path in written:
+        out.print(f"[dim]wrote[/] {escape(str(path))}", soft_wrap=True)
+
+
+@app.command("list")
+def list_methods() -> None:
+    """All methods: what they do, what they need, where they come from."""
+    from rich.table import Table
+
+    import fewer
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in ("method", "acts by", "training", "where", "paper", ""):
+        table.add_column(head, no_wrap=head != "")
+    for name, cls in fewer.registered().items():
+        card = cls.card
+        table.add_row(
+            f"[{ACCENT}]{name}[/]", card.acts, card.training, _where(cls), escape(card.paper), escape(card.title)
+        )
+    out.print(table)
+    out.print("\n[dim]fewer show METHOD says more; fewer bench measures them.[/]")
+
+
+@app.command()
+def show(method: Annotated[str, typer.Argument(help="A method's name or text form.")]) -> None:
+    """One method: its paper, its parameters with their defaults, where it acts."""
+    from rich.table import Table
+
+    import fewer
+
+    reducer = fewer.parse(method)
+    cls, card = type(reducer), reducer.card
+    out.print(f"[bold {ACCENT}]{card.name}[/]  {escape(card.title)}\n")
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column()
+    for name, value in (
+        ("paper", card.paper), ("acts by", card.acts), ("on", card.on), ("training", card.training),
+        ("where", reducer.site.value), ("blocks", "every" if reducer.layers is None else _plus(reducer.layers)),
+    ):  # fmt: skip
+        facts.add_row(name, escape(value))
+    out.print(facts)
+    out.print()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in ("parameter", "default", "what it is"):
+        table.add_column(head)
+    for name, default, text in _parameters(cls):
+        table.add_row(name, escape(default), escape(text))
+    out.print(table)
+    for check, why in card.exempt.items():
+        out.print(f"[dim]known limit[/] {escape(check)}: {escape(why)}")
+    out.print(f"\n[bold]session = fewer.apply(model, {escape(repr(fewer.text(reducer)))})[/]")
+
+
+@app.command()
+def viz(
+    image: Annotated[str, typer.Argument(help="An image file, or embedded:17 for a packaged one.")],
+    method: Annotated[list[str], typer.Option("--method", help="Text form such as tome:r=8; repeat to stack.")],
+    model: Model = "vit-fashion",
+    out_: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("viz.png"),
+    layers: Annotated[int, typer.Option(min=1, help="At most this many blocks are shown.")] = 5,
+    size: Annotated[int, typer.Option(min=32, help="Pixels of one picture's longer edge.")] = 280,
+) -> None:
+    """Draw which tokens of an image stayed, merged and went, block by block."""
+    import torch
+
+    from fewer.evaluation.settings import split_forms
+    from fewer.studio.pictures import followed, sheet
+
+    _quiet()
+    forms = split_forms(method)
+    picture = _image(image)
+    network, processor = _load(model)
+    fitted = processor.fit(picture) if hasattr(processor, "fit") else picture
+    session, untrained = _applied(network, forms)
+    with session, torch.inference_mode():
+        session.host.root(processor([picture]))
+        captions, tiles = followed(session, [fitted], most=layers, size=size)
+    note = f"{model}; {Path(image).name}" + ("; random modules" if untrained else "")
+    out_.parent.mkdir(parents=True, exist_ok=True)
+    sheet(tiles, captions, title=" ".join(forms), note=note).save(out_)
+    out.print(escape(session.report()))
+    out.print(f"[dim]wrote[/] {escape(str(out_))}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help=NAMES)] = "vit-fashion",
+) -> None:
+    """What fewer finds in a model: blocks, sites, prefix tokens, grid; and whether removing nothing changes nothing."""
+    import torch
+    from rich.table import Table
+
+    import fewer
+    from fewer import hosts
+
+    _quiet()
+    network, processor = _load(model)
+    host = hosts.find(network)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for what, value in host.describe():
+        table.add_row(what, escape(value))
+    from PIL import Image
+
+    pixels = processor([Image.radial_gradient("L").convert("RGB")])
+    with torch.inference_mode():
+        before = _first(host.root(pixels))
+        with fewer.apply(network, "tome:r=0") as session:
+            during = _first(host.root(pixels))
+            grid, tokens = session.last.grid, session.last.first.n
+        after = _first(host.root(pixels))
+    table.add_row("input", " x ".join(map(str, pixels.shape[1:])))
+    table.add_row("grid", "unknown" if grid is None else f"{grid[0]} x {grid[1]} patches")
+    table.add_row("tokens", str(tokens))
+    table.add_row("nothing removed", _difference(before, during))
+    table.add_row("session taken off", _difference(before, after))
+    out.print(table)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="vit-fashion, or a method to train, e.g. dynamicvit:keep=0.7.")],
+    model: Annotated[str, typer.Option(help="Model whose method's modules are trained.")] = "vit-fashion",
+    out_: Annotated[Path, typer.Option("--out", help="Folder for the weights and the log.")] = Path("runs/train"),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the recipe: --set steps=300; repeat.")
+    ] = None,
+) -> None:
+    """Train the packaged classifier, or a method's own modules on a model."""
+    _quiet()
+    changes = dict(_assignment(item) for item in set_ or ())
+    if name == "vit-fashion":
+        from fewer.recipes import classify
+
+        recipe = _changed(classify.Recipe(), changes)
+        _say(str(recipe))
+        _say(str(classify.train(out_, recipe=recipe, log=_say)))
+        return
+    from fewer.recipes import reduce
+
+    reduction = _changed(reduce.Reduction(method=name, model=model), changes)
+    _say(str(reduction))
+    _say(str(reduce.train(reduction, out_, log=_say)))
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------
+def _assignment(item: str) -> tuple[str, Any]:
+    from fewer.spec import value_of
+
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"--set {item}: write it as name=value")
+    return key.strip(), value_of(value.strip())
+
+
+def _changed(recipe: Any, changes: dict[str, Any]) -> Any:
+    """A recipe with some fields replaced; the error for an unknown one lists them all."""
+    from dataclasses import fields, replace
+
+    known = [f.name for f in fields(recipe)]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{type(recipe).__name__} has no field {name!r}; it has {', '.join(known)}")
+    return replace(recipe, **changes)
+
+
+def _say(line: str) -> None:
+    out.print(escape(line), soft_wrap=True)
+
+
+def _quiet() -> None:
+    """No progress bars of other libraries between ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _load(name: str) -> tuple[Any, Callable[..., Any]]:
+    from fewer.zoo import load_model
+
+    return load_model(name)
+
+
+def _applied(network: Any, forms: Sequence[str]) -> tuple[Any, bool]:
+    """A session, with random modules where the package has none for this model; and whether that was so."""
+    import fewer
+    from fewer.trained import UNTRAINED, ModulesError
+
+    try:
+        return fewer.apply(network, list(forms)), False
+    except ModulesError:
+        return fewer.apply(network, list(forms), modules=UNTRAINED), True
+
+
+def _first(answer: Any) -> Any:
+    """The main tensor of a model's answer."""
+    return answer if hasattr(answer, "shape") else answer[0]
+
+
+def _difference(a: Any, b: Any) -> str:
+    far = (a - b).abs().max().item()
+    return "output equal to the bit" if far == 0 else f"output moved by at most {far:.2g}"
+
+
+def _image(name: str) -> Any:
+    from fewer import data
+
+    head, colon, index = name.rpartition(":")
+    if colon and not Path(name).exists():
+        images = data.load(head)
+        if not index.isdigit() or int(index) >= len(images):
+            raise ValueError(f"{name}: {head} has images 0 to {len(images) - 1}")
+        return images.image(int(index))
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(name) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"no image {name}; give a file, or embedded:17 for a packaged one") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is not a readable image: {error}") from error
+
+
+def _where(cls: type[Reducer]) -> str:
+    layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
+    blocks = None if layers is None else layers.default
+    site = cls.site.value if hasattr(cls.site, "value") else "depends on the setting"
+    return site + (", every block" if blocks is None else f", blocks {_plus(blocks)}")
+
+
+def _plus(numbers: Sequence[int]) -> str:
+    """Block numbers as the text form writes them; a run of them by its ends."""
+    run = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} to {numbers[-1]}" if run else "+".join(map(str, numbers))
+
+
+def _parameters(cls: type[Reducer]) -> list[tuple[str, str, str]]:
+    """(name, default as one types it, what the class says about it) of each parameter."""
+    import inspect
+    import re
+    from dataclasses import fields
+
+    said: dict[str, str] = {}
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    last = None
+    for line in (inspect.getdoc(cls) or "").splitlines()[1:]:
+        start = re.match(r"([a-z_]+(?:, [a-z_]+)*):? +(.*)", line)
+        if start and all(part in names for part in start[1].split(", ")):
+            last = start[1].split(", ")
+            said |= dict.fromkeys(last, start[2])
+        elif last and line.strip():
+            said |= {name: f"{said[name]} {line.strip()}" for name in last}
+        elif not line.strip():
+            last = None
+    inherited = {"layers": "0-based blocks where it acts; none = every block",
+                 "proportional": "later blocks add log(size) to their attention logits",
+                 "fidelity": "paper, or code where the authors' code differs"}  # fmt: skip
+    return [(f.name, _typed(f.default), said.get(f.name, inherited.get(f.name, ""))) for f in fields(cls)]  # type: ignore[arg-type]
+
+
+TYPED = {"ratio": "keep", "value": "threshold", "share": "mass"}  # fields of budgets, as the text form calls them
+
+
+def _typed(value: Any) -> str:
+    """A default as one types it."""
+    from dataclasses import fields
+
+    from fewer.core import Budget
+    from fewer.spec import written
+
+    if not isinstance(value, Budget):
+        return written(value)
+    return ", ".join(f"{TYPED.get(f.name, f.name)}={written(getattr(value, f.name))}" for f in fields(value))
+
+
+# -- progress and table of the benchmark ------------------------------------------------------------------------
+class _Progress:
+    """Two bars while a benchmark runs: all settings, and the batches of the present one."""
+
+    def __enter__(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from fewer.evaluation.bench import Watch
+
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(complete_style=ACCENT, finished_style=ACCENT),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self.bars = bars
+
+        class Bars(Watch):
+            def begin(self, subject: Any, rows: int) -> None:
+                images = f"{len(subject.data):,} images of {subject.data.name}"
+                err.print(f"[dim]{subject.name} on {images}, {subject.device}, {rows} settings[/]")
+                self.all = bars.add_task("settings", total=rows)
+                self.one = bars.add_task("", total=None)
+
+            def row(self, method: str, batches: int) -> None:
+                bars.reset(self.one, total=batches, description=method)
+
+            def batch(self) -> None:
+                bars.advance(self.one)
+
+            def done(self, row: Row, resumed: bool) -> None:
+                bars.advance(self.all)
+                if resumed:
+                    bars.console.print(f"[dim]{escape(row.method)}: measured before, kept[/]")
+
+        bars.start()
+        return Bars()
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from fewer.evaluation.settings import UNREDUCED
+    from fewer.studio.plots import COST
+    from fewer.studio.table import columns, failed, footnotes, frontier, measured, summary
+
+    good = measured(rows)
+    best = {row.key for row in frontier(good, COST.value)}
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    shown = columns(rows)
+    for column in shown:
+        left = column.head == "method"
+        table.add_column(
+            f"{column.head}\n[dim not bold]{column.unit}[/]", justify="left" if left else "right", no_wrap=True
+        )
+    for row in good:
+        cells = [Text(column.cell(row)) for column in shown]
+        for cell in cells:
+            cell.highlight_regex(r"±[\d.]+", "dim")
+        cells[0].stylize("bold" if row.method == UNREDUCED else ACCENT if row.key in best else "")
+        table.add_row(*cells)
+    width = table.__rich_measure__(out, out.options.update(max_width=10_000)).maximum
+    out.print(table, width=max(width, out.width), crop=False, soft_wrap=True)
+    out.print()
+    for mark, says in footnotes(good):
+        out.print(f"[{ACCENT}]{mark}[/] [dim]{says}[/]", soft_wrap=True)
+    for row in failed(rows):
+        out.print(f"[{ACCENT}]{escape(row.method)}[/] left out: {escape(row.error)}", soft_wrap=True)
+    out.print(escape(summary(rows)), soft_wrap=True)
+    p = rows[0].passport
+    where = f"{p.model} on {p.n:,} images of {p.data}; {p.hardware}, {p.threads} threads"
+    how = f"{p.dtype}, batch {p.batch}, {p.repeats} interleaved comparisons; commit {p.commit}"
+    out.print(f"[dim]{escape(where)}, {escape(how)}[/]", soft_wrap=True)
+
+
+def main() -> None:
+    """The `fewer` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The few statistics a benchmark needs: intervals for shares, paired differences, spreads of ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its low and high end."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(hits: np.ndarray) -> Interval:
+    """A share and its 95 % interval (Wilson's score interval, 1927). hits: (N,) bool.
+
+    Raises   ValueError for no observations.
+
+    >>> share(np.array([True] * 9 + [False]))
+    Interval(value=0.9, low=0.59584..., high=0.98212...)
+    """
+    n, p = _count(hits), float(np.mean(hits))
+    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * (p * (1 - p) / n + Z * Z / (4 * n * n)) ** 0.5
+    return Interval(p, min(middle - half, p), max(middle + half, p))  # at 0 and 1 the ends meet, but for rounding
+
+
+def paired_difference(hits: np.ndarray, reference: np.ndarray) -> Interval:
+    """share(hits) - share(reference) on the same items, with a 95 % interval. hits, reference: (N,) bool.
+
+    Only items the two disagree on carry information, so the interval is far narrower than that of two independent
+    shares. Bonett and Price (2012): Wald's interval after one imagined item was added to either kind of
+    disagreement, which keeps it honest where few or none were seen.
+    Raises   ValueError where the two are not about the same items.
+    """
+    if hits.shape != reference.shape:
+        raise ValueError(f"a paired difference needs the same items, got {hits.shape} and {reference.shape}")
+    n = _count(hits)
+    gained, lost = int(np.sum(hits & ~reference)), int(np.sum(reference & ~hits))
+    a, b = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = Z * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
+    return Interval((gained - lost) / n, a - b - half, a - b + half)
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> Interval:
+    """The median of pairwise ratios and their quartiles: what interleaved timings say about a speed-up.
+
+    >>> ratios([2.0, 3.0, 4.2], [1.0, 1.0, 1.0])
+    Interval(value=3.0, low=2.5, high=3.6)
+    """
+    r = np.asarray(numerator) / np.asarray(denominator)
+    low, middle, high = np.quantile(r, (0.25, 0.5, 0.75)).tolist()
+    return Interval(middle, low, high)
+
+
+def agreement(logits: Tensor, reference: Tensor) -> float:
+    """Share of items whose best class is the reference's. logits, reference: (N, classes)."""
+    return (logits.argmax(-1) == reference.argmax(-1)).double().mean().item()
+
+
+def kl(reference: Tensor, logits: Tensor) -> float:
+    """KL(reference || logits) of the class probabilities, in nats, averaged over items. Both (N, classes)."""
+    p, q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return max((p.exp() * (p - q)).sum(-1).mean().item(), 0.0)
+
+
+def movement(features: Tensor, reference: Tensor) -> float:
+    """How far features moved: 1 - cosine, averaged over items. Both (N, C)."""
+    cosine = torch.nn.functional.cosine_similarity(features.double(), reference.double(), dim=-1)
+    return max((1 - cosine).mean().item(), 0.0)
+
+
+def pack_hits(hits: np.ndarray) -> str:
+    """Booleans as hexadecimal text, eight to two characters."""
+    return np.packbits(hits).tobytes().hex()
+
+
+def unpack_hits(packed: str, n: int) -> np.ndarray:
+    """The first n booleans of `pack_hits`.
+
+    >>> unpack_hits(pack_hits(np.array([True, False, True])), 3).tolist()
+    [True, False, True]
+    """
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8))[:n].astype(bool)
+
+
+def _count(hits: np.ndarray) -> int:
+    if hits.size == 0:
+        raise ValueError("no observations: a share of nothing has no interval")
+    return int(hits.size)

@@ -1,0 +1,261 @@
+"""The main job on a tiny model and 24 images: what a row holds, what is resumed, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fewer
+from fewer.data import ImageSet
+from fewer.evaluation import bench, stats
+from fewer.evaluation.bench import Settings, Watch, against_random, run
+from fewer.evaluation.record import Journal, JournalError, Row
+from fewer.evaluation.settings import UNREDUCED, default_methods, split_forms
+from fewer.evaluation.subject import Subject, SubjectError
+from fewer.registry import UnknownMethod
+from fewer.testing.models import tiny_vit
+from fewer.zoo import Processor
+
+SETTINGS = Settings(batch=8, repeats=3)
+FORMS = ("random:keep=0.5,layers=1", "tome:r=2", "tome:r=0", "evit:layers=1+2")
+
+
+def pictures(count: int = 24, classes: int = 7) -> ImageSet:
+    rng = np.random.default_rng(0)
+    labels = torch.arange(count) % classes
+    return ImageSet(
+        "noise", labels, tuple(map(str, range(classes))), rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    )
+
+
+def subject(kind: str = "vit", **changes: object) -> Subject:
+    processor = Processor((32, 32), (0.5,) * 3, (0.5,) * 3)
+    return Subject(tiny_vit(kind), processor, pictures(), "tiny", batch=8, **changes)  # type: ignore[arg-type]
+
+
+class Log(Watch):
+    def __init__(self) -> None:
+        self.measured: list[str] = []
+        self.resumed: list[str] = []
+        self.batches = 0
+
+    def batch(self) -> None:
+        self.batches += 1
+
+    def done(self, row: Row, resumed: bool) -> None:
+        (self.resumed if resumed else self.measured).append(row.method)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return run(replace(SETTINGS, methods=FORMS), tmp_path_factory.mktemp("bench"), subject=subject())
+
+
+def by_method(rows: list[Row]) -> dict[str, Row]:
+    return {row.method: row for row in rows}
+
+
+def test_the_unreduced_model_comes_first_and_differs_in_nothing(rows: list[Row]) -> None:
+    first = rows[0]
+    assert first.method == UNREDUCED
+    assert [row.method for row in rows[1:]] == list(FORMS)
+    assert (first.agreement, first.kl, first.ceiling, first.tokens, first.final) == (1, 0, 1, 17, 17)
+    assert first.difference is None
+    assert first.speedup is not None
+
+
+def test_removing_nothing_changes_nothing(rows: list[Row]) -> None:
+    row, first = by_method(rows)["tome:r=0"], rows[0]
+    assert (row.agreement, row.hits, row.gflops) == (1, first.hits, first.gflops)
+    assert row.kl == pytest.approx(0, abs=1e-12)
+    assert row.difference is not None
+    assert row.difference.value == 0
+    assert row.difference.low < 0 < row.difference.high
+
+
+def test_a_row_tells_what_a_session_tells(rows: list[Row]) -> None:
+    row, s = by_method(rows)["tome:r=2"], subject()
+    answers = []
+    with fewer.apply(s.model, "tome:r=2") as session, torch.inference_mode():
+        for _, pixels in s:
+            answers.append(s.model(pixels).logits)
+        ledger, counts = session.ledger, session.counts
+    assert row.counts == counts
+    assert (row.tokens, row.gflops, row.ceiling) == pytest.approx((ledger.mean_tokens, ledger.gflops, ledger.ceiling))
+    hits = (torch.cat(answers).argmax(-1) == s.data.labels).numpy()
+    assert stats.unpack_hits(row.hits, 24).tolist() == hits.tolist()
+    assert row.accuracy == stats.share(hits)
+    assert row.code == 'fewer.apply(model, "tome:r=2")'
+
+
+def test_every_number_has_its_passport(rows: list[Row]) -> None:
+    for row in rows:
+        p = row.passport
+        assert (p.model, p.data, p.n, p.repeats, p.batch, p.device) == ("tiny", "noise", 24, 3, 8, "cpu")
+        assert set(p.versions) == {"fewer", "torch", "transformers", "python"}
+        assert p.commit
+        assert p.hardware
+        assert row.peak > 0
+        assert row.milliseconds > 0
+        assert row.achieved == pytest.approx(row.speedup.value / row.ceiling)  # type: ignore[union-attr]
+        assert row.speedup.low <= row.speedup.value <= row.speedup.high  # type: ignore[union-attr]
+        assert row.method == UNREDUCED or 0 <= row.own_time < 1  # type: ignore[operator]
+
+
+def test_rows_survive_their_file(rows: list[Row], tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "results.jsonl")
+    for row in rows:
+        journal.add(row)
+    assert list(Journal(journal.path).rows.values()) == rows
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    s, settings = subject(), replace(SETTINGS, methods=FORMS[:1])
+    run(settings, tmp_path, subject=s)
+    file = tmp_path / bench.FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"key": "torn')
+    log = Log()
+    rows = run(replace(settings, methods=FORMS[:2]), tmp_path, watch=log, subject=s)
+    assert (log.resumed, log.measured) == ([UNREDUCED, FORMS[0]], [FORMS[1]])
+    assert log.batches == s.batches
+    assert file.read_bytes().startswith(whole)
+    assert [json.loads(line)["method"] for line in file.read_text().splitlines()] == [row.method for row in rows]
+
+
+@pytest.mark.parametrize("change", [{"repeats": 4}, {"seed": 1}, {"execution": "padded"}])
+def test_other_settings_are_measured_again(tmp_path: Path, change: dict[str, object]) -> None:
+    s, log = subject(), Log()
+    run(replace(SETTINGS, methods=FORMS[:1]), tmp_path, subject=s)
+    run(replace(SETTINGS, methods=FORMS[:1], **change), tmp_path, watch=log, subject=s)  # type: ignore[arg-type]
+    assert log.resumed == []
+
+
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / bench.FILE
+    file.write_text('{"some": "thing"}\n')
+    with pytest.raises(JournalError, match=r"line 1 is not a result.*another --out"):
+        run(replace(SETTINGS, methods=FORMS[:1]), tmp_path, subject=subject())
+    assert file.read_text() == '{"some": "thing"}\n'
+
+
+def test_a_method_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_path: Path) -> None:
+    settings, log = replace(SETTINGS, methods=("evit:layers=9", "tome:r=1")), Log()
+    s = subject()
+    _, bad, good = run(settings, tmp_path, subject=s)
+    assert "the model has 4 blocks" in bad.error
+    assert not good.error
+    run(settings, tmp_path, watch=log, subject=s)
+    assert log.measured == ["evit:layers=9"]
+
+
+def test_the_model_is_as_it_was(tmp_path: Path) -> None:
+    s = subject()
+    before = s.model(s.pixels(0)).logits
+    run(replace(SETTINGS, methods=FORMS), tmp_path, subject=s)
+    assert torch.equal(s.model(s.pixels(0)).logits, before)
+    assert all("forward" not in block.__dict__ for block in (*s.host.blocks, *s.twin_host.blocks))
+    assert all(a is b for a, b in zip(s.model.parameters(), s.twin.parameters(), strict=True))
+
+
+def test_unknown_methods_are_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UnknownMethod, match="did you mean tome"):
+        run(replace(SETTINGS, methods=("tome:r=1", "tomee")), tmp_path, subject=subject())
+    assert not (tmp_path / bench.FILE).exists()
+
+
+def test_untrained_modules_are_marked(tmp_path: Path) -> None:
+    row = run(replace(SETTINGS, methods=("dynamicvit:layers=1",)), tmp_path, subject=subject())[1]
+    assert row.trained == "untrained"
+    assert row.code == 'fewer.apply(model, "dynamicvit:layers=1", modules="untrained")'
+
+
+def test_answers_that_are_not_finite_are_wrong(tmp_path: Path) -> None:
+    s = subject()
+    with torch.no_grad():
+        s.model.classifier.bias[2] = float("nan")  # type: ignore[union-attr, index, operator]
+    row = run(replace(SETTINGS, methods=FORMS[:1]), tmp_path, subject=s)[0]
+    assert row.accuracy is not None
+    assert row.accuracy.value == 0
+    assert row.kl is None
+    assert any("not finite" in note for note in row.notes)
+
+
+def test_models_without_a_head_are_scored_by_neighbours(tmp_path: Path) -> None:
+    s = subject("dinov2", layer=2)
+    first, reduced = run(replace(SETTINGS, methods=("tome:r=2",), layer=2), tmp_path, subject=s)
+    assert first.score == "3-NN accuracy"
+    assert first.movement == pytest.approx(0, abs=1e-7)
+    assert reduced.movement is not None
+    assert reduced.movement > 1e-4
+    assert (first.kl, first.agreement) == (None, None)
+
+
+def test_samples_with_different_counts_report_their_means(tmp_path: Path) -> None:
+    row = run(replace(SETTINGS, methods=("evit:mass=0.7,fuse=false,layers=1",)), tmp_path, subject=subject())[1]
+    assert row.counts[0] == 17
+    assert 1 < row.counts[1] < 17
+    assert row.counts[1] == row.final
+    assert row.ceiling > 1
+
+
+def test_methods_are_set_to_a_number_of_tokens(tmp_path: Path) -> None:
+    forms = ("tome:r=1", "evit:layers=1,keep=0.9")
+    rows = run(replace(SETTINGS, methods=forms, tokens=12.0), tmp_path, subject=subject())
+    assert [row.tokens for row in rows[1:]] == pytest.approx([12, 12], abs=1)
+
+
+def test_against_random_pairs_rows_with_the_same_tokens(rows: list[Row]) -> None:
+    base = by_method(rows)[FORMS[0]]
+    rival = replace(base, method="tome:r=2", hits=stats.pack_hits(np.zeros(24, bool)))
+    found = against_random(rival, [*rows, rival])
+    assert found is not None
+    assert found.value == -stats.unpack_hits(base.hits, 24).mean()
+    assert against_random(replace(rival, tokens=base.tokens * 1.2), rows) is None
+    assert against_random(base, rows) is None
+    assert against_random(rows[0], rows) is None
+
+
+def test_the_draw_is_balanced_and_repeats() -> None:
+    data = pictures(70)
+    one, two = bench.draw(data, 14, seed=3), bench.draw(data, 14, seed=3)
+    assert torch.equal(one.labels, two.labels)
+    assert one.labels.bincount().tolist() == [2] * 7
+    assert len(bench.draw(data, 15, seed=0)) == 15
+    assert bench.draw(data, 0, seed=0) is data
+
+
+def test_the_default_list_fits_other_models() -> None:
+    host = fewer.session.hosts.find(tiny_vit(depth=6, image=56, patch=8))  # 49 patches, half the blocks
+    forms = default_methods(host)
+    assert "tome:r=6" in forms  # 11 * 12 / 6 * 49 / 196 = 5.5, to even
+    assert forms[0] == "random:keep=0.7"
+    assert all(fewer.parse(form) for form in forms)
+
+
+def test_forms_are_split_at_semicolons() -> None:
+    assert split_forms(["a:x=1,y=2;b", " c "]) == ["a:x=1,y=2", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 0}, "batch=0"), ({"repeats": 0}, "repeats=0"), ({"dtype": "float13"}, "float13"),
+        ({"limit": -1}, "limit=-1"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)  # type: ignore[arg-type]
+
+
+def test_subjects_are_checked() -> None:
+    with pytest.raises(SubjectError, match="layer=9: the model has blocks 0 to 3"):
+        subject(layer=9)
+    with pytest.raises(SubjectError, match="no images"):
+        Subject(tiny_vit(), lambda x: x, pictures(0))
