@@ -13,6 +13,7 @@ class Site(Enum):
     BEFORE_BLOCK = "before a block"
     MID_BLOCK = "between attention and MLP"
     AFTER_BLOCK = "after a block"
+    KV_CACHE = "the KV cache"
 
     @property
     def sees_attention(self) -> bool:

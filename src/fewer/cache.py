@@ -1,0 +1,371 @@
+"""The cache layer a session puts into a transformers cache: it may hold fewer rows than it has seen.
+
+Logical length, rows seen, is what `get_seq_length` and `get_mask_sizes` report, so positions and masks of the model
+stay right. Stored length is what memory holds. `mask` maps the model's mask from one to the other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .core import Hard
+from .core.cached import Rotary
+from .core.plan import take
+from .core.ragged import Packing
+
+
+class CacheError(ValueError):
+    """A cache that cannot be reduced, or that was reduced and is now used by somebody who does not know."""
+
+
+@dataclass(eq=False)
+class Record:
+    """What one layer's cache holds, kept when the cache itself is gone.
+
+    logical   tokens seen; stored: rows held, averaged over samples and heads
+    bytes     of keys and values, measured on their storage; peak: the most after any eviction or step
+    full      bytes an unreduced cache would hold; index_bytes: of the row positions kept besides
+    """
+
+    logical: int = 0
+    stored: float = 0.0
+    bytes: int = 0
+    peak: int = 0
+    full: int = 0
+    index_bytes: int = 0
+    kept: Tensor | None = field(default=None, repr=False)  # (B, G, P) int32 source positions of the evicted part
+    tail: tuple[int, int] = (0, 0)  # positions that follow it, one by one
+    heads: tuple[int, int] = (0, 0)  # B, G
+
+    def positions(self) -> Tensor:
+        """(B, G, M) long: the input position of each stored row, ascending; -1 pads where heads differ."""
+        b, g = self.heads
+        tail = torch.arange(*self.tail, device=None if self.kept is None else self.kept.device).expand(b, g, -1)
+        if self.kept is None:
+            return tail
+        rows = torch.cat([self.kept.long().expand(b, g, -1), tail], -1)
+        order = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).argsort(dim=-1, stable=True)
+        return rows.gather(-1, order)
+
+
+class ReducedLayer(DynamicLayer):
+    """One layer's keys and values, some of them gone.
+
+    The rows are the P that survived the last eviction, then those that came since. `position` (B, 1 or G, P), int32,
+    says where the first ones stood in the input (-1: a hole); None while nothing was evicted. Where heads or samples
+    keep different numbers, the survivors lie packed, head after head, and `keys`, `values` hold only what came since.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, owner: object, window: int | None = None) -> None:
+        super().__init__()
+        self.owner = weakref.ref(owner)
+        self.is_sliding = window is not None
+        self.window = window
+        self.record = Record()
+        self.awaited = False  # set by the session for one pass: it will see this layer's attention
+        self._clear()
+
+    def _clear(self) -> None:
+        self.length = 0
+        self.position: Tensor | None = None
+        self.ahead: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
+        self.received: Tensor | None = None
+        self.packing: Packing | None = None
+        self.packed: tuple[Tensor, Tensor] | None = None
+        self.totals: list[int] = []  # real tokens seen, per sample
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, owner: object) -> ReducedLayer:
+        """A layer of an ordinary dynamic cache, with what it holds."""
+        new = cls(owner, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
+        if layer.is_initialized and layer.keys is not None and layer.values is not None and layer.keys.numel():
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+            new.length = layer.get_seq_length()
+            new.totals = [new.length] * layer.keys.shape[0]
+        return new
+
+    # -- what the model asks ------------------------------------------------------------------------------------------
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` could bring an earlier state back: not once rows are gone."""
+        return not self.reduced and not self.is_sliding
+
+    @property
+    def reduced(self) -> bool:
+        """Whether rows are missing."""
+        return self.position is not None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = self._offset(self.length)
+        return self.length - offset + query_length, offset
+
+    def _offset(self, length: int) -> int:
+        """First logical position a mask speaks of, before a pass, when `length` tokens were seen."""
+        return 0 if self.window is None else max(length - self.window + 1, 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; returns all rows, (B, G, S, d). Holes of ragged heads are zero: `mask` hides them."""
+        if not self.awaited and self.reduced:
+            raise CacheError(
+                "this cache was reduced by a session that is not on this model any more: its rows do not stand where "
+                "the model's mask expects them. Start a new cache, or keep the session until the generation is over"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        self.length += key_states.shape[-2]
+        rows = self._view()
+        if not self.awaited:
+            self._trim()
+        return rows
+
+    # -- what the session asks ----------------------------------------------------------------------------------------
+    @property
+    def evicted_width(self) -> int:
+        """P, the columns of a view that `position` speaks of."""
+        return 0 if self.position is None else self.position.shape[-1]
+
+    def positions(self) -> Tensor:
+        """(B, 1 or G, S) long: the input position of each row of a view, -1 for holes; (1, 1, S) if nothing is gone."""
+        tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
+        late = torch.arange(self.length - tail, self.length, device=self.keys.device)
+        if self.position is None:
+            return late[None, None]
+        return torch.cat([self.position.long(), late.expand(*self.position.shape[:2], -1)], -1)
+
+    def mask(self, mask: Tensor | None, heads: int, queries: int) -> Tensor | None:
+        """The model's mask over logical positions, over the stored rows instead.
+
+        mask: (B or 1, 1, Q, logical), bool or additive, or None. heads: query heads. Returns (B, 1 or H, Q, S) or None.
+        """
+        if self.position is None:
+            return mask
+        ragged = self.packing is not None
+        if mask is None and not ragged:
+            return None
+        place = self.positions()
+        if mask is None:
+            mapped = (place >= 0)[:, :, None, :].expand(-1, -1, queries, -1)
+        else:
+            place = place - self._offset(self.length - queries)
+            b, g, s = place.shape
+            index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
+            mapped = mask.expand(b, g, queries, mask.shape[-1]).gather(-1, index)
+            if ragged or self.is_sliding:
+                gone = (place < 0)[:, :, None, :]
+                low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+                mapped = mapped.masked_fill(gone, low)
+        g = mapped.shape[1]
+        return mapped if g == 1 else mapped.repeat_interleave(heads // g, dim=1)
+
+    def keep(self, plan: Hard, keys: Tensor, values: Tensor) -> None:
+        """Execute a plan on the rows of a view, as `update` returned it. Ragged plans read their lengths: one sync."""
+        b, g = keys.shape[:2]
+        place = self.positions()
+        heads = max(place.shape[1], plan.lead[1])
+        index, lengths = plan.position.expand(b, heads, -1), None
+        place = take(place.expand(b, heads, -1), index)
+        ahead = self._ahead(keys.shape[-2])
+        if plan.lengths is not None:
+            lengths = plan.lengths.expand(b, g).reshape(-1).tolist()
+            if len(set(lengths)) == 1:
+                index, place, lengths = index[..., : lengths[0]], place[..., : lengths[0]], None
+            else:
+                place = place.masked_fill(~plan.valid, -1)  # type: ignore[operator]
+        if ahead is not None:
+            self.ahead = take(ahead.expand(b, heads, -1), index)
+        full = index.expand(b, g, -1)
+        if self.received is not None:
+            self.received = take(self.received, full)
+        keys, values = take(keys, full), take(values, full)
+        self.position = place.to(torch.int32)
+        if lengths is None:
+            self.packing = self.packed = None
+            self.keys, self.values = keys, values
+        else:
+            self.packing = Packing(lengths, index.shape[-1], keys.device)
+            self.packed = tuple(self.packing.pack(x.flatten(0, 1))[0] for x in (keys, values))  # type: ignore[assignment]
+            self.keys, self.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
+
+    def _ahead(self, rows: int) -> Tensor | None:
+        if self.ahead is None:
+            return None
+        return torch.nn.functional.pad(self.ahead, (0, rows - self.ahead.shape[-1]))
+
+    def travel(self, rotary: Rotary, rows: int) -> None:
+        """Turn the first `rows` rows of each head on, so that they stand right before the others: no gap is left."""
+        if self.position is None:
+            return
+        lead = self.position[..., :rows].long()
+        real = lead >= 0
+        held = (self.position >= 0).sum(-1, keepdim=True)
+        came = self.length - (self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width))
+        target = came - held + torch.arange(lead.shape[-1], device=lead.device)
+        ahead = torch.zeros_like(self.position, dtype=torch.long) if self.ahead is None else self.ahead
+        by = (target - lead - ahead[..., : lead.shape[-1]]).masked_fill(~real, 0)
+        self.ahead = torch.cat([ahead[..., : lead.shape[-1]] + by, ahead[..., lead.shape[-1] :]], -1)
+        if self.packing is None:
+            self.keys[:, :, : lead.shape[-1]] = rotary.turn(self.keys[:, :, : lead.shape[-1]], by)
+        else:
+            assert self.packed is not None
+            b, g = self.keys.shape[:2]
+            keys = self.packing.pad(self.packed[0][None]).unflatten(0, (b, g))
+            keys[:, :, : lead.shape[-1]] = rotary.turn(keys[:, :, : lead.shape[-1]], by.expand(b, g, -1))
+            self.packed = (self.packing.pack(keys.flatten(0, 1))[0], self.packed[1])
+
+    def settle(self) -> None:
+        """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
+        self.awaited = False
+        self._trim()
+        self._note()
+
+    def _trim(self) -> None:
+        """A sliding layer holds no more than its window can see."""
+        if self.window is None or self.keys.shape[-2] <= self.window - 1:
+            return
+        drop = self.keys.shape[-2] - self.window + 1
+        self.keys, self.values = self.keys[:, :, drop:], self.values[:, :, drop:]
+        if drop > 1:  # one row more while decoding is freed by the next step; a whole prompt must not stay
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.received = None if self.received is None else self.received[..., -self.keys.shape[-2] :]
+        if self.position is None:
+            return
+        if self.packing is None:
+            left = max(self.evicted_width - drop, 0)
+        else:  # as many rows came since as the window holds: the packed ones are out of sight
+            left, self.packing, self.packed = 0, None, None
+        self.position = self.position[..., self.evicted_width - left :]
+        self.ahead = None if self.ahead is None else self.ahead[..., self.ahead.shape[-1] - left :]
+
+    def _note(self) -> None:
+        r, tensors = self.record, [self.keys, self.values, *(self.packed or ())]
+        b, g, tail, _ = self.keys.shape
+        r.logical, r.heads = self.length, (b, g)
+        r.bytes = sum(x.untyped_storage().nbytes() for x in tensors)
+        r.peak = max(r.peak, r.bytes)
+        r.stored = tail + (0 if self.packing is None else sum(self.packing.lengths) / (b * g))
+        seen = self.length if self.window is None else min(self.length, self.window - 1)
+        r.full = b * g * seen * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
+        r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.untyped_storage().nbytes()
+        r.tail = (self.length - (tail if self.packing is not None else tail - self.evicted_width), self.length)
+
+    # -- what generation does to a cache ------------------------------------------------------------------------------
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, those of them that are still there. Negative, as everywhere in transformers."""
+        if tokens_to_remove > 0:
+            raise CacheError(f"crop({tokens_to_remove}): give the number of tokens to forget as a negative number")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        gone = min(-tokens_to_remove, self.length)
+        if self.is_sliding and self.length >= self.window:  # type: ignore[operator]
+            raise CacheError("a sliding-window layer past its window cannot be cropped: what stood before it is gone")
+        tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
+        if self.position is not None and gone > tail:
+            place = self.positions()
+            stays = (place < self.length - gone) & (place >= 0)
+            order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+            self.keep(Hard(order.shape[-1], order, length=stays.sum(-1)), *self._view())
+        else:
+            cut = self.keys.shape[-2] - gone
+            self.keys, self.values = self.keys[:, :, :cut].clone(), self.values[:, :, :cut].clone()
+            self.received = None if self.received is None else self.received[..., :-gone]
+        self.length -= gone
+        self.totals = [max(t - gone, 0) for t in self.totals]
+        self._note()
+
+    def _view(self) -> tuple[Tensor, Tensor]:
+        """All rows as one (B, G, S, d) each, without adding any."""
+        if self.packing is None:
+            return self.keys, self.values
+        assert self.packed is not None
+        b, g = self.keys.shape[:2]
+        k, v = (self.packing.pad(x[None]).unflatten(0, (b, g)) for x in self.packed)
+        return torch.cat([k, self.keys], -2), torch.cat([v, self.values], -2)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.length:
+            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self._select(indices)
+
+    def _select(self, rows: Tensor) -> None:
+        """Samples in a new order, some more than once, some not at all. rows: (B',)."""
+        if not self.length:
+            return
+        rows = rows.to(self.keys.device)
+        g = self.keys.shape[1]
+        if self.packing is not None or len(set(self.totals)) > 1:
+            chosen: Sequence[int] = rows.tolist()
+            self.totals = [self.totals[i] for i in chosen]
+            if self.packing is not None:
+                assert self.packed is not None
+                lengths = self.packing.lengths
+                sizes = [sum(lengths[i : i + g]) for i in range(0, len(lengths), g)]
+                self.packed = tuple(torch.cat([x.split(sizes)[i] for i in chosen]) for x in self.packed)  # type: ignore[assignment]
+                lengths = [n for i in chosen for n in lengths[i * g : (i + 1) * g]]
+                self.packing = Packing(lengths, self.packing.width, self.keys.device)
+        else:
+            self.totals = self.totals[:1] * len(rows)
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        for name in ("position", "ahead", "received"):
+            if (stream := getattr(self, name)) is not None:
+                setattr(self, name, stream.index_select(0, rows))
+        self._note()
+
+
+def install(cache: Any, layers: int, owner: object) -> None:
+    """Put reduced layers into a dynamic cache, in place: the generation loop holds it already.
+
+    Raises CacheError for every other kind of cache, and for one another session has reduced.
+    """
+    if type(cache) is not DynamicCache:
+        kind = type(cache).__name__ if isinstance(cache, Cache) else f"{type(cache).__name__} (no transformers cache)"
+        raise CacheError(
+            f"a {kind} cannot be reduced: only a DynamicCache grows and shrinks. Pass DynamicCache(config=...), "
+            "or call generate() without cache_implementation"
+        )
+    if cache.offloading:
+        raise CacheError("an offloaded cache cannot be reduced: its rows move while it is used; pass offloading=False")
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, ReducedLayer):
+            if layer.owner() is owner:
+                continue
+            if layer.reduced:
+                raise CacheError(
+                    "this cache was already reduced by another session; a method cannot judge rows that are gone. "
+                    "Start a new cache for each session"
+                )
+            layer.owner = weakref.ref(owner)
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            cache.layers[index] = ReducedLayer.adopt(layer, owner)  # type: ignore[arg-type]
+        else:
+            raise CacheError(f"a cache layer of type {type(layer).__name__} cannot be reduced, only plain dynamic ones")
+    cache.layers.extend(ReducedLayer(owner) for _ in range(layers - len(cache.layers)))

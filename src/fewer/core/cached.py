@@ -1,0 +1,299 @@
+"""The KV cache as something to reduce: its rows, what may be looked at, and the selectors that count per KV head.
+
+A cache layer holds S rows per sample and KV head. A plan over them has lead (B, G), or (B, 1) where all heads of a
+layer keep the same rows; heads may keep different numbers. Budgets count what a sample's cache holds in the end,
+protected rows included: `keep=0.5` of a prompt of 1,000 tokens leaves 500 rows, whatever the observation window is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import attention
+from .budgets import Budget, BudgetError, Capacity, KeepRatio
+from .place import Place, Site
+from .plan import Hard, Plan, PlanError
+from .reducer import Reducer
+from .signals import SignalError, Signals
+from .tokens import Group, Tokens
+
+
+class CacheReducer(Reducer):
+    """A method that acts on the KV cache. Its plan has lead (B, G) or (B, 1).
+
+    decodes      also acts at every decoding step; else after passes of more than one token only
+    accumulates  wants `signals.received`, the attention each row has received so far
+    rotates      wants `signals.rotary`, the rotary embedding of the layer
+    least        rows that stay whatever the budget says (windows, sinks): the budget is never below it
+    travelling   leading rows that are re-rotated to stand right before the others, as if nothing had gone; 0 = none
+    """
+
+    site: ClassVar[Site] = Site.KV_CACHE
+    decodes: bool = False
+    accumulates: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
+
+    @property
+    def least(self) -> int:
+        return 0
+
+    @property
+    def travelling(self) -> int:
+        return 0
+
+    @property
+    def allowance(self) -> Budget:
+        """The budget as this method spreads it over the layers."""
+        return self.budget
+
+    def check(self) -> None:
+        """Raises BudgetError for a budget a cache cannot have: too small for what always stays, or of no count."""
+        if isinstance(self.budget, Capacity):
+            low = min(self.budget.tokens) if isinstance(self.budget.tokens, tuple) else self.budget.tokens
+            if low < self.least:
+                raise BudgetError(f"tokens={low} is less than the {self.least} rows that always stay; raise tokens")
+        if self.budget.adaptive:
+            raise BudgetError(f"{self.budget!r} names no count; a cache takes keep, tokens or r")
+        if isinstance(self.budget, KeepRatio) and self.budget.of == "start":
+            raise BudgetError("of=start compounds from stage to stage; a cache counts all tokens so far, leave of out")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Tokens):
+    """The rows of one cache layer. n: rows (S), counting padding and holes.
+
+    totals    per sample, the rows an unreduced cache would hold: what the budget is asked with
+    real      (B, 1 or G, S) bool, False = padding or a hole of ragged heads; None = all real
+    age       (B or 1, 1 or G, S) long: tokens seen since the row came, itself included
+    """
+
+    totals: tuple[int, ...] = ()
+    real: Tensor | None = None
+    age: Tensor | None = None
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are real and all samples alike, so that counts are Python integers."""
+        return self.real is None and len(set(self.totals)) == 1
+
+    def newest(self, width: int | Tensor) -> Tensor:
+        """(1 or B, 1 or G, S) bool: the last `width` real rows of each head; a (B, 1, 1) tensor for one per sample."""
+        if self.real is None:
+            return (torch.arange(self.n, device=self.device) >= self.n - width)[None, None]
+        return self.real & (self.real.flip(-1).cumsum(-1).flip(-1) <= width)
+
+    def newness(self) -> Tensor:
+        """(1 or B, 1 or G, S) float32: rank of each real row from the oldest; higher is newer."""
+        if self.real is None:
+            return torch.arange(self.n, device=self.device, dtype=torch.float32)[None, None]
+        return self.real.cumsum(-1).float()
+
+    def sinks(self, width: int) -> Tensor:
+        """(1 or B, 1 or G, S) bool: the first `width` real rows of each head."""
+        if self.real is None:
+            return (torch.arange(self.n, device=self.device) < width)[None, None]
+        return self.real & (self.real.cumsum(-1) <= width)
+
+    def counts(self, budget: Budget, at: Place, least: int = 0) -> list[int]:
+        """Rows each sample keeps per head: the budget's answer, never fewer than `least` nor more than there are."""
+        kept = []
+        for total in self.totals:
+            wanted = budget.keep(total, at)
+            if wanted < (floor := min(least, total)):
+                at.note(f"layer {at.layer}: the budget asks for {wanted} of {total} rows, {floor} always stay")
+            kept.append(min(max(wanted, floor, 1), total))
+        return kept
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of one layer: x -> rotation of x by its position times the frequencies, half-split layout.
+
+    frequencies: (d / 2,) float32, radians per position; scale: what the model multiplies rotated vectors with.
+    """
+
+    frequencies: Tensor
+    scale: float = 1.0
+
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
+        """x rotated by `by` positions (negative turns back), in float32, x's dtype. x: (..., S, d), by: (..., S)."""
+        angle = by.float()[..., None] * self.frequencies
+        cos, sin = angle.cos(), angle.sin()
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+@dataclass(eq=False)
+class CacheSignals(Signals):
+    """What a method may look at in one cache layer: k, v (B, G, S, d) are the stored rows, the newest last; q
+    (B, H, Q, d) are the queries of this pass, which stand at the last Q rows.
+
+    asking    (B, Q) bool, which queries are real; None = all
+    received  (B, G, S) float32: attention each row has received since it came, mean over the query heads of a group
+    rotary    this layer's rotary embedding, for methods that declare `rotates`; None where the model has none
+    at_rope   (B or 1, Q): the position each query was rotated by
+    """
+
+    asking: Tensor | None = None
+    received: Tensor | None = None
+    rotary: Rotary | None = None
+    at_rope: Tensor | None = None
+    _memo: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def query_scale(self) -> float:
+        """The factor on q k^T."""
+        return self._attention("the scale").scale
+
+    def per_group(self, x: Tensor) -> Tensor:
+        """(B, H, ...) -> (B, G, ...): mean over the query heads that share a KV head."""
+        return x if x.shape[1] == self.kv_heads else x.unflatten(1, (self.kv_heads, -1)).mean(2)
+
+    def _last(self, width: int) -> tuple[Group, Tensor | None]:
+        """The last `width` real queries as a group, and (B, width) weights that are zero where there are fewer."""
+        q = self.q.shape[-2]
+        width = min(width, q)
+        if self.asking is None:
+            return Group(q - width, q), None
+        order = self.asking.to(torch.int8).argsort(dim=-1, stable=True)[:, q - width :]  # real ones last, ascending
+        return Group(index=order), self.asking.gather(-1, order).float()
+
+    def window_mass(self, width: int) -> Tensor:
+        """(B, H, S) float32: attention the last `width` real queries of this pass give each row, averaged over them.
+
+        A pass with fewer queries uses all of them. Memory is linear in S.
+        """
+        if width not in self._memo:
+            group, weight = self._last(width)
+            _, h, _, d = self.q.shape
+            self.at.spend(2 * h * len(group) * self.k.shape[-2] * d)
+            mass = attention.mass(self._attention("attention"), group, weight)
+            number = len(group) if weight is None else weight.sum(-1).clamp(min=1)[:, None, None]
+            self._memo[width] = mass / number
+        return self._memo[width]
+
+    def attention_mass_of_all(self) -> Tensor:
+        """(B, H, S) float32: attention all real queries of this pass give each row, summed; memory linear in S."""
+        n, h, d = self.q.shape[-2], self.q.shape[1], self.q.shape[-1]
+        self.at.spend(2 * h * n * self.k.shape[-2] * d)
+        weight = None if self.asking is None else self.asking.float()
+        return attention.mass(self._attention("attention"), None, weight)
+
+    def before(self, rows: Rows, width: int) -> Tensor:
+        """(1 or B, 1 or H, S) bool: the real rows older than the newest `width`."""
+        older = ~rows.newest(width) if rows.real is None else rows.real & ~rows.newest(width)
+        return older if older.shape[1] == 1 else older.repeat_interleave(self.q.shape[1] // older.shape[1], dim=1)
+
+    def plain_queries(self) -> Tensor:
+        """(B, H, Q, d) float32: this pass's queries as they were before the rotary embedding."""
+        if self.rotary is None:
+            return self.q.float()
+        if self.at_rope is None:
+            raise SignalError("the positions of this pass are not known; pass position_ids to the model")
+        return self.rotary.turn(self.q.float(), -self.at_rope[:, None]) / self.rotary.scale
+
+
+def check_window(window: int, kernel: int, pool: str) -> None:
+    """Raises ValueError for an observation window or a pooling that cannot be."""
+    if window < 1:
+        raise ValueError(f"window={window}: at least one query must vote")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel}: the pooling width must be odd, 1 for none")
+    if pool not in ("mean", "max"):
+        raise ValueError(f"pool={pool!r} is neither 'mean' nor 'max'")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises BudgetError for a safeguard that is no share."""
+    if not 0 <= alpha <= 1:
+        raise BudgetError(f"alpha={alpha} is outside [0, 1]; it is the share of the budget each head is sure of")
+
+
+def pooled_votes(signals: CacheSignals, rows: Rows, window: int, kernel: int, pool: str) -> Tensor:
+    """(B, G, S) float32: attention of the last `window` queries on the rows before them, pooled along the sequence.
+
+    Pooling comes before the mean over the query heads of a group. Zeros beyond the ends count in the mean.
+    Source   SnapKV, arXiv:2404.14469, sec. 4 and listing 1.
+    """
+    votes = signals.window_mass(window).masked_fill(~signals.before(rows, window), 0)
+    if pool == "mean":
+        votes = F.avg_pool1d(votes, kernel, stride=1, padding=kernel // 2)
+    else:
+        votes = F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
+    return signals.per_group(votes)
+
+
+def _candidates(scores: Tensor, rows: Rows, protected: Tensor | None) -> Tensor:
+    """Scores with what must stay at +inf and what is not there at -inf; NaN counts lowest."""
+    if scores.shape[-1] != rows.n:
+        raise PlanError(f"scores are for {scores.shape[-1]} rows, the cache holds {rows.n}")
+    scores = scores.float().nan_to_num(nan=torch.finfo(torch.float32).min)
+    if protected is not None:
+        scores = scores.masked_fill(protected, float("inf"))
+    return scores if rows.real is None else scores.masked_fill(~rows.real, float("-inf"))
+
+
+def _ragged(keep: Tensor, n: int, width: int) -> Hard:
+    """The plan of a mask. keep: (B, G, S) bool; width: the most rows any head can keep."""
+    order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width]
+    return Plan.keep(order, n, keep.sum(-1))
+
+
+def top(
+    scores: Tensor, budget: Budget, rows: Rows, *, at: Place, protected: Tensor | None = None, least: int = 0
+) -> Hard:
+    """Every head keeps its highest scores.
+
+    Shapes   scores: (B, G, S) or (B, 1, S), any float; higher stays. protected: bool, broadcastable to it; these rows
+             count against the budget and stay first. least: how many of them there are at most, the budget's floor.
+    Returns  a hard plan of lead (B, G) or (B, 1), rows ascending; ragged where samples are padded or heads differ.
+    Ties     the earlier row wins, on every device.
+    Cost     one sort of S per head; no synchronisation.
+    """
+    s = _candidates(scores, rows, protected)
+    counts = rows.counts(budget, at, least)
+    order = s.sort(dim=-1, descending=True, stable=True).indices
+    if rows.even:
+        return Plan.keep(order[..., : counts[0]].sort(dim=-1).values, rows.n)
+    limit = torch.tensor(counts, device=s.device)[:, None, None]
+    rank = torch.arange(rows.n, device=s.device)
+    keep = torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, (rank < limit).expand_as(order))
+    return _ragged(keep & (s > float("-inf")), rows.n, max(counts))
+
+
+def shared(
+    scores: Tensor, budget: Budget, rows: Rows, *, at: Place, alpha: float = 0.2, protected: Tensor | None = None,
+    least: int = 0,
+) -> Hard:  # fmt: skip
+    """The heads of a layer share one budget: each keeps its own best first, the rest goes to the best of all heads.
+
+    Shapes   scores: (B, G, S), comparable between heads (probabilities); higher stays. protected, least: see `top`.
+    alpha    share of the even budget K that each head is sure of, floor(alpha K), at least one row.
+    Returns  a ragged hard plan of lead (B, G): G K rows in all for each sample, floor(alpha K) or more per head.
+    Ties     the earlier row wins, then the lower head.
+    Source   Ada-KV, arXiv:2407.11550, alg. 1.
+    """
+    s = _candidates(scores, rows, protected)
+    b, g, n = s.shape
+    counts = rows.counts(budget, at, least)
+    pools = [k * g for k in counts]
+    sure = [max(int(k * alpha), min(least, k), 1) for k in counts]
+    order = s.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(n, device=s.device)
+    own = (rank < torch.tensor(sure, device=s.device)[:, None, None]).expand_as(order)
+    own = torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, own) & (s > float("-inf"))
+    flat = s.masked_fill(own, float("inf")).flatten(1)
+    order = flat.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(g * n, device=s.device)
+    keep = (rank < torch.tensor(pools, device=s.device)[:, None]).expand_as(order)
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, keep) & (flat > float("-inf"))
+    return _ragged(keep.view(b, g, n), rows.n, min(max(pools), n))
