@@ -10,7 +10,7 @@ from torch import nn
 
 from . import session
 from .core import Reducer, Site
-from .session import Execution, Session
+from .session import Execution, Session, SessionError
 from .spec import parse
 
 
@@ -29,7 +29,9 @@ def apply(
                 reducer, or a list of these. Methods on the KV cache of a decoder ("snapkv", "streamingllm", ...) give a
                 `CacheSession`.
     execution   how samples with different counts are run; see Session
-    modules     trained modules of the method, see `fewer.session.apply`
+    modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
+                and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
+                random ones. By default those the package has for the packaged model at hand.
 
     Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
              or unfitting trained modules; SessionError for a second session on the same model. The model is left as
@@ -38,9 +40,13 @@ def apply(
     >>> session = fewer.apply(model, "tome", r=8)  # doctest: +SKIP
     """
     items = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
-    reducers = [parse(item, **(parameters if len(items) == 1 else {})) for item in items]
+    if not items:
+        raise SessionError("the list of methods is empty: give at least one")
+    if parameters and len(items) > 1:
+        raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
+    reducers = [parse(item, **parameters) for item in items]
     if any(reducer.site is Site.KV_CACHE for reducer in reducers):
         from . import caching  # needs transformers, which methods inside the network may do without
 
         return caching.start(model, reducers)
-    return session.apply(model, method, execution=execution, modules=modules, **parameters)
+    return session.start(model, reducers, execution, modules)

@@ -1,4 +1,4 @@
-"""apply, and the session it returns: the one place where a reducer meets a host, and the only mutable state."""
+"""The session `fewer.apply` returns: the one place where a reducer meets a host, and the only mutable state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import hosts, trained
 from .core import Reducer, Site
 from .ledger import Ledger
 from .passes import Pass
-from .spec import parse, text
+from .spec import text
 
 Execution = Literal["padded", "packed", "masked"]
 
@@ -246,37 +246,12 @@ class Session:
         return "\n".join(lines)
 
 
-def apply(
-    model: nn.Module,
-    method: str | Reducer | Sequence[str | Reducer],
-    *,
-    execution: Execution = "padded",
-    modules: nn.Module | str | Path | None = None,
-    **parameters: Any,
+def start(
+    model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None
 ) -> Session:
-    """Put a method, or several, into a model. The model is then called as before.
-
-    model       a model of transformers or timm; see `fewer doctor`
-    method      a name with its parameters as keywords, a text form ("tome:r=8"), a reducer, or a list of these
-    execution   how samples with different counts are run; see Session
-    modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
-                and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
-                random ones. By default those the package has for the packaged model at hand.
-
-    Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
-             or unfitting trained modules; SessionError for a second session on the same model. The model is left as
-             it was.
-
-    >>> session = fewer.apply(model, "tome", r=8)  # doctest: +SKIP
-    """
+    """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
     if execution not in get_args(Execution):
         raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
-    items = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
-    if not items:
-        raise SessionError("the list of methods is empty: give at least one")
-    if parameters and len(items) > 1:
-        raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
-    reducers = [parse(item, **parameters) for item in items]
     host = hosts.find(model)
     if any("forward" in block.__dict__ for block in host.blocks):
         raise SessionError(
@@ -285,6 +260,6 @@ def apply(
         )
     if execution == "packed" and host.family.relative_bias is not None:
         raise SessionError(f"packed execution does not carry {host.family.name}'s bias; use execution='padded'")
-    session = Session(model, reducers, execution, host, modules)
+    session = Session(model, methods, execution, host, modules)
     session._attach()
     return session

@@ -17,8 +17,9 @@ from torch import Tensor
 from fewer import data as datasets
 from fewer import zoo
 from fewer.core import Reducer
+from fewer.entry import apply
 from fewer.ledger import Entry, Ledger
-from fewer.session import Session, apply
+from fewer.session import Session
 from fewer.spec import parse, text
 from fewer.trained import UNTRAINED, ModulesError
 

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewer import hosts
 from fewer.core import Budget, BudgetError, Capacity, KeepRatio, Mass, Reducer, Remove, Seen, Threshold
+from fewer.entry import apply
 from fewer.hosts import Call, Host
 from fewer.ledger import Ledger
 from fewer.passes import Pass
-from fewer.session import Session, apply
+from fewer.session import Session
 from fewer.spec import parse, text
 from fewer.trained import UNTRAINED
 

@@ -31,8 +31,9 @@ from torch.nn import functional as F
 
 from fewer.core import Reducer
 from fewer.data import ImageSet, load
+from fewer.entry import apply
 from fewer.ledger import Ledger
-from fewer.session import Session, apply
+from fewer.session import Session
 from fewer.spec import parse, text
 from fewer.training import costs, losses
 from fewer.training.schedules import warm_cosine

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, KeepRatio, Mass, Reducer, Remove, Threshold
+from fewer.entry import apply
 from fewer.hosts import Host, find
-from fewer.session import Session, apply
+from fewer.session import Session
 
 from .models import Shape, answer, images, tiny_vit
 
