@@ -32,6 +32,11 @@ def model_of(shape: str) -> ViTForImageClassification:
     return ViTForImageClassification(config).eval()
 
 
+def modules_of(setting: str) -> str | None:
+    """Untrained modules where a method has any: they cost what trained ones do."""
+    return "untrained" if fewer.parse(setting).modules(8, 2, 1, 4) else None
+
+
 def seconds(model: torch.nn.Module, x: torch.Tensor) -> float:
     """CPU seconds of this thread on one thread (others cannot disturb it), else wall seconds."""
     clock = time.thread_time if torch.get_num_threads() == 1 and x.device.type == "cpu" else time.perf_counter
@@ -57,7 +62,7 @@ def measure(
     for turn in range(repeats + 1):
         base = seconds(model, x)
         for setting in settings:
-            with fewer.apply(model, setting, execution=execution) as session:
+            with fewer.apply(model, setting, execution=execution, modules=modules_of(setting)) as session:
                 spent = seconds(model, x)
             if turn == 0:  # warm-up, and the counts
                 ledger = session.ledger
