@@ -43,7 +43,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.base
 	$(PY) benchmarks/import_time.py
 	$(PY) benchmarks/memory.py
-	$(PY) benchmarks/vision_speed.py --shape deit-s vit-b --out benchmarks/results/vision_speed.json
+	$(PY) benchmarks/vision_speed.py --shape deit-s vit-b --batch 8 64 --out benchmarks/results/vision_speed.json
+	$(PY) benchmarks/vision_speed.py --settings others --out benchmarks/results/vision_speed.json
+	$(PY) benchmarks/vision_speed.py --settings ragged --batch 32 --execution packed --out benchmarks/results/vision_speed.json
 	$(VENV)/bin/fewer bench --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
 

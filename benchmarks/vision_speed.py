@@ -21,9 +21,17 @@ import transformers
 from transformers import ViTConfig, ViTForImageClassification
 
 import fewer
+from fewer.evaluation.record import commit, now
 
 SHAPES = {"deit-ti": (192, 3), "deit-s": (384, 6), "vit-b": (768, 12)}
 DEFAULT = ("tome:r=0", "tome:r=8", "tome:r=13", "tome:r=16", "evit:keep=0.7")
+OTHERS = (
+    "random:keep=0.7", "grid:keep=0.7", "pool:keep=0.7", "cls_topk:keep=0.7", "tofu:r=13", "diffrate:r=13", "ppt",
+    "tps", "atc:keep=0.7", "atc:keep=0.7,linkage=single", "atc:keep=0.7,linkage=complete", "dpc_knn:keep=0.7",
+    "kmedoids:keep=0.7", "token_transforming:keep=0.7", "dynamicvit", "spvit", "tokenlearner",
+)  # fmt: skip
+RAGGED = ("evit:mass=0.5,fuse=false", "evit:mass=0.7,fuse=false", "ats")
+LISTS = {"default": DEFAULT, "others": OTHERS, "ragged": RAGGED}
 
 
 def model_of(shape: str) -> ViTForImageClassification:
@@ -93,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["deit-s"], choices=SHAPES)
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
-    parser.add_argument("--settings", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--settings", nargs="+", default=["default"], help=f"text forms, or one of {', '.join(LISTS)}")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--execution", default="padded", choices=["padded", "packed"])
@@ -101,8 +109,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.settings = [form for item in args.settings for form in LISTS.get(item, (item,))]
     torch.set_num_threads(args.threads)
-    rows = []
+    rows: list[dict] = []
     for shape in args.shape:
         for batch in args.batch:
             rows += measure(shape, batch, args.settings, args.repeats, args.execution, args.device, args.dtype)
@@ -114,13 +123,25 @@ def main() -> None:
                     flush=True,
                 )
     if args.out:
-        cpu = f"{platform.machine()} CPU, {args.threads} thread(s)"
-        passport = {
-            "against": "the same weights, unreduced, fused attention (SDPA), interleaved",
-            "hardware": cpu if args.device == "cpu" else torch.cuda.get_device_name(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "dtype": args.dtype,
-        }  # fmt: skip
-        args.out.write_text(json.dumps({"passport": passport, "rows": rows}, indent=1) + "\n")
+        save(args.out, rows, args)
+
+
+def save(path: Path, rows: list[dict], args: argparse.Namespace) -> None:
+    """Add rows to a file, in place of earlier ones of the same setting; each says when and at which commit."""
+
+    def key(row: dict) -> tuple:
+        return row["shape"], row["batch"], row["execution"], row["setting"]
+
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = [row | {"commit": commit(), "when": now()} for row in rows]
+    cpu = f"{platform.machine()} CPU, {args.threads} thread(s)"
+    passport = {
+        "against": "the same weights, unreduced, fused attention (SDPA), interleaved",
+        "hardware": cpu if args.device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "dtype": args.dtype,
+    }  # fmt: skip
+    kept = [row for row in old if key(row) not in {key(row) for row in new}]
+    path.write_text(json.dumps({"passport": passport, "rows": kept + new}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ class Pass:
         for step in self.steps:
             if step.layer <= layer:
                 place = step.plan.gather(place)
-                own = getattr(step.plan, "valid", None)
+                own = step.plan.valid
                 valid = own if own is not None else None if valid is None else step.plan.gather(valid)
                 if isinstance(step.plan, Masked):
                     valid = step.plan.policy > 0

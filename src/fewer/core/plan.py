@@ -176,6 +176,12 @@ class Plan:
         return None
 
     @property
+    def valid(self) -> Tensor | None:
+        """(*lead, M) bool, True where a row is real; None where all are."""
+        lengths = self.lengths
+        return None if lengths is None else torch.arange(self.m, device=lengths.device) < lengths[..., None]
+
+    @property
     def row(self) -> Tensor:
         """(*lead, N): the row each source went to, -1 = dropped. For a soft plan the row it gave most weight."""
         raise NotImplementedError
@@ -261,13 +267,6 @@ class Hard(Plan):
     @property
     def lengths(self) -> Tensor | None:
         return self.length
-
-    @property
-    def valid(self) -> Tensor | None:
-        """(*lead, M) bool, True where a row is real; None where all are."""
-        if self.length is None:
-            return None
-        return torch.arange(self.m, device=self.anchor.device) < self.length[..., None]
 
     @property
     def averages(self) -> bool:
@@ -540,13 +539,6 @@ class Soft(Plan):
     @property
     def lengths(self) -> Tensor | None:
         return self.length
-
-    @property
-    def valid(self) -> Tensor | None:
-        """(*lead, M) bool, True where a row is real; None where all are."""
-        if self.length is None:
-            return None
-        return torch.arange(self.m, device=self.matrix.device) < self.length[..., None]
 
     @property
     def row(self) -> Tensor:

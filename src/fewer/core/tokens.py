@@ -165,7 +165,7 @@ class Tokens:
             return masked if not plan.front else masked._with_front(plan)
         merges = not (isinstance(plan, Hard) and not plan.averages)
         size = plan.sizes(self.size) if merges or self.size is not None else None
-        valid = getattr(plan, "valid", None)
+        valid = plan.valid
         return replace(
             self,
             n=plan.m,
