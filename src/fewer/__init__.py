@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_ELSEWHERE.get(name, 'core')}", __name__), name)
         globals()[name] = value
         return value
-    if not name.startswith("_"):
+    if name[:1].isupper():
         for cls in import_module(".registry", __name__).registered().values():
             if cls.__name__ == name:
                 return cls

@@ -17,12 +17,83 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from .core import Hard
 from .core.cached import Rotary
+from .core.codes import Codec, Codes
 from .core.plan import take
 from .core.ragged import Packing
+
+SPARE = 64, 32  # free rows a growing cache may hold behind the others: so many, and one for so many rows
 
 
 class CacheError(ValueError):
     """A cache that cannot be reduced, or that was reduced and is now used by somebody who does not know."""
+
+
+class Room:
+    """Keys and values with free rows behind them: a token is added without a copy of all the others.
+
+    keys, values: (B, G, S, d), the filled part of the storage.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, spare: int) -> None:
+        filled = keys.shape[-2]
+        self.storage = tuple(x.new_empty(*x.shape[:2], filled + spare, x.shape[-1]) for x in (keys, values))
+        self.keys, self.values = (s[:, :, :filled].copy_(x) for s, x in zip(self.storage, (keys, values), strict=True))
+
+    def holds(self, keys: Tensor) -> bool:
+        """Whether these are the keys that lie here, with a free row behind them that may be written."""
+        frozen = keys.is_inference() and not torch.is_inference_mode_enabled()
+        return keys is self.keys and keys.shape[-2] < self.storage[0].shape[-2] and not frozen
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One row more, key and value (B, G, 1, d); returns all of them."""
+        filled = self.keys.shape[-2]
+        for storage, row in zip(self.storage, (key, value), strict=True):
+            storage[:, :, filled : filled + 1] = row
+        self.keys, self.values = (s[:, :, : filled + 1] for s in self.storage)
+        return self.keys, self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Arrivals:
+    """The rows that reach one layer in a pass: (B, M) places among its `total` tokens, and which are no padding."""
+
+    place: Tensor
+    valid: Tensor | None
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """Tokens that were dropped before a layer and may come back: what would have entered it.
+
+    hidden: (B, D, C); place: (B, D) where they stand in the input, -1 = nobody; at_rope: (B, D) their position ids.
+    """
+
+    hidden: Tensor
+    place: Tensor
+    at_rope: Tensor
+
+    def of(self, samples: Tensor) -> Waiting:
+        """Samples in a new order."""
+        return Waiting(*(x.index_select(0, samples) for x in (self.hidden, self.place, self.at_rope)))
+
+    def before(self, length: int) -> Waiting:
+        """Those of the first `length` tokens."""
+        return Waiting(self.hidden, self.place.masked_fill(self.place >= length, -1), self.at_rope)
+
+    def joined(self, other: Waiting) -> Waiting:
+        pairs = zip((self.hidden, self.place, self.at_rope), (other.hidden, other.place, other.at_rope), strict=True)
+        return Waiting(*(torch.cat(pair, 1) for pair in pairs))
+
+    def split(self, chosen: Tensor) -> tuple[Waiting, Waiting]:
+        """Those chosen, as few columns as that takes, and the others. chosen: (B, D) bool. Reads one number."""
+        width = int(chosen.sum(-1).max())
+        index = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        rows = take(self.hidden, index) if width else self.hidden[:, :0]
+        taken = Waiting(rows, self.place.gather(-1, index), self.at_rope.gather(-1, index))
+        real = chosen.gather(-1, index)
+        taken = Waiting(taken.hidden, taken.place.masked_fill(~real, -1), taken.at_rope)
+        return taken, Waiting(self.hidden, self.place.masked_fill(chosen, -1), self.at_rope)
 
 
 @dataclass(eq=False)
@@ -31,7 +102,8 @@ class Record:
 
     logical   tokens seen; stored: rows held, averaged over samples and heads
     bytes     of keys and values, measured on their storage; peak: the most after any eviction or step
-    full      bytes an unreduced cache would hold; index_bytes: of the row positions kept besides
+    full      bytes an unreduced cache would hold; index_bytes: of the row positions kept besides; waiting_bytes: of
+              the features of dropped tokens that may come back
     """
 
     logical: int = 0
@@ -40,8 +112,10 @@ class Record:
     peak: int = 0
     full: int = 0
     index_bytes: int = 0
+    waiting_bytes: int = 0
     kept: Tensor | None = field(default=None, repr=False)  # (B, G, P) int32 source positions of the evicted part
     tail: tuple[int, int] = (0, 0)  # positions that follow it, one by one
+    read: float | Tensor | None = None  # rows per head the last pass's attention read; None: all that are stored
     heads: tuple[int, int] = (0, 0)  # B, G
 
     def positions(self) -> Tensor:
@@ -72,17 +146,28 @@ class ReducedLayer(DynamicLayer):
         self.is_sliding = window is not None
         self.window = window
         self.record = Record()
+        self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
         self.awaited = False  # set by the session for one pass: it will see this layer's attention
+        self.steady = False  # the same: no method will look at the rows of a decoding step, none will go
+        self.apart = False  # the same: heads of different lengths may be read one by one
         self._clear()
 
     def _clear(self) -> None:
         self.length = 0
+        self.began = 0  # tokens seen before the pass under way
+        self.waiting: Waiting | None = None  # tokens that were dropped before they reached this layer
+        self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
         self.position: Tensor | None = None
         self.ahead: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
         self.received: Tensor | None = None
         self.packing: Packing | None = None
         self.packed: tuple[Tensor, Tensor] | None = None
+        self.room: Room | None = None
         self.totals: list[int] = []  # real tokens seen, per sample
+        self.memory: dict[int, dict[str, Any]] = {}  # of each method, by logical tokens: see CacheSignals
+        self.local: dict[int, dict[str, Any]] = {}  # of each method, by stored rows
+        self.codes: Codes | None = None  # the oldest rows in few bits, where a method stores them so
+        self.coded = 0  # how many rows at the front are in the codes alone; none of them during a pass
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, owner: object) -> ReducedLayer:
@@ -129,13 +214,89 @@ class ReducedLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        self.length += key_states.shape[-2]
+        self._decode()
+        self.began = self.length
+        if self.arriving is None:
+            self.length += key_states.shape[-2]
+        else:
+            self._arrive(self.arriving)
+        self._append(key_states, value_states)
+        if self.headwise(key_states.shape[-2]):
+            return key_states, value_states
         rows = self._view()
         if not self.awaited:
             self._trim()
         return rows
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """New rows behind the others. While tokens come one by one, with some room for the next ones."""
+        spare = min(SPARE[0], self.keys.shape[-2] // SPARE[1]) if self.keys.dim() == 4 else 0
+        if not (self.steady and spare and keys.shape[-2] == 1) or self.window is not None or torch.is_grad_enabled():
+            self.keys, self.values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+            return
+        if self.room is None or not self.room.holds(self.keys):
+            self.room = Room(self.keys, self.values, spare)
+        self.keys, self.values = self.room.add(keys, values)
+
+    def headwise(self, queries: int) -> bool:
+        """Whether `attention` reads the rows of this pass where they lie, so that no view of them is needed."""
+        return self.apart and self.packing is not None and queries == 1 and self.keys.device.type == "cpu"
+
+    def attention(self, q: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """One query over heads of different lengths, none of them padded. q: (B, H, 1, d), mask: the model's own.
+
+        Returns (B, 1, H, d), the order of an attention function of transformers.
+        """
+        assert self.packing is not None and self.packed is not None
+        b, g = self.keys.shape[:2]
+        if mask is not None:
+            mask = self.mask(mask, g, 1).expand(b, g, 1, -1).flatten(0, 1)  # type: ignore[union-attr]
+        late = (self.keys.flatten(0, 1), self.values.flatten(0, 1))
+        out = self.packing.read(q.unflatten(1, (g, -1)).flatten(0, 1)[:, :, 0], self.packed, late, scale, mask)
+        return out.view(b, 1, q.shape[1], -1)
+
+    def _arrive(self, new: Arrivals) -> None:
+        """Rows come, not all tokens of the pass: write down where they stand."""
+        b = new.place.shape[0]
+        earlier = self.positions().expand(b, -1, -1) if self.length else new.place[:, None, :0]
+        if self.packing is not None:
+            (self.keys, self.values), self.packing, self.packed, self.holes = self._view(), None, None, True
+        came = (self.length + new.place)[:, None]
+        if new.valid is not None:
+            came, self.holes = came.masked_fill(~new.valid[:, None], -1), True
+        self.position = torch.cat([earlier, came.expand(-1, earlier.shape[1], -1)], -1).to(torch.int32)
+        self.length += new.total
+
+    # -- few bits -----------------------------------------------------------------------------------------------------
+    def encode(self, codec: Codec, real: Tensor | None) -> None:
+        """Store all rows but the newest ones in few bits, until the next pass. real: (B, 1 or G, S) bool, see Codes."""
+        if self.packing is not None:
+            raise CacheError(
+                "heads or samples that keep different numbers of rows cannot be stored in few bits; choose a method "
+                "that evicts evenly (snapkv, not adakv), and prompts of one length"
+            )
+        if self.codes is None:
+            self.codes = Codes.empty(codec, self.keys)
+        start = self.codes.rows
+        stop = start + max(self.keys.shape[-2] - codec.window - start, 0) // codec.group * codec.group
+        if stop > start:
+            real = None if real is None else real[..., start:stop]
+            self.codes.append(self.keys[:, :, start:stop], self.values[:, :, start:stop], real)
+        self._leave_coded()
+
+    def _leave_coded(self) -> None:
+        """Rows that are in the codes are held nowhere else."""
+        self.coded = 0 if self.codes is None else self.codes.rows
+        if self.coded:
+            self.keys, self.values = self.keys[:, :, self.coded :].clone(), self.values[:, :, self.coded :].clone()
+
+    def _decode(self) -> None:
+        """All rows stand in `keys` and `values` again."""
+        if self.coded:
+            assert self.codes is not None
+            k, v = self.codes.decode()
+            self.keys, self.values = torch.cat([k, self.keys], -2), torch.cat([v, self.values], -2)
+            self.coded = 0
 
     # -- what the session asks ----------------------------------------------------------------------------------------
     @property
@@ -158,14 +319,16 @@ class ReducedLayer(DynamicLayer):
         """
         if self.position is None:
             return mask
-        ragged = self.packing is not None
+        ragged = self.packing is not None or self.holes
         if mask is None and not ragged:
             return None
         place = self.positions()
         if mask is None:
             mapped = (place >= 0)[:, :, None, :].expand(-1, -1, queries, -1)
+            if queries > 1:
+                mapped = mapped & (place[:, :, None, :] <= place[:, :, -queries:, None])
         else:
-            place = place - self._offset(self.length - queries)
+            place = place - self._offset(self.began)
             b, g, s = place.shape
             index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
             mapped = mask.expand(b, g, queries, mask.shape[-1]).gather(-1, index)
@@ -178,6 +341,8 @@ class ReducedLayer(DynamicLayer):
 
     def keep(self, plan: Hard, keys: Tensor, values: Tensor) -> None:
         """Execute a plan on the rows of a view, as `update` returned it. Ragged plans read their lengths: one sync."""
+        self.local.clear()
+        self.codes = None  # rows are not where they were coded: they are coded anew
         b, g = keys.shape[:2]
         place = self.positions()
         heads = max(place.shape[1], plan.lead[1])
@@ -195,7 +360,10 @@ class ReducedLayer(DynamicLayer):
         full = index.expand(b, g, -1)
         if self.received is not None:
             self.received = take(self.received, full)
-        keys, values = take(keys, full), take(values, full)
+        if plan.averages:  # rows may be folded into those that stay
+            keys, values = (plan.reduce(x)[:, :, : index.shape[-1]] for x in (keys, values))
+        else:
+            keys, values = take(keys, full), take(values, full)
         self.position = place.to(torch.int32)
         if lengths is None:
             self.packing = self.packed = None
@@ -233,14 +401,16 @@ class ReducedLayer(DynamicLayer):
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.awaited = False
+        self.awaited = self.steady = self.apart = False
+        self.arriving = None
         self._trim()
         self._note()
 
     def _trim(self) -> None:
         """A sliding layer holds no more than its window can see."""
-        if self.window is None or self.keys.shape[-2] <= self.window - 1:
-            return
+        if self.window is None or self.holes or self.keys.shape[-2] <= self.window - 1:
+            return  # rows behind holes cannot be told apart by their number: masks hide what left the window
+        self.local.clear()
         drop = self.keys.shape[-2] - self.window + 1
         self.keys, self.values = self.keys[:, :, drop:], self.values[:, :, drop:]
         if drop > 1:  # one row more while decoding is freed by the next step; a whole prompt must not stay
@@ -256,8 +426,12 @@ class ReducedLayer(DynamicLayer):
         self.ahead = None if self.ahead is None else self.ahead[..., self.ahead.shape[-1] - left :]
 
     def _note(self) -> None:
+        if self.room is not None and self.room.keys is not self.keys:
+            self.room = None  # its rows stand elsewhere now
         r, tensors = self.record, [self.keys, self.values, *(self.packed or ())]
+        tensors += [] if self.codes is None else self.codes.tensors()
         b, g, tail, _ = self.keys.shape
+        tail += self.coded
         r.logical, r.heads = self.length, (b, g)
         r.bytes = sum(x.untyped_storage().nbytes() for x in tensors)
         r.peak = max(r.peak, r.bytes)
@@ -265,6 +439,7 @@ class ReducedLayer(DynamicLayer):
         seen = self.length if self.window is None else min(self.length, self.window - 1)
         r.full = b * g * seen * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
         r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.untyped_storage().nbytes()
+        r.waiting_bytes = 0 if self.waiting is None else self.waiting.hidden.untyped_storage().nbytes()
         r.tail = (self.length - (tail if self.packing is not None else tail - self.evicted_width), self.length)
 
     # -- what generation does to a cache ------------------------------------------------------------------------------
@@ -279,6 +454,7 @@ class ReducedLayer(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         gone = min(-tokens_to_remove, self.length)
+        self._decode()
         if self.is_sliding and self.length >= self.window:  # type: ignore[operator]
             raise CacheError("a sliding-window layer past its window cannot be cropped: what stood before it is gone")
         tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
@@ -291,8 +467,17 @@ class ReducedLayer(DynamicLayer):
             cut = self.keys.shape[-2] - gone
             self.keys, self.values = self.keys[:, :, :cut].clone(), self.values[:, :, :cut].clone()
             self.received = None if self.received is None else self.received[..., :-gone]
+        self.local.clear()
+        self.memory = {
+            m: {k: t[..., : self.length - gone, :] if isinstance(t, Tensor) else t for k, t in kept.items()}
+            for m, kept in self.memory.items()
+        }
         self.length -= gone
+        self.waiting = None if self.waiting is None else self.waiting.before(self.length)
         self.totals = [max(t - gone, 0) for t in self.totals]
+        if self.codes is not None and self.codes.rows > self.keys.shape[-2]:
+            self.codes = None
+        self._leave_coded()
         self._note()
 
     def _view(self) -> tuple[Tensor, Tensor]:
@@ -335,6 +520,11 @@ class ReducedLayer(DynamicLayer):
         else:
             self.totals = self.totals[:1] * len(rows)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.codes is not None:
+            self.codes.select(rows)
+        for kept in (*self.memory.values(), *self.local.values()):
+            kept.update({k: t.index_select(0, rows) for k, t in kept.items() if isinstance(t, Tensor)})
+        self.waiting = None if self.waiting is None else self.waiting.of(rows)
         for name in ("position", "ahead", "received"):
             if (stream := getattr(self, name)) is not None:
                 setattr(self, name, stream.index_select(0, rows))

@@ -7,17 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cache import CacheError, Record, ReducedLayer, install
-from .core import Reducer, Seen, Site
-from .core.cached import CacheReducer, CacheSignals, Rows
+from .core import Hard, Reducer, Seen, Site
+from .core.cached import Attending, CacheReducer, CacheSignals, Rereader, Rows
 from .core.place import Place
-from .hosts.decoder import DecoderHost
-from .session import Session, SessionError
+from .core.plan import take
+from .hosts import Call, DecoderHost, Visit
+from .hosts.decoder import DecoderDriver
+from .ledger import Ledger
+from .passes import Pass
+from .presses import Pressed
+from .reading import Reading, Revival, added, trained_attention, watched
+from .rereading import reread
+from .session import Execution, Session, SessionError, check_free
 from .spec import text
 
 
@@ -27,6 +36,7 @@ class CacheLedger:
 
     layers    one record per layer, measured on storage
     flops     the method's own floating-point operations per sample since the cache was new
+    reading   cost of the last prompt's way through the blocks, where methods act there
     seconds   the host spent on the method in the last pass; on a GPU this is the launching only
     """
 
@@ -34,6 +44,7 @@ class CacheLedger:
     flops: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    reading: Ledger | None = None
 
     @property
     def bytes(self) -> int:
@@ -56,6 +67,11 @@ class CacheLedger:
         return [r.stored for r in self.layers]
 
     @property
+    def read(self) -> list[float]:
+        """Rows each layer's attention read in the last pass, averaged over samples and heads (synchronises)."""
+        return [r.stored if r.read is None else float(r.read) for r in self.layers]
+
+    @property
     def logical(self) -> list[int]:
         """Tokens each layer has seen."""
         return [r.logical for r in self.layers]
@@ -66,32 +82,96 @@ class CachePass:
 
     def __init__(self, session: CacheSession, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.session, self.cache, self.given = session, cache, mask
-        self.layers: list[ReducedLayer] = cache.layers
+        self.layers: list[ReducedLayer] = [] if cache is None else cache.layers
+        self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
+        self.visit: Revival | None = None  # the same for one token, where dropped ones may come back
+        self.call: Call | None = None  # of the block under way
         self.position_ids = positions
+        self.fresh = cache is not None and cache.get_seq_length() == 0
+        self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
+        self.memory: dict[int, dict[str, Any]] = {}  # of each method, where no cache keeps it
+        self.attending: Attending | None = None  # the call under way, where a method wants it
         self._padded: bool | None = None
         self._totals: list[int] = []
         for layer in self.layers:
-            layer.awaited = True
+            layer.awaited, layer.steady, layer.apart = True, session.steady, session.apart
 
     # -- called by the host -------------------------------------------------------------------------------------------
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The model's own attention over the stored rows, then the method's turn. q (B, H, Q, d), k, v (B, G, S, d)."""
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        layer = self.layers[index]
-        mask = layer.mask(mask, q.shape[1], q.shape[2])
-        out = plain(module, q, k, v, mask, **kwargs)
+        index, call = int(module.layer_idx), self.call  # type: ignore[arg-type]
+        self.call = None
+        layer = self.layers[index] if self.layers else None
+        if layer is not None and layer.headwise(q.shape[2]):
+            out = layer.attention(q, _scale(q, kwargs), mask), None
+            self._count(layer, q.shape[0])
+            layer.settle()
+            return out
+        if layer is not None:
+            mask = layer.mask(mask, q.shape[1], q.shape[2])
+        if call is not None and call.watch:
+            call.seen = watched(q, k, v, _scale(q, kwargs), mask, call.whole)
+            call.where = layer.positions() if call.whole and layer is not None else None
+        if call is not None and call.policy is not None:
+            out = trained_attention(q, k, v, _scale(q, kwargs), mask, call)
+            if layer is not None:
+                self._count(layer, q.shape[0])
+                layer.settle()
+            return out
+        mask = self._gated(layer, index, q, k, v, mask, kwargs)
+        if layer is None:
+            self.attending = None
+            return plain(module, q, k, v, mask, **kwargs)
         began = time.perf_counter()
         with torch.no_grad():
-            self._count(layer, q.shape[0], q.shape[2])
+            self._count(layer, q.shape[0])
+            read = self._reading(layer, index, q, k, v, mask, kwargs)
+        self.session.seconds += time.perf_counter() - began
+        out = plain(module, q, *read, **kwargs)
+        if self.attending is not None:
+            self.attending.weights = out[1]
+        began = time.perf_counter()
+        with torch.no_grad():
             for turn in self.session.acting(Site.KV_CACHE, index):
                 self._act(layer, index, turn, q, k, v, mask, kwargs)
+            self._store(layer, index)
         layer.settle()
+        self.attending = None
         self.session.seconds += time.perf_counter() - began
         return out
 
-    def _count(self, layer: ReducedLayer, batch: int, queries: int) -> None:
+    def _gated(self, layer: ReducedLayer | None, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+               kwargs: dict[str, Any]) -> Tensor | None:  # fmt: skip
+        """The mask with what methods add to the logits; as it was where none does."""
+        if self.session.host.slides(index):
+            return mask
+        for turn in self.session.acting(Site.KV_CACHE, index):
+            method = self.session.methods[turn[0]]
+            assert isinstance(method, CacheReducer)
+            if not method.gates:
+                continue
+            if layer is None:
+                age = torch.arange(k.shape[2], 0, -1, device=k.device)[None, None]
+                rows = Rows(len(k), k.shape[2], device=k.device, totals=(k.shape[2],) * len(k), age=age)
+            else:
+                self._count(layer, q.shape[0])
+                rows = self._rows(layer, k)
+            gate = method.gate(
+                self._signals(layer, turn, self._place(index, turn, rows), rows, q, k, v, mask, kwargs), rows
+            )
+            mask = added(gate, mask, q.shape[2], k.shape[2]).to(q.dtype)
+        return mask
+
+    def real(self, n: int) -> Tensor | None:
+        """(B, N) bool: which of this pass's tokens are no padding; None = all, as far as can be told."""
+        if not isinstance(self.given, Tensor) or self.given.dim() != 2:
+            return None
+        return self.given[:, -n:] != 0
+
+    def _count(self, layer: ReducedLayer, batch: int) -> None:
         """How many real tokens each sample has seen. One read of the padding mask per pass of several tokens."""
+        queries = layer.length - layer.began
         if queries == 1 and layer.totals:
             layer.totals = [t + 1 for t in layer.totals]
             return
@@ -128,32 +208,77 @@ class CachePass:
         return list(self._totals)
 
     # -- the method's turn --------------------------------------------------------------------------------------------
+    def _reading(self, layer: ReducedLayer, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                 kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Keys, values and mask of the rows this pass reads: all that are stored, or those a method chose."""
+        layer.record.read = None
+        if layer.window is not None:
+            return k, v, mask
+        for turn in self.session.acting(Site.KV_CACHE, index):
+            method = self.session.methods[turn[0]]
+            assert isinstance(method, CacheReducer)
+            if not method.reads:
+                continue
+            rows = self._rows(layer, k)
+            plan = method.read(self._signals(layer, turn, self._place(index, turn, rows), rows, q, k, v, mask, kwargs),
+                               rows)  # fmt: skip
+            if plan is None:
+                continue
+            if q.shape[2] > 1:
+                raise SessionError(f"{text(method)} chose rows for a pass of {q.shape[2]} tokens; only one may choose")
+            lengths = plan.lengths
+            layer.record.read = plan.m if lengths is None else lengths.float().mean()
+            return _picked(plan, k, v, mask, q.shape[1])
+        return k, v, mask
+
+    def _place(self, index: int, turn: tuple[int, int, int], rows: Rows) -> Place:
+        _, stage, stages = turn
+        session = self.session
+        return Place(
+            index, len(session.host.blocks), stage, stages, max(rows.totals), session.spend, session.note
+        )  # fmt: skip
+
+    def _signals(
+        self, layer: ReducedLayer | None, turn: tuple[int, int, int], place: Place, rows: Rows, q: Tensor, k: Tensor,
+        v: Tensor, mask: Tensor | None, kwargs: dict[str, Any],
+    ) -> CacheSignals:  # fmt: skip
+        """What the method of this turn may look at."""
+        method = self.session.methods[turn[0]]
+        assert isinstance(method, CacheReducer)
+        asking = None
+        if rows.real is not None and self.given is not None and q.shape[2] > 1:
+            left = self.reading is not None and self.reading.steps
+            asking = self.reading.tokens.valid if left else self.real(q.shape[2])  # type: ignore[union-attr]
+        return CacheSignals(
+            k, rows, place, Seen(q, k, v, _scale(q, kwargs), mask, causal=mask is None and q.shape[2] > 1),
+            modules=self.session.modules_of(turn[0], 0), asking=asking, entry=self.entry,
+            attending=self.attending,
+            at_rope=kwargs.get("position_ids", self.position_ids),
+            rotary=self.session.rotary(place.layer) if method.rotates else None,
+            training=self.session.training,
+            memory=(self.memory if layer is None else self.layers[0].memory).setdefault(turn[0], {}),
+            local={} if layer is None else layer.local.setdefault(turn[0], {}),
+        )  # fmt: skip
+
     def _act(self, layer: ReducedLayer, index: int, turn: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor,
              mask: Tensor | None, kwargs: dict[str, Any]) -> None:  # fmt: skip
-        which, stage, stages = turn
-        method = self.session.methods[which]
+        method = self.session.methods[turn[0]]
         assert isinstance(method, CacheReducer)
+        if not method.evicts or isinstance(method, Rereader) or (method.once and not self.fresh):
+            return
+        if method.gates and self.session.host.slides(index):
+            return
         evicts = method.decodes or q.shape[2] > 1
         if not evicts and not method.accumulates:
             return
         rows = self._rows(layer, k)
-        place = Place(index, len(self.layers), stage, stages, max(rows.totals), self.session.spend, self.session.note)
+        place = self._place(index, turn, rows)
         counts = rows.counts(method.allowance, place, method.least)
         everything = counts == list(rows.totals) or (rows.real is None and min(counts) >= rows.n)
+        everything = everything and not method.budget.adaptive
         if everything and not method.accumulates:
             return
-        asking = None
-        if rows.real is not None and self.given is not None:
-            asking = self.given[:, -q.shape[2] :] != 0
-            asking = None if q.shape[2] == 1 else asking
-        scale = kwargs.get("scaling")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        seen = Seen(q, k, v, scale, mask, causal=mask is None and q.shape[2] > 1)
-        positions = kwargs.get("position_ids", self.position_ids)
-        signals = CacheSignals(
-            k, rows, place, seen, asking=asking, at_rope=positions,
-            rotary=self.session.rotary(index) if method.rotates else None,
-        )  # fmt: skip
+        signals = self._signals(layer, turn, place, rows, q, k, v, mask, kwargs)
         if method.accumulates:
             signals.received = self._receive(layer, signals)
         if not evicts or everything:
@@ -165,12 +290,21 @@ class CachePass:
             assert rotary is not None
             layer.travel(rotary, method.travelling)
 
+    def _store(self, layer: ReducedLayer, index: int) -> None:
+        """What is left by all methods is stored as one of them says."""
+        if self.fresh and layer.awaited and any(isinstance(m, Rereader) for m in self.session.methods):
+            return  # the prompt is read again before
+        for which, *_ in self.session.acting(Site.KV_CACHE, index):
+            codec = self.session.methods[which].codec  # type: ignore[attr-defined]
+            if codec is not None and layer.window is None:
+                layer.encode(codec, self._rows(layer, layer.keys).real)
+
     def _rows(self, layer: ReducedLayer, k: Tensor) -> Rows:
         """What the method must know of the layer's rows."""
         b, s = k.shape[0], k.shape[2]
         place = layer.positions()
         real: Tensor | None = None
-        if layer.packing is not None:
+        if layer.packing is not None or layer.holes:
             real = place >= 0
         if self._holes(layer):
             assert self.given is not None
@@ -200,6 +334,25 @@ class CachePass:
         return new
 
 
+def _picked(plan: Hard, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of a plan, gathered, and the mask over them. k, v: (B, G, S, d), mask: (B or 1, 1 or H, Q, S)."""
+    b, g = k.shape[:2]
+    index, valid = plan.position, plan.valid
+    if mask is not None:
+        lead = 1 if mask.shape[1] == index.shape[1] == 1 else heads
+        at = index.repeat_interleave(lead // index.shape[1], dim=1)[:, :, None].expand(-1, -1, mask.shape[2], -1)
+        mask = mask.expand(b, lead, -1, -1).gather(-1, at)
+    if valid is not None:
+        valid = valid.expand(b, index.shape[1], -1)
+        shown = (valid if valid.shape[1] == 1 else valid.repeat_interleave(heads // valid.shape[1], dim=1))[:, :, None]
+        if mask is None:
+            mask = shown
+        else:
+            mask = mask.masked_fill(~shown, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    index = index.expand(b, g, -1)
+    return take(k, index), take(v, index), mask
+
+
 class CacheSession(Session):
     """A decoder whose cache is reduced while it reads and writes. Use it as a context manager, or call `remove()`.
 
@@ -207,46 +360,91 @@ class CacheSession(Session):
     next turn) ends with the cache at its budget; methods that act while decoding keep it there at every step.
     """
 
-    def __init__(self, model: nn.Module, methods: Sequence[Reducer], host: DecoderHost) -> None:
-        self.model, self.methods, self.decoder = model, tuple(methods), host
-        self._undo = ExitStack()
+    host: DecoderHost
+
+    def __init__(
+        self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: DecoderHost,
+        modules: nn.Module | str | Path | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, methods, execution, host, modules)
         self._records: list[Record] = []
         self._notes: list[str] = []
         self._flops = 0
         self.seconds = 0.0
+        self.remembered: dict[int, dict[str, Any]] = {}  # what methods noted in the last pass without a cache
         self._rotary: dict[int, Any] = {}
-        depth = len(host.blocks)
-        self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
-        if len(self.methods) > 1:
-            raise SessionError("one method per cache: rows another method evicted cannot be judged; give apply one")
-        for index, method in enumerate(self.methods):
-            layers = tuple(range(depth)) if method.layers is None else method.layers
-            if any(layer < 0 or layer >= depth for layer in layers):
+        self.inside = any(m.site is not Site.KV_CACHE for m in self.methods)
+        for method in self.methods:
+            if method.extra and method.site is not Site.KV_CACHE:
                 raise SessionError(
-                    f"{text(method)} acts at layers {'+'.join(map(str, layers))}, but the model has {depth} blocks "
-                    f"(0 to {depth - 1}); pass layers="
+                    f"{text(method)} melts dropped tokens into one more row, which has no place among the words of a "
+                    "causal text; choose a method or a form that only prunes (fuse=false)"
                 )
-            for stage, layer in enumerate(layers):
-                self._acting.setdefault((method.site, layer), []).append((index, stage, len(layers)))
+            if method.proportional:
+                raise SessionError(
+                    f"{text(method)} weighs merged tokens by their size in later attention, which a decoder's cache "
+                    "does not remember; choose a method that prunes, or proportional=false"
+                )
+        cached = [m for m in self.methods if m.site is Site.KV_CACHE]
+        if sum(getattr(m, "evicts", True) for m in cached) > 1:
+            raise SessionError(
+                "two methods that evict cannot share a cache: rows one has taken cannot be judged by the other; give "
+                "apply one of them, with methods that only read (quest) or store (ott) beside it"
+            )
+        if any(m.revives for m in self.methods) and any(
+            getattr(m, "evicts", True) or getattr(m, "reads", False) for m in cached
+        ):
+            raise SessionError(
+                "a method that brings dropped tokens back chooses among all rows of a layer; one that evicts or reads "
+                "others in each head cannot stand beside it: stack it on one that drops for good, such as sdtp"
+            )
+        if sum(getattr(m, "reads", False) for m in self.methods) > 1:
+            raise SessionError("two methods that choose what is read cannot share a cache; give apply one of them")
+        if sum(getattr(m, "codec", None) is not None for m in self.methods) > 1:
+            raise SessionError("two methods that store a cache in few bits cannot share it; give apply one of them")
+        for method in cached:
             if not isinstance(method, CacheReducer):
                 raise SessionError(f"{type(method).__name__} acts on the KV cache but is no CacheReducer")
             method.check()
+            if self.inside and isinstance(method, Rereader):
+                raise SessionError(
+                    f"{text(method)} has the whole prompt read again, which methods inside the network would shorten; "
+                    "give apply one of them"
+                )
             rotary = self.rotary(0) if method.rotates or method.travelling else None
             if method.travelling and rotary is None:
                 raise SessionError(
                     f"{text(method)} moves rows by turning their keys, but {host.family.name} learns its positions; "
                     "pass positions=original"
                 )
+        #: Whether no method has to do with the rows of a decoding step.
+        busy = (m for m in cached if isinstance(m, CacheReducer))
+        self.steady = not any(m.decodes or m.accumulates or m.reads or m.codec is not None for m in busy)
         self._names = [p for p in inspect.signature(host.root.forward).parameters if p != "kwargs"]
 
     def _attach(self) -> None:
         with ExitStack() as undo:
-            self.decoder.attach(self._open, undo)
+            self.host.open(self._open, undo)
+            if self.inside:
+                self.host.replace(lambda layer: partial(self._block, layer), undo)
+            if any(isinstance(m, Rereader) for m in self.methods):
+                undo.callback(self.host.root.register_forward_hook(self._close, with_kwargs=True).remove)
+            if any(getattr(m, "attends", False) for m in self.methods):
+                for module in self.host.attentions:
+                    undo.callback(module.register_forward_pre_hook(_attend, with_kwargs=True).remove)
+            for method in self.methods:
+                if isinstance(method, Pressed):
+                    method.attach(self.model, self.host.root, self.host.attentions, undo)
+            if any(getattr(m, "enters", False) for m in self.methods):
+                undo.callback(self.host.blocks[0].register_forward_pre_hook(_enter, with_kwargs=True).remove)
+            self._round(undo)
             self._undo = undo.pop_all()
 
     # -- called by the host and the pass ------------------------------------------------------------------------------
     def _open(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the decoder runs: find the cache of this pass, or make one, and send the pass along."""
+        if kwargs.get("fewer") is not None:  # a pass of our own
+            return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache: Any = given.get("past_key_values")
         use = given.get("use_cache")
@@ -254,18 +452,52 @@ class CacheSession(Session):
             use = getattr(root.config, "use_cache", False)
         if cache is None:
             if not use or (root.training and getattr(root, "gradient_checkpointing", False)):
-                return args, kwargs
-            from transformers import DynamicCache
+                if not self.inside and not any(getattr(m, "gates", False) for m in self.methods):
+                    return args, kwargs
+            else:
+                from transformers import DynamicCache
 
-            cache = given["past_key_values"] = DynamicCache(config=root.config)  # type: ignore[arg-type]
-        install(cache, len(self.decoder.blocks), self)
-        if cache.get_seq_length() == 0:
-            self._flops, self._notes = 0, []
-        self._records = [layer.record for layer in cache.layers]
+                cache = given["past_key_values"] = DynamicCache(config=root.config)  # type: ignore[arg-type]
+        if cache is not None:
+            install(cache, len(self.host.blocks), self)
+        if cache is None or cache.get_seq_length() == 0:
+            self._flops, self._notes, self._latest = 0, [], None
+        self._records = [] if cache is None else [layer.record for layer in cache.layers]
         run = CachePass(self, cache, given.get("attention_mask"), given.get("position_ids"))
         self.seconds = 0.0
-        given["fewer"] = run
+        given["fewer"], self.remembered = run, run.memory
         return (), given
+
+    def _close(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """After the decoder has run: the turn of methods that have the prompt read again."""
+        run = kwargs.get("fewer")
+        if not isinstance(run, CachePass) or not run.layers:
+            return
+        for which, method in enumerate(self.methods):
+            if not isinstance(method, Rereader):
+                continue
+            began = time.perf_counter()
+            if run.fresh:
+                reread(run, which, root, kwargs)
+            elif run.layers[0].length - run.layers[0].began > 1:
+                self.note(f"{text(method)} compresses what an empty cache reads first; later passes are kept whole")
+            self.seconds += time.perf_counter() - began
+
+    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Visit | None:
+        """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""
+        run: CachePass = kwargs["fewer"]
+        if layer == 0:
+            valid = None if mask is None else run.real(x.shape[1])
+            if x.shape[1] > 1:
+                run.reading = Reading(self, x, run.layers, valid, kwargs.get("position_ids"))
+            elif run.layers and any(m.revives for m in self.methods):
+                run.visit = Revival(self, x, run.layers, run.given)
+        return run.reading or run.visit
+
+    @property
+    def apart(self) -> bool:
+        """Whether heads that keep different numbers may be read one by one: no other attention is asked for."""
+        return self.steady and not self.host.root.training and DecoderDriver.before(self.host.root.config) == "sdpa"
 
     def spend(self, flops: int) -> None:
         self._flops += flops
@@ -277,26 +509,35 @@ class CacheSession(Session):
     def rotary(self, layer: int) -> Any:
         """The rotary embedding of a layer, found once; None where positions are learned."""
         if layer not in self._rotary:
-            self._rotary[layer] = self.decoder.rotary(layer)
+            self._rotary[layer] = self.host.rotary(layer)
         return self._rotary[layer]
 
     # -- what can be read afterwards ----------------------------------------------------------------------------------
     @property
     def ledger(self) -> CacheLedger:  # type: ignore[override]
         """What the last cache holds, layer by layer."""
-        if not self._records:
+        if not self._records and self._latest is None:
             raise SessionError("no forward pass with a cache yet: call the model or generate() first")
-        return CacheLedger(list(self._records), self._flops, self.seconds, list(self._notes))
+        reading = None if self._latest is None else self._latest.ledger
+        notes = self._notes if reading is None else [*self._notes, *reading.notes]
+        return CacheLedger(list(self._records), self._flops, self.seconds, notes, reading)
 
     @property
-    def last(self) -> Any:
-        raise SessionError(
-            "a session on the cache traces rows, not features: read kept(layer), counts, ledger, report()"
-        )
+    def last(self) -> Pass:
+        """The last pass over a prompt, where methods act between the blocks."""
+        if not self.inside:
+            raise SessionError(
+                "a session on the cache traces rows, not features: read kept(layer), counts, ledger, report()"
+            )
+        return super().last
 
     @property
     def counts(self) -> list[float]:  # type: ignore[override]
-        """Rows each layer's cache holds, averaged over samples and KV heads."""
+        """Rows each layer's cache holds, averaged over samples and KV heads; without a cache, tokens after each
+        block."""
+        if not self._records and self._latest is not None:
+            counts = self._latest.counts
+            return counts if isinstance(counts, list) else counts.double().mean(1).tolist()  # type: ignore[return-value]
         return self.ledger.stored
 
     def kept(self, layer: int) -> Tensor:
@@ -304,6 +545,8 @@ class CacheSession(Session):
 
         Padding that no plan removed counts as rows, and so do rows of a sliding layer that have just left its window.
         """
+        if not self._records and self._latest is not None:
+            return self._latest.kept(range(len(self.host.blocks))[layer])[:, None]
         return self.ledger.layers[layer].positions()
 
     def report(self) -> str:
@@ -319,10 +562,35 @@ class CacheSession(Session):
         ])  # fmt: skip
 
 
-def start(model: nn.Module, methods: Sequence[Reducer]) -> CacheSession:
-    """Put a method on a decoder's cache."""
-    if any(m.site is not Site.KV_CACHE for m in methods):
-        raise SessionError("methods on the KV cache and methods inside the network cannot share a session")
-    session = CacheSession(model, methods, DecoderHost.find(model))
+def _scale(q: Tensor, kwargs: dict[str, Any]) -> float:
+    """The factor on q k^T that an attention module gave its function."""
+    scale = kwargs.get("scaling")
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _attend(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before an attention module: show the pass its call."""
+    run = kwargs.get("fewer")
+    if isinstance(run, CachePass):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        run.attending = Attending(module, hidden, {k: v for k, v in kwargs.items() if k != "fewer"})
+
+
+def _enter(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before the first block: show the pass what enters it."""
+    run = kwargs.get("fewer")
+    if isinstance(run, CachePass):
+        run.entry = args[0] if args else kwargs["hidden_states"]
+
+
+def start(
+    model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
+    host: DecoderHost,
+) -> CacheSession:  # fmt: skip
+    """Put methods into a decoder, on its cache and between its blocks."""
+    check_free(host)
+    if execution == "packed":
+        raise SessionError("a decoder's cache does not take packed rows; use execution='padded'")
+    session = CacheSession(model, methods, execution, host, modules)
     session._attach()
     return session

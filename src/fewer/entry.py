@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from . import session
+from . import hosts, session
 from .core import Reducer, Site
+from .presses import Press, adapt
 from .session import Execution, Session, SessionError
-from .spec import parse
+from .spec import parse, text
 
 
 def apply(
     model: nn.Module,
-    method: str | Reducer | Sequence[str | Reducer],
+    method: str | Reducer | Press | Sequence[str | Reducer | Press],
     *,
     execution: Execution = "padded",
     modules: nn.Module | str | Path | None = None,
@@ -26,8 +27,8 @@ def apply(
 
     model       a model of transformers or timm; see `fewer doctor`
     method      a name with its parameters as keywords, a text form ("tome:r=8", "snapkv:keep=0.5,window=64"), a
-                reducer, or a list of these. Methods on the KV cache of a decoder ("snapkv", "streamingllm", ...) give a
-                `CacheSession`.
+                reducer, a press of kvpress (see `fewer.presses`), or a list of these. Methods on the KV cache of a
+                decoder ("snapkv", "streamingllm", ...) give a `CacheSession`.
     execution   how samples with different counts are run; see Session
     modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
                 and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
@@ -44,9 +45,17 @@ def apply(
         raise SessionError("the list of methods is empty: give at least one")
     if parameters and len(items) > 1:
         raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
-    reducers = [parse(item, **parameters) for item in items]
-    if any(reducer.site is Site.KV_CACHE for reducer in reducers):
-        from . import caching  # needs transformers, which methods inside the network may do without
+    reducers = [parse(adapt(item), **parameters) for item in items]
+    if execution not in get_args(Execution):
+        raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
+    host = hosts.find(model)
+    if isinstance(host, hosts.DecoderHost):
+        from . import caching  # needs transformers, which other hosts may do without
 
-        return caching.start(model, reducers)
-    return session.start(model, reducers, execution, modules)
+        return caching.start(model, reducers, execution, modules, host)
+    if cached := [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]:
+        raise hosts.HostError(
+            f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.family.name} keeps none; decoders: "
+            f"{', '.join(f.name for f in hosts.FAMILIES if f.library == 'decoder')}"
+        )
+    return session.start(model, reducers, execution, modules, host)

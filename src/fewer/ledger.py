@@ -24,7 +24,7 @@ class Ledger:
 
     GFLOPs follow the field's habit and count a multiply-add once. Counted: patch embedding, all linear layers of the
     blocks, q k^T and its product with v, and the method's own matrix products. Left out: norms, activations, softmax,
-    the head (under 1 % together), sorting and gathering.
+    the head (under 1 % together), sorting and gathering. causal: whether a token sees only those before it.
     """
 
     entries: list[Entry]
@@ -33,21 +33,24 @@ class Ledger:
     linear: list[tuple[int, int]]
     width: int
     itemsize: int
+    pair_width: int
     seconds: float | None = None
     own_seconds: float | None = None
+    causal: bool = False
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, host: Host, entries: list[Entry], full: int, itemsize: int) -> Ledger:
-        weight = host.patch.weight
+        cut = 0 if host.patch is None else (full - host.prefix) * host.patch.weight.numel()  # type: ignore[operator]
         linear = [host.linear_weights(i) for i in range(len(host.blocks))]
-        return cls(entries, full, (full - host.prefix) * weight.numel(), linear, host.width, itemsize)  # type: ignore[operator]
+        return cls(entries, full, cut, linear, host.width, itemsize, host.pair_width)  # type: ignore[arg-type]
 
     def _macs(self, entries: list[Entry]) -> float:
         total = float(self.patch_macs)
         for entry, (attention, mlp) in zip(entries, self.linear, strict=True):
             pairs = entry.attention**2 if entry.pairs is None else entry.pairs
-            total += entry.attention * attention + 2 * pairs * self.width + entry.mlp * mlp
+            pairs = (pairs + entry.attention) / 2 if self.causal else pairs
+            total += entry.attention * attention + 2 * pairs * self.pair_width + entry.mlp * mlp
         return total
 
     @property

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import hosts, trained
 from .core import Reducer, Site
+from .core.codes import rounded
 from .ledger import Ledger
-from .passes import Pass
+from .passes import Pass, Scan
 from .spec import text
 
 Execution = Literal["padded", "packed", "masked"]
@@ -47,7 +48,7 @@ class Session:
         self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
         stages = []
         for index, method in enumerate(self.methods):
-            layers = tuple(range(depth)) if method.layers is None else method.layers
+            layers = method.acts_at(depth)
             if method.needs_cls and not host.has_cls:
                 raise SessionError(
                     f"{text(method)} ranks tokens by the class token's attention, and {host.family.name} has none; "
@@ -69,14 +70,25 @@ class Session:
     def _attach(self) -> None:
         with ExitStack() as undo:  # if a later step fails, the earlier ones come off again
             self.host.attach(lambda layer: partial(self._block, layer), undo)
-            patch = self.host.patch.register_forward_hook(self._see_grid)
-            undo.callback(patch.remove)
-            norm, pooler = self.host.final_norm, self.host.pooler
-            if norm is not None:
+            patch, norm, pooler = self.host.patch, self.host.final_norm, self.host.pooler
+            if patch is not None:
+                undo.callback(patch.register_forward_hook(self._see_grid).remove)
+            if norm is not None and patch is not None:
                 undo.callback(norm.register_forward_hook(self._fill_padding).remove)
             if pooler is not None:
                 undo.callback(pooler.register_forward_pre_hook(self._mask_pooler, with_kwargs=True).remove)
+            self._round(undo)
             self._undo = undo.pop_all()
+
+    def _round(self, undo: ExitStack) -> None:
+        """Round what enters the blocks' matrices, for methods that come with few bits."""
+        bits = min((m.activation_bits for m in self.methods if m.activation_bits is not None), default=None)
+        if bits is None:
+            return
+        for block in self.host.blocks:
+            for module in block.modules():
+                if type(module).__name__ in hosts.LINEAR:
+                    undo.callback(module.register_forward_pre_hook(partial(_rounded_input, bits)).remove)
 
     def remove(self) -> None:
         """Take everything off: the model is as it was, to the bit. What was traced stays readable."""
@@ -94,10 +106,13 @@ class Session:
     # -- called by the host --------------------------------------------------------------------------------------------
     def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands in for a block's forward."""
-        mask = args[0] if args else kwargs.pop("attention_mask", kwargs.pop("attn_mask", None))
+        kwargs |= dict(zip(self.host.arguments, args, strict=False))
+        mask = kwargs.pop("attention_mask", kwargs.pop("attn_mask", None))
         checkpoint = self.host.driver.checkpoint(self.host, layer)
-        visit = self._visit(layer, x)
-        last = layer + 1 == len(self.host.blocks) and self.host.final_norm is None
+        visit, host = self._visit(layer, x, mask, kwargs), self.host
+        if visit is None:
+            return type(host.blocks[layer]).forward(host.blocks[layer], x, attention_mask=mask, **kwargs)
+        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.family.text
         if checkpoint is None:
             x = self.host.run(layer, x, mask, kwargs, visit)
             return self._filled(x) if last else x
@@ -115,8 +130,12 @@ class Session:
         x = checkpoint(run, x)
         return self._filled(x) if last else x
 
-    def _visit(self, layer: int, x: Tensor) -> Pass:
-        if layer == 0:
+    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.Visit | None:
+        """The forward pass that reaches a block; None where no method acts in it."""
+        if layer == 0 and self.host.family.text:
+            kind = Scan if self.host.family.library == "state space" else Pass
+            self._local.current = kind(self, x, valid=None if mask is None else _seen_by_any(mask))
+        elif layer == 0:
             self._local.current = Pass(self, x, getattr(self._local, "grid", None))
         current = getattr(self._local, "current", None)
         if current is None:
@@ -246,20 +265,45 @@ class Session:
         return "\n".join(lines)
 
 
-def start(
-    model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None
-) -> Session:
-    """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
-    if execution not in get_args(Execution):
-        raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
-    host = hosts.find(model)
+def _rounded_input(bits: int, _module: nn.Module, args: tuple) -> tuple:
+    return (rounded(args[0], bits), *args[1:])
+
+
+def _seen_by_any(mask: Tensor) -> Tensor:
+    """(B, N) bool: the tokens some query may look at, all but padding. mask: (B, 1, N, N), True or 0 = visible; or
+    (B, N)."""
+    if mask.dim() == 2:
+        return mask != 0
+    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(-2)
+
+
+def check_free(host: hosts.Host) -> None:
+    """Raises SessionError where a session is on."""
     if any("forward" in block.__dict__ for block in host.blocks):
         raise SessionError(
             "this model already has a session on (or another library replaced its blocks' forward): call remove() "
             "first, or give apply a list of methods"
         )
-    if execution == "packed" and host.family.relative_bias is not None:
+
+
+def start(
+    model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
+    host: hosts.Host,
+) -> Session:  # fmt: skip
+    """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
+    check_free(host)
+    if execution == "packed" and (host.family.relative_bias is not None or any(map(host.family.local, host.blocks))):
         raise SessionError(f"packed execution does not carry {host.family.name}'s bias; use execution='padded'")
+    if execution != "padded" and host.family.library == "state space":
+        raise SessionError(
+            f"a state-space model reads every row it is given, so execution={execution!r} would change its answers; "
+            "use execution='padded'"
+        )
+    if host.family.library == "state space" and (fused := [text(m) for m in methods if m.extra]):
+        raise SessionError(
+            f"{', '.join(fused)} melts dropped tokens into one more row, which has no place among the words of a "
+            "causal text; choose a method or a form that only prunes (fuse=false)"
+        )
     session = Session(model, methods, execution, host, modules)
     session._attach()
     return session

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from .core import Reducer
-from .hosts import Host
+from .core.cached import CacheReducer
+from .hosts import DecoderHost, Host
 from .spec import text
 
 ASSETS = Path(__file__).parent / "assets"
@@ -20,12 +21,20 @@ UNTRAINED = "untrained"
 SUFFIX = ".safetensors"
 
 
+ALSO = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-q4")}
+"""Folders of the package whose models are not in it: their hub names, and those of the folders `load_model` keeps."""
+
+
 class ModulesError(ValueError):
     """A method's trained modules are missing, or do not fit the method or the model."""
 
 
 def build(method: Reducer, host: Host, stages: int) -> nn.ModuleList:
-    """Fresh modules of a method: one nn.ModuleDict per stage; empty for a method that has none."""
+    """Fresh modules of a method: one nn.ModuleDict per stage, or one for a whole cache; empty where it has none."""
+    if isinstance(method, CacheReducer):
+        assert isinstance(host, DecoderHost)
+        whole = nn.ModuleDict(method.predictors(host.channels, host.heads, host.kv_heads, len(host.blocks)))
+        return nn.ModuleList([whole] if len(whole) else [])
     made = [nn.ModuleDict(method.modules(host.width, host.heads, stages, host.patches)) for _ in range(stages)]
     return nn.ModuleList(made if any(map(len, made)) else [])
 
@@ -73,6 +82,8 @@ def _packaged(model: nn.Module, method: Reducer) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     path = Path(name)
     inside = ASSETS / name if "/" not in name else path
+    known = next((folder for folder, names in ALSO.items() if name in names or path.name in names), None)
+    inside = inside if known is None else ASSETS / known
     if not name or not inside.is_dir() or inside.resolve().parent != ASSETS.resolve():
         return None
     return inside.name if any(inside.glob(f"{method.card.name}{SUFFIX}")) else None

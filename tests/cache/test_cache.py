@@ -437,13 +437,13 @@ def test_removal_in_the_middle_of_a_generation_is_said():
 
 def test_models_and_settings_that_do_not_fit():
     model = decoder("llama")
-    with pytest.raises(HostError, match="Supported: Llama"):
+    with pytest.raises(HostError, match="Llama"):
         fewer.apply(nn.Linear(2, 2), "knorm")
     with pytest.raises(fewer.SessionError, match="pass layers="):
         fewer.apply(model, "knorm:layers=0+7")
-    with pytest.raises(fewer.SessionError, match="one method per cache"):
+    with pytest.raises(fewer.SessionError, match="cannot share a cache"):
         fewer.apply(model, ["knorm", "keydiff"])
-    with pytest.raises(fewer.SessionError, match="cannot share"):
+    with pytest.raises(fewer.SessionError, match="proportional"):
         fewer.apply(model, ["knorm", "tome"])
     with fewer.apply(model, "knorm"), pytest.raises(HostError, match="already has a session"):
         fewer.apply(model, "keydiff")

@@ -20,7 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from .place import Place
+from .plan import on_device
 
 ROUNDING: dict[str, Callable[[float], int]] = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": int}
 
@@ -62,6 +66,13 @@ class Budget:
             raise BudgetError(f"{self!r} depends on scores and names no count; give r, keep or tokens here")
         quiet = replace(at, note=lambda _: None)
         return [max(self.keep(n, at if n == free else quiet), min(least, n)) for n in range(free + 1)]
+
+    def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
+        """How many stay of each padded sample's own free tokens. real: (B,) long, at most `free`. Returns (B,).
+
+        The budget is asked once per possible length: a table of Python integers, read per sample without a sync.
+        """
+        return on_device(self.counts(free, at, least=least), real.device)[real]
 
     def _stage(self, values: float | tuple, at: Place, index: int) -> float:
         if not isinstance(values, tuple):
@@ -142,6 +153,13 @@ class KeepRatio(Budget):
             wanted = free * ratio
         count = ROUNDING[self.rounding](wanted if self.rounding == "trunc" else _nearly(wanted))
         return max(min(count, free), min(1, free))
+
+    def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
+        if self.of == "current" or at.starts is None:
+            return super().granted(real, free, at, least=least)
+        quiet = replace(at, note=lambda _: None)
+        table = [max(self.keep(n, replace(quiet, start=n)), min(least, n)) for n in range(at.start + 1)]
+        return torch.minimum(on_device(table, real.device)[at.starts], real)
 
 
 @dataclass(frozen=True)

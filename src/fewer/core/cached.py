@@ -8,18 +8,19 @@ protected rows included: `keep=0.5` of a prompt of 1,000 tokens leaves 500 rows,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import attention
 from .budgets import Budget, BudgetError, Capacity, KeepRatio
+from .codes import Codec
 from .place import Place, Site
 from .plan import Hard, Plan, PlanError
 from .reducer import Reducer
-from .signals import SignalError, Signals
+from .signals import SignalError, Signals, lazy
 from .tokens import Group, Tokens
 
 
@@ -31,12 +32,46 @@ class CacheReducer(Reducer):
     rotates      wants `signals.rotary`, the rotary embedding of the layer
     least        rows that stay whatever the budget says (windows, sinks): the budget is never below it
     travelling   leading rows that are re-rotated to stand right before the others, as if nothing had gone; 0 = none
+    evicts       takes rows away, by `plan`; a session holds at most one such method
+    reads        chooses the rows that a decoding pass reads, by `read`; nothing is taken away
+    gates        adds to the attention logits of every layer that is no sliding window, by `gate`
+    enters       wants `signals.entry`, the hidden states that enter the first block
+    attends      wants `signals.attending`, the attention module and what it was called with
+    once         acts only on the pass that fills an empty cache
     """
 
     site: ClassVar[Site] = Site.KV_CACHE
     decodes: bool = False
     accumulates: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
+    evicts: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    gates: ClassVar[bool] = False
+    enters: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
+    once: ClassVar[bool] = False
+
+    @property
+    def codec(self) -> Codec | None:
+        """How older rows are stored between passes; None: as they are. Sliding-window layers stay as they are."""
+        return None
+
+    def read(self, signals: CacheSignals, rows: Rows) -> Hard | None:
+        """The stored rows this pass's attention reads, a plan of lead (B, G) or (B, 1); None for all.
+
+        Asked before the attention of every layer that is no sliding window, in every pass, so that what a method keeps
+        in `signals.memory` stays complete. In a pass of several tokens the answer must be None.
+        """
+        return None
+
+    def gate(self, signals: CacheSignals, rows: Rows) -> Tensor:
+        """(B, 1 or H, Q, S) float32, what to add to the logits of this pass's queries over all rows; 0 = nothing."""
+        raise NotImplementedError
+
+    def predictors(self, width: int, heads: int, groups: int, layers: int) -> dict[str, nn.Module]:
+        """The method's own trainable modules: one set for all layers of a model of C channels, H query heads and G KV
+        heads in each of its layers; none for training-free methods."""
+        return {}
 
     @property
     def least(self) -> int:
@@ -61,6 +96,29 @@ class CacheReducer(Reducer):
             raise BudgetError(f"{self.budget!r} names no count; a cache takes keep, tokens or r")
         if isinstance(self.budget, KeepRatio) and self.budget.of == "start":
             raise BudgetError("of=start compounds from stage to stage; a cache counts all tokens so far, leave of out")
+
+
+class Rereader(CacheReducer):
+    """A method that has a prompt read once more, behind itself and in chunks, and ranks its rows by that.
+
+    chunk        tokens repeated at a time; overlap: tokens before them that are repeated too
+    instruction  token ids fed before each repetition
+    """
+
+    chunk: int
+    overlap: int
+    instruction: tuple[int, ...]
+
+    def votes(self, signals: CacheSignals, rows: Rows, first: int, last: int) -> Tensor:
+        """(B, G, last - first) float32: importance of these rows of one layer, from the pass that repeats them.
+
+        signals: of that pass; k and v hold the rows of the prompt, then those of the repetition. rows: the prompt's.
+        """
+        raise NotImplementedError
+
+    def choose(self, votes: list[Tensor], rows: Rows, at: list[Place]) -> list[Hard]:
+        """What stays in each layer where the method acts. votes: (B, G, S) for each of them."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +178,37 @@ class Rotary:
     frequencies: Tensor
     scale: float = 1.0
 
+    def tables(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine as a model hands them to its attention. at: (B, N) positions. Returns (B, N, d) each."""
+        angle = at.float()[..., None] * self.frequencies
+        angle = torch.cat([angle, angle], -1)
+        return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)
+
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """x rotated by `by` positions (negative turns back), in float32, x's dtype. x: (..., S, d), by: (..., S)."""
+        return self.turn_by(x, *self.angles(by))
+
+    def angles(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of a rotation by so many positions, each (..., S, d / 2), float32."""
         angle = by.float()[..., None] * self.frequencies
-        cos, sin = angle.cos(), angle.sin()
+        return angle.cos(), angle.sin()
+
+    @staticmethod
+    def turn_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`turn` by angles that are known."""
         a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
+
+
+@dataclass(eq=False)
+class Attending:
+    """A call of an attention module. hidden: (B, Q, C), its input; arguments: by keyword; weights: (B, H, Q, S), where
+    the model's own attention gives them (eager), else None."""
+
+    module: nn.Module
+    hidden: Tensor
+    arguments: dict[str, Any]
+    weights: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -137,12 +220,21 @@ class CacheSignals(Signals):
     received  (B, G, S) float32: attention each row has received since it came, mean over the query heads of a group
     rotary    this layer's rotary embedding, for methods that declare `rotates`; None where the model has none
     at_rope   (B or 1, Q): the position each query was rotated by
+    entry     (B, Q, C): hidden states that entered the first block in this pass, for methods that declare `enters`
+    attending the attention module's own call, for methods that declare `attends`
+    memory    what the method keeps for the life of the cache, one dict for all layers. Tensors in it are (B, ..., T, C)
+              with one row for each of the T tokens seen, and follow the cache when samples are picked or tokens cropped
+    local     what the method keeps for this layer's stored rows: tensors (B, ...), which follow when samples are
+              picked. Emptied whenever rows go, for then the rows have new numbers
     """
 
     asking: Tensor | None = None
     received: Tensor | None = None
     rotary: Rotary | None = None
     at_rope: Tensor | None = None
+    entry: Tensor | None = None
+    attending: Attending | None = None
+    local: dict[str, Any] = field(default_factory=dict)
     _memo: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -193,13 +285,19 @@ class CacheSignals(Signals):
         older = ~rows.newest(width) if rows.real is None else rows.real & ~rows.newest(width)
         return older if older.shape[1] == 1 else older.repeat_interleave(self.q.shape[1] // older.shape[1], dim=1)
 
-    def plain_queries(self) -> Tensor:
-        """(B, H, Q, d) float32: this pass's queries as they were before the rotary embedding."""
-        if self.rotary is None:
-            return self.q.float()
+    @lazy
+    def _back(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine that turn this pass's queries back, each (B or 1, 1, Q, d / 2), over the model's scale."""
+        assert self.rotary is not None
         if self.at_rope is None:
             raise SignalError("the positions of this pass are not known; pass position_ids to the model")
-        return self.rotary.turn(self.q.float(), -self.at_rope[:, None]) / self.rotary.scale
+        cos, sin = self.rotary.angles(-self.at_rope[:, None])
+        return cos / self.rotary.scale, sin / self.rotary.scale
+
+    def plain_queries(self, heads: slice = slice(None)) -> Tensor:
+        """(B, H, Q, d) float32: this pass's queries, of all heads or some, as before the rotary embedding."""
+        q = self.q[:, heads].float()
+        return q if self.rotary is None else self.rotary.turn_by(q, *self._back)
 
 
 def check_window(window: int, kernel: int, pool: str) -> None:
@@ -242,10 +340,28 @@ def _candidates(scores: Tensor, rows: Rows, protected: Tensor | None) -> Tensor:
     return scores if rows.real is None else scores.masked_fill(~rows.real, float("-inf"))
 
 
-def _ragged(keep: Tensor, n: int, width: int) -> Hard:
+def ragged(keep: Tensor, n: int, width: int) -> Hard:
     """The plan of a mask. keep: (B, G, S) bool; width: the most rows any head can keep."""
     order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width]
     return Plan.keep(order, n, keep.sum(-1))
+
+
+def marked(keep: Tensor, rows: Rows) -> Hard:
+    """The plan of a mask, ragged where samples or heads keep different numbers. keep: (B, 1 or G, S) bool."""
+    keep = keep if rows.real is None else keep & rows.real
+    return ragged(keep, rows.n, rows.n)
+
+
+def _highest(s: Tensor, k: int) -> Tensor:
+    """(B, G, k) long: where the k highest scores of each head stand, ascending; of equal ones the earlier.
+
+    s: (B, G, S) without NaN. Selecting the k-th highest takes half the time of a sort."""
+    edge = s.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = s > edge, s == edge
+    keep = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    slot = torch.where(keep, keep.cumsum(-1) - 1, k)  # what goes is written behind the end, and cut off
+    where = torch.arange(s.shape[-1], device=s.device).expand_as(slot)
+    return where.new_empty(*s.shape[:-1], k + 1).scatter_(-1, slot, where)[..., :k]
 
 
 def top(
@@ -257,17 +373,17 @@ def top(
              count against the budget and stay first. least: how many of them there are at most, the budget's floor.
     Returns  a hard plan of lead (B, G) or (B, 1), rows ascending; ragged where samples are padded or heads differ.
     Ties     the earlier row wins, on every device.
-    Cost     one sort of S per head; no synchronisation.
+    Cost     one selection of S per head, or a sort where samples are padded; no synchronisation.
     """
     s = _candidates(scores, rows, protected)
     counts = rows.counts(budget, at, least)
-    order = s.sort(dim=-1, descending=True, stable=True).indices
     if rows.even:
-        return Plan.keep(order[..., : counts[0]].sort(dim=-1).values, rows.n)
+        return Plan.keep(_highest(s, counts[0]), rows.n)
+    order = s.sort(dim=-1, descending=True, stable=True).indices
     limit = torch.tensor(counts, device=s.device)[:, None, None]
     rank = torch.arange(rows.n, device=s.device)
     keep = torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, (rank < limit).expand_as(order))
-    return _ragged(keep & (s > float("-inf")), rows.n, max(counts))
+    return ragged(keep & (s > float("-inf")), rows.n, max(counts))
 
 
 def shared(
@@ -296,4 +412,4 @@ def shared(
     rank = torch.arange(g * n, device=s.device)
     keep = (rank < torch.tensor(pools, device=s.device)[:, None]).expand_as(order)
     keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, keep) & (flat > float("-inf"))
-    return _ragged(keep.view(b, g, n), rows.n, min(max(pools), n))
+    return ragged(keep.view(b, g, n), rows.n, min(max(pools), n))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .budgets import Budget
 from .match import unit
 from .place import Place
-from .plan import Hard, Plan, PlanError, on_device, take
+from .plan import Hard, Plan, PlanError, take
 from .tokens import Tokens
 
 Linkage = Literal["average", "single", "complete"]
@@ -330,6 +330,38 @@ def farthest(d: Tensor, first: Tensor, k: int, real: Tensor | None = None) -> Te
     return torch.stack(chosen, 1)
 
 
+def spread(
+    x: Tensor, k: int, centres: Tensor | None, fixed: int, real: Tensor | None = None, block: int = 1
+) -> Tensor:  # fmt: skip
+    """Greedy max-min with a running minimum instead of a matrix of distances. Returns (B, N) float32: how early a
+    token was chosen, higher = earlier, the tokens never chosen lowest.
+
+    x: (B, N, d); centres: (B or 1, N) bool, `fixed` of them in each sample (at most), chosen before all others; k:
+    further tokens; block: how many of these are chosen at once.
+    """
+    x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)
+    b, n, _ = x.shape
+    limit = torch.finfo(torch.float32).max
+    apart = x.new_full((b, n), limit)
+    given = torch.zeros(1, n, dtype=torch.bool, device=x.device) if centres is None else centres
+    apart = apart.masked_fill(given, INF)
+    if real is not None:
+        apart = apart.masked_fill(~real, -1)
+    score = x.new_full((b, n), -limit)
+    alone = max(fixed, 1)  # centres one by one, and the first token where there is none
+    sizes = [1] * alone + [block] * -(-(fixed + k - alone) // block)
+    for turn, size in enumerate(sizes):
+        if size == 1:
+            far, pick = apart.max(-1, keepdim=True)
+        else:
+            far, pick = (v[:, :size] for v in apart.sort(dim=-1, descending=True, stable=True))
+        early = -torch.arange(pick.shape[1], device=x.device) - float(turn * block)
+        score = score.scatter(1, pick, torch.where(far >= 0, early, score.gather(1, pick)))
+        reach = torch.cdist(x, take(x, pick), compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+        apart = torch.where(apart == INF, apart, torch.minimum(apart, reach)).scatter(1, pick, -1.0)
+    return score
+
+
 def nearest(d: Tensor, centre: Tensor, count: Tensor | None = None) -> Tensor:
     """The nearest centre of each token, (B, F) in [0, k); a centre belongs to itself. centre: (B, k) positions."""
     b, k = centre.shape
@@ -382,7 +414,7 @@ class Field:
         if tokens.valid is None:
             return cls(tokens.prefix, index, f, table[f], most_merges=f - table[f])
         real = tokens.valid[:, tokens.prefix :] if index is None else tokens.valid.gather(1, index)
-        count = on_device(table, metric.device)[real.sum(-1)]
+        count = budget.granted(real.sum(-1), f, at, least=1)
         most = max(n - k for n, k in enumerate(table))
         return cls(tokens.prefix, index, f, max(table), real, count, most)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .budgets import Budget
+from .place import Place
 from .signals import Signals
 from .tokens import Tokens
 
@@ -35,6 +37,36 @@ def keep_decision(logp: Tensor, noise: Tensor, tau: float = 1.0) -> Tensor:
     soft = ((logp + noise) / tau).softmax(-1)[..., 0]
     noisy = logp + noise
     return straight_through((noisy[..., 0] >= noisy[..., 1]).float(), soft)
+
+
+@dataclass(frozen=True)
+class Learned(Budget):
+    """The count comes from the method's trained modules."""
+
+    @property
+    def adaptive(self) -> bool:
+        return True  # not known from shapes alone, so the method is always asked
+
+    def keep(self, free: int, at: Place) -> int:
+        return free
+
+
+class Whole(nn.Module):
+    """A learned whole number: `forward` computes it as a scalar from the module's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: tuple[int, int] | None = None
+
+    @property
+    def number(self) -> int:
+        """The number as a Python integer. Read from the device once after each change of the parameters."""
+        if any(p.is_inference() for p in self.parameters()):  # these do not tell when they change
+            return int(self().item())
+        version = sum(p._version for p in self.parameters())
+        if self._read is None or self._read[0] != version:
+            self._read = (version, int(self().item()))
+        return self._read[1]
 
 
 class Predictor(nn.Module):

@@ -67,7 +67,8 @@ def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, orde
     order    of the rows. "position": by the position of the token that stayed. "halves": the protected prefix, what
              is left of the even positions, the odd ones (step 5 of the paper; it decides which tokens can pair in the
              next block). "ranked": halves, but the even ones by falling similarity, as the paper's code has them
-             where there is no class token.
+             where there is no class token. Where more than the prefix is guarded, as in a causal text, always
+             "position".
     Units    the budget counts free tokens; at most half of them go, and the ledger records a request cut short.
     Cost     N^2 d / 2 FLOPs per sample in chunks of bounded memory, one sort of N / 2, no synchronisation.
     Raises   PlanError, naming both shapes, if metric and tokens disagree on N.
@@ -82,7 +83,7 @@ def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, orde
         parts: Parts = (slice(0, None, 2), slice(1, None, 2))
     else:  # guarded tokens lie anywhere: the halves are the even and the odd ones among those that may go
         index = tokens.free_index()
-        parts = (index[:, ::2], index[:, 1::2])
+        parts, order = (index[:, ::2], index[:, 1::2]), "position"
     return _fold(metric, budget, tokens, at, parts, lambda free: free // 2, order)
 
 
@@ -179,6 +180,55 @@ def grid_bipartite(
     target = (tokens.prefix + y * w + x).flatten().sort().values
     source = complement(target, tokens.n)[tokens.prefix :]
     return _fold(metric, budget, tokens, at, (source, target), lambda _: h * w - rows * columns)
+
+
+def ranked_bipartite(
+    scores: Tensor, metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, pruned: float = 0.0
+) -> Hard:  # fmt: skip
+    """The less important half of the free tokens goes, the most similar first, each into its best match among the
+    more important half.
+
+    Shapes   scores: (B, N), any float, higher is more important; metric: (B, N, d), compared by cosine in float32.
+    pruned   share of those that go, the most similar ones, rounded down, that is dropped instead of merged.
+    Returns  a hard plan, rows ascending by position, merged rows averaged by size; ragged where texts are padded. Ties:
+             the earlier position counts as less important; the first partner wins.
+    Units    the budget counts free tokens; at most half of them go, and the ledger records a request cut short.
+    Source   UTRC, arXiv:2410.14725, sec. 3.
+    """
+    _check(metric, tokens)
+    n, free = tokens.n, tokens.free_count
+    most = _asked(budget, tokens, at, free // 2)
+    if free < 2 or (tokens.valid is None and most <= 0):
+        return Plan.identity((tokens.batch,), n, metric.device)
+    with torch.no_grad():
+        movable = tokens.movable
+        s = scores.float() if movable is None else scores.float().masked_fill(~movable, float("inf"))
+        order = s.argsort(dim=-1, stable=True)
+        real: Tensor | int = free
+        goes: Tensor | int = most
+        if tokens.valid is not None:
+            real = (tokens.valid.sum(-1, keepdim=True) - n + free).clamp(min=0)
+            goes = torch.minimum(real - budget.granted(real[:, 0], free, at)[:, None], real // 2)
+            most = free // 2
+        rank = torch.arange(n, device=s.device).expand_as(order)
+        shut = torch.ones_like(order, dtype=torch.bool).scatter(-1, order, (rank < real // 2) | (rank >= real))
+        u, source = unit(metric), order[:, : free // 2]
+        at.spend(2 * source.shape[1] * n * u.shape[-1])
+        similar, partner = best_partner(take(u, source), u, shut)
+        similar = similar.masked_fill(rank[:, : free // 2] >= real // 2, float("-inf"))
+        first = similar.argsort(dim=-1, descending=True, stable=True)[:, :most]
+        into, source = partner(first), source.gather(-1, first)
+        place = torch.arange(most, device=s.device).expand_as(source)
+        leaves = place < goes
+        cut = int(goes * pruned + 1e-9) if isinstance(goes, int) else (goes * pruned + 1e-9).long()
+        stays = ~torch.zeros_like(shut).scatter(-1, source, leaves)
+        if tokens.valid is not None:
+            stays = stays & tokens.valid
+        anchor = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+        to = (stays.long().cumsum(-1) - 1).gather(-1, into).masked_fill(~leaves | (place < cut), -1)
+        if tokens.valid is None:
+            return Hard(n, anchor[:, : n - most], source, to).averaged(tokens.size)
+        return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
 
 
 def _asked(budget: Budget | None, tokens: Tokens, at: Place, most: int) -> int:

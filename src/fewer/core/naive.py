@@ -159,6 +159,21 @@ def grid_bipartite(
 
 
 # -- clusterings ----------------------------------------------------------------------------------------------------
+def ranked_bipartite(
+    scores: Vector, metric: Vectors, r: int, pruned: float = 0.0, fixed: Sequence[int] = ()
+) -> list[int]:
+    """The less important half of the tokens: its r that are most like one of the other half go, the first share
+    `pruned` of them dropped, the others merged. fixed: tokens that take no part."""
+    free = [i for i in range(len(scores)) if i not in fixed]
+    order = sorted(free, key=lambda i: scores[i])
+    low, high = order[: len(free) // 2], sorted(order[len(free) // 2 :])
+    partner = {i: high[_best([cosine(metric[i], metric[j]) for j in high])] for i in low}
+    going = sorted(low, key=lambda i: -cosine(metric[i], metric[partner[i]]))[:r]
+    dropped = going[: int(r * pruned + 1e-9)]
+    row_of = {i: row for row, i in enumerate(i for i in range(len(scores)) if i not in going)}
+    return [-1 if i in dropped else row_of[partner[i]] if i in going else row_of[i] for i in range(len(scores))]
+
+
 def agglomerative(metric: Vectors, k: int, linkage: str = "average", prefix: int = 0) -> list[int]:
     """ATC: begin with single tokens, merge the two closest clusters until k are left (and the prefix).
 
@@ -339,3 +354,26 @@ def maxmin(metric: Vectors, keep: int, prefix: int = 0) -> list[int]:
     d = [[1 - cosine(a, b) for b in x] for a in x]
     alone = [min((d[i][j] for j in range(len(x)) if j != i), default=math.inf) for i in range(len(x))]
     return sorted([*range(prefix), *(i + prefix for i in _spread(d, _best(alone), keep))])
+
+
+def core_set(metric: Vectors, keep: int, prefix: int = 0) -> list[int]:
+    """The prefix are centres; then always the token farthest from all centres. Without a prefix the first one is."""
+    chosen = list(range(prefix)) or [0]
+    while len(chosen) < prefix + keep:
+        left = [i for i in range(len(metric)) if i not in chosen]
+        apart = [min(squared(metric[i], metric[c]) for c in chosen) for i in left]
+        chosen.append(left[_best(apart)])
+    return sorted(chosen)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+def paid(q: Vectors, k: Vectors, scale: float, keys: Sequence[int], causal: bool = False) -> list[float]:
+    """Of one head: the attention each query pays to some keys."""
+    out = []
+    for i, query in enumerate(q):
+        seen = range(i + 1) if causal else range(len(k))
+        logits = {j: scale * dot(query, k[j]) for j in seen}
+        top = max(logits.values())
+        total = math.fsum(math.exp(v - top) for v in logits.values())
+        out.append(math.fsum(math.exp(logits[j] - top) / total for j in keys if j in logits))
+    return out

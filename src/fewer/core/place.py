@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from torch import Tensor
+
 
 class Site(Enum):
     """Kinds of places at which a host can execute a plan."""
 
     BEFORE_BLOCK = "before a block"
+    AROUND_BLOCK = "around a block"
     MID_BLOCK = "between attention and MLP"
     AFTER_BLOCK = "after a block"
     KV_CACHE = "the KV cache"
@@ -18,7 +21,7 @@ class Site(Enum):
     @property
     def sees_attention(self) -> bool:
         """Whether this block's queries and keys exist when the plan is made."""
-        return self is not Site.BEFORE_BLOCK
+        return self not in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK)
 
 
 def _ignore(_: int | str) -> None:
@@ -31,7 +34,8 @@ class Place:
 
     layer, layers   0-based block index, number of blocks
     stage, stages   0-based index among the blocks where the method acts, their number
-    start           free tokens that entered the model
+    start           free tokens that entered the model, counting padding
+    starts          (B,) long, the same without padding; None where there was none
     spend           called with FLOPs per sample the method costs here (closed forms; feeds the ledger)
     note            called with a sentence when a request could not be met as asked
     """
@@ -43,3 +47,4 @@ class Place:
     start: int = 0
     spend: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
     note: Callable[[str], None] = field(default=_ignore, compare=False, repr=False)
+    starts: Tensor | None = field(default=None, compare=False, repr=False)

@@ -244,6 +244,8 @@ class Hard(Plan):
     length        (*lead,)    real rows, where ragged
     front                     rows this plan adds right behind the protected prefix (package tokens)
     preserve_norm             rescale each row to the largest norm among its members after averaging (MLERP)
+    back          (*lead,)    rows that `restore` gives back, the first ones; those behind them are there to be looked
+                              at only, and their sources count as dropped. None = all
     """
 
     anchor: Tensor
@@ -255,6 +257,7 @@ class Hard(Plan):
     length: Tensor | None = field(default=None, kw_only=True)
     front: int = field(default=0, kw_only=True)
     preserve_norm: bool = field(default=False, kw_only=True)
+    back: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def m(self) -> int:
@@ -462,6 +465,8 @@ class Hard(Plan):
     def restore(self, y: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         self._check(y, self.m, -2)
         row = self.row
+        if self.back is not None:
+            row = row.masked_fill(row >= self.back[..., None], -1)
         x = take(y, row.clamp(min=0))
         return torch.where((row < 0)[..., None], fill, x)
 

@@ -39,6 +39,29 @@ class Packing:
         out = flat.new_zeros(len(self.lengths) * self.width, flat.shape[-1]).index_copy(0, self.index, flat)
         return out.view(len(self.lengths), self.width, h, -1).transpose(1, 2)
 
+    def read(
+        self, q: Tensor, packed: tuple[Tensor, Tensor], late: tuple[Tensor, Tensor], scale: float, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of a few queries on the packed rows of their sample and on late rows behind them; none is padded.
+
+        q: (B, Q, d), all rows visible to all Q; packed keys and values: (T, d); late ones: (B, L, d), B samples or
+        heads; mask: (B, 1, width + L), bool or additive, or None. Returns (B, Q, d). Inside, all is float32.
+        """
+        lengths, width = self.lengths, self.width
+        q, (keys, values) = q.float() * scale, late
+        behind = q @ keys.float().transpose(-1, -2)
+        parts = zip(lengths, packed[0].split(lengths), packed[1].split(lengths), strict=True)
+        out = []
+        for i, (n, k, v) in enumerate(parts):
+            logits = torch.cat([q[i] @ k.float().T, behind[i]], -1)
+            if mask is not None:
+                shown = torch.cat([mask[i, :, :n], mask[i, :, width:]], -1)
+                low = torch.finfo(torch.float32).min
+                logits = logits.masked_fill(~shown, low) if shown.dtype == torch.bool else logits + shown.float()
+            p = logits.softmax(-1)
+            out.append(torch.addmm(p[:, n:] @ values[i].float(), p[:, :n], v.float()))
+        return torch.stack(out).to(values.dtype)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float) -> Tensor:
         """The fused kernel sample by sample. q, k, v: (1, H, T, d); bias: (1, 1 or H, 1, T) or None. No padding is
         computed; a sample's result is exactly what it would be alone."""

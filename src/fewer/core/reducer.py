@@ -41,6 +41,7 @@ class Reducer:
     site          where in the block
     proportional  later blocks add log(size) to their attention logits
     needs_cls     whether it ranks by a class token and has no answer without one
+    revives       whether a decoder keeps what it drops while reading, and asks again at every step who takes part
     extra         rows it adds to those the budget grants (what is dropped, fused into one)
     """
 
@@ -50,6 +51,16 @@ class Reducer:
     site: ClassVar[Site] = Site.MID_BLOCK
     proportional: bool = False
     needs_cls: ClassVar[bool] = False
+    revives: ClassVar[bool] = False
+
+    def acts_at(self, depth: int) -> tuple[int, ...]:
+        """The blocks where it acts in a model of this depth: `layers`, or all of them."""
+        return tuple(range(depth)) if self.layers is None else self.layers
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits that the inputs of all matrices in the blocks are rounded to, per token; None = as they are."""
+        return None
 
     @property
     def extra(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import cluster
 from .budgets import Budget, Mass, Outliers, Threshold
 from .place import Place
-from .plan import Hard, Plan, PlanError, on_device
+from .plan import Hard, Plan, PlanError
 from .tokens import Group, Tokens
 
 Fidelity = Literal["paper", "code"]
@@ -73,7 +73,7 @@ def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fideli
         real = None if tokens.valid is None else tokens.valid.gather(-1, place)
         even = torch.ones_like(s)
         if real is not None:
-            number = on_device(budget.counts(free, at), s.device)[real.sum(-1)][:, None]
+            number = budget.granted(real.sum(-1), free, at)[:, None]
             s, even = s.masked_fill(~real, 0), real.to(s.dtype)
         s = torch.where(s.sum(-1, keepdim=True) > 0, s, even)
         order = (s if real is None else s.masked_fill(~real, -1)).sort(dim=-1, stable=True).indices  # padding first
@@ -161,6 +161,50 @@ def maxmin(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard
         return _kept(keep[:, :-1], tokens.free_index(), tokens, m, ragged=block.count is not None)
 
 
+def core_set(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, block: int = 1) -> Hard:
+    """Greedy k-centre selection: the protected tokens are centres, then always the token farthest from all centres.
+
+    Shapes   metric: (B, N, d), any float; Euclidean, in float32, without gradient. block: tokens taken per round.
+    Returns  a hard pruning plan, rows ascending by position; ragged where the input is padded. Without a protected
+             token the first one is the first centre and counts. Ties: the earlier position.
+    Cost     2 N K d FLOPs for K tokens that stay, N x block distances at once; K / block rounds, no sync. With
+             block = 1 every token lies within twice the optimal radius of a centre.
+    Raises   PlanError for a block below 1, a metric of another length or a budget that names no count.
+    Source   Gonzalez 1985; as Pyramid-BERT, ACL 2022, uses it.
+    """
+    if block < 1:
+        raise PlanError(f"block={block}: every round takes at least one token")
+    if budget.adaptive:
+        raise PlanError(f"{budget!r} names no count; a core-set takes r, keep or tokens")
+    _check(metric[..., 0], tokens)
+    free = tokens.free_count
+    most = budget.keep(free, at) if tokens.valid is None else max(budget.counts(free, at))
+    if tokens.valid is None and most == free:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * tokens.n * (tokens.n - free + most) * metric.shape[-1])
+    with torch.no_grad():
+        centres = tokens.protected
+        order = cluster.spread(metric, most, centres, tokens.n - free, tokens.valid, block)
+        return top(order, budget, tokens, at=at)
+
+
+def marked(keep: Tensor, tokens: Tokens) -> Hard:
+    """Keep what a mask says and what is protected; padding goes.
+
+    Shapes   keep: (B, N) bool.
+    Returns  a ragged pruning plan, rows ascending by position. Where nothing at all would stay, the first token does.
+    """
+    _check(keep, tokens)
+    if tokens.protected is not None:
+        keep = keep | tokens.protected
+    if tokens.valid is not None:
+        keep = keep & tokens.valid
+    if tokens.prefix == 0:
+        first = torch.arange(tokens.n, device=keep.device) == 0
+        keep = keep | (first & ~keep.any(-1, keepdim=True))
+    return _ragged(keep, tokens)
+
+
 def _check(scores: Tensor, tokens: Tokens) -> None:
     if scores.shape[-1] != tokens.n:
         raise PlanError(f"scores are for {scores.shape[-1]} tokens, the sequence has {tokens.n}")
@@ -235,9 +279,8 @@ def _first(order: Tensor, budget: Budget, tokens: Tokens, at: Place, fixed: int)
     if tokens.valid is None:
         count = fixed + budget.keep(tokens.n - fixed, at)
         return Plan.keep(order[..., :count].sort(dim=-1).values, tokens.n)
-    # The budget is asked once per possible length: a table of Python integers, read per sample without a sync.
-    table = [fixed + kept for kept in budget.counts(tokens.n - fixed, at)]
-    lengths = on_device(table, order.device)[(tokens.valid.sum(-1) - fixed).clamp(min=0)]
+    free = tokens.n - fixed
+    lengths = fixed + budget.granted((tokens.valid.sum(-1) - fixed).clamp(min=0), free, at)
     rank = torch.arange(tokens.n, device=order.device)
     keep = torch.zeros_like(tokens.valid).scatter(-1, order, rank < lengths[:, None]) & tokens.valid
-    return _ragged(keep, tokens, max(table))
+    return _ragged(keep, tokens, fixed + max(budget.counts(free, at)))

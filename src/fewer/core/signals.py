@@ -39,6 +39,7 @@ class Signals:
 
     grid       (height, width) of the input patches, row-major
     at         the place; pass it on to selectors and matchers
+    branch     (B, N, C), what a mixer without attention (Mamba) added to the features; None elsewhere
     modules    the method's own trained modules, empty for training-free methods
     training   whether the training form is wanted
     prefix     tokens in front of the patches in the model's input
@@ -53,10 +54,13 @@ class Signals:
     training: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
     prefix: int = 0
+    branch: Tensor | None = None
 
     def _attention(self, what: str) -> Seen:
         if self.seen is None:
-            raise SignalError(f"{what} is not known here: the site comes before this block's attention")
+            raise SignalError(
+                f"{what} is not known here: the site comes before this block's attention, or the block has none"
+            )
         return self.seen
 
     @property
@@ -102,13 +106,22 @@ class Signals:
         """(B, N), float32: the class token's attention averaged over heads; its own entry included."""
         return self.attention_rows(self.tokens.cls).mean(dim=(1, 2))
 
-    def attention_mass(self, queries: Group | None = None) -> Tensor:
-        """(B, H, N), float32: attention received, summed over the queries; memory linear in N."""
+    def attention_mass(self, queries: Group | None = None, own: bool = True) -> Tensor:
+        """(B, H, N), float32: attention received, summed over the queries; memory linear in N.
+
+        own: whether what a token gives itself counts."""
         seen = self._attention("attention")
         _, h, n, d = seen.q.shape
         self.at.spend(2 * h * (n if queries is None else len(queries)) * n * d)
         weight = None if self.tokens.valid is None or queries is not None else self.tokens.valid.float()
-        return attention.mass(seen, queries, weight)
+        return attention.mass(seen, queries, weight, own)
+
+    def attention_paid(self, keys: Group) -> Tensor:
+        """(B, H, N), float32: attention each token pays to some keys, summed over them; memory linear in N."""
+        seen = self._attention("attention")
+        _, h, n, d = seen.q.shape
+        self.at.spend(2 * h * n * seen.k.shape[-2] * d)
+        return attention.paid(seen, keys)
 
     @lazy
     def saliency(self) -> Tensor:

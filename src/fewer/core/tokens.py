@@ -100,6 +100,13 @@ class Tokens:
         offset = torch.arange(width - 1, -1, -1, device=self.valid.device)
         return Group(index=(last - offset).clamp(min=0))
 
+    def first(self, width: int) -> Group:
+        """The first `width` real tokens of each sample."""
+        width = min(width, self.n)
+        if self.valid is None:
+            return Group(0, width)
+        return Group(index=(~self.valid).to(torch.int8).argsort(dim=-1, stable=True)[:, :width])
+
     @property
     def free_count(self) -> int:
         """Tokens that may go (an upper bound where samples are ragged)."""

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import timm_vision, transformers_vision
-from .base import Call, Driver, Family, Host, HostError
+from . import decoder, state_space, timm_vision, transformers_text, transformers_vision
+from .base import LINEAR, Call, Driver, Family, Host, HostError, Visit
+from .decoder import DecoderHost
 
 DRIVERS: dict[str, Driver] = {
     "transformers": transformers_vision.TransformersDriver(),
     "timm": timm_vision.TimmDriver(),
+    "decoder": decoder.DecoderDriver(),
+    "state space": state_space.StateSpaceDriver(),
 }
-FAMILIES: tuple[Family, ...] = (*transformers_vision.FAMILIES, *timm_vision.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *transformers_vision.FAMILIES,
+    *timm_vision.FAMILIES,
+    *transformers_text.FAMILIES,
+    *decoder.FAMILIES,
+    *state_space.FAMILIES,
+)
+BOUND: dict[str, type[Host]] = {"decoder": DecoderHost, "state space": state_space.StateSpaceHost}
 
-__all__ = ["FAMILIES", "Call", "Family", "Host", "HostError", "find"]
+__all__ = ["FAMILIES", "LINEAR", "Call", "DecoderHost", "Family", "Host", "HostError", "Visit", "find"]
 
 
 def find(model: nn.Module) -> Host:
@@ -31,9 +41,11 @@ def find(model: nn.Module) -> Host:
                 continue
             blocks = [m for m in module.modules() if type(m).__name__ == family.block]
             if blocks:
-                return Host(family, module, path, DRIVERS[family.library])
+                host = BOUND.get(family.library, Host)
+                return host(family, module, path, DRIVERS[family.library])
     supported = ", ".join(f.name for f in FAMILIES)
     raise HostError(
-        f"{type(model).__name__} is not a model fewer knows: no known encoder inside it. Supported: {supported}. "
+        f"{type(model).__name__} is not a model fewer knows: no known encoder or decoder inside it. Supported: "
+        f"{supported}. "
         "Window models (Swin) have no global token sequence to reduce. A family is one table row: see CONTRIBUTING.md"
     )

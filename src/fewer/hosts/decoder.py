@@ -7,8 +7,7 @@ nothing is shared between threads. The model's own attention implementation does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
@@ -16,27 +15,11 @@ from torch import Tensor, nn
 
 from fewer.core.cached import Rotary
 
-from .base import HostError
+from .base import Call, Driver, Family, Host, HostError
 from .transformers_vision import TransformersDriver
 
 NAME = "fewer_cache"  # our key in the attention tables while a session is on
 SUPPORTED = ("sdpa", "eager")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """One architecture.
-
-    root       class names of the module that owns the blocks and takes past_key_values
-    blocks     path from the root to the list of blocks; attention: path from a block to its attention
-    rotary     (root, layer) -> (frequencies, scale), or None where positions are learned
-    """
-
-    name: str
-    root: tuple[str, ...]
-    blocks: str = "layers"
-    attention: str = "self_attn"
-    rotary: Callable[[nn.Module, int], Rotary] | None = None
 
 
 def _rotary(root: nn.Module, layer: int) -> Rotary:
@@ -63,14 +46,26 @@ def _check_rope(kind: str) -> None:
         )
 
 
-DECODERS = (
-    Decoder("Llama (and SmolLM2)", ("LlamaModel",), rotary=_rotary),
-    Decoder("Mistral", ("MistralModel",), rotary=_rotary),
-    Decoder("Qwen2", ("Qwen2Model",), rotary=_rotary),
-    Decoder("Qwen3", ("Qwen3Model",), rotary=_rotary),
-    Decoder("Gemma 3 (text)", ("Gemma3TextModel",), rotary=_rotary_by_type),
-    Decoder("GPT-2", ("GPT2Model",), blocks="h", attention="attn"),
-)
+def _llama(name: str, stem: str) -> Family:
+    """Llama's layout under another name."""
+    return Family(
+        name, (f"{stem}Model",), f"{stem}DecoderLayer", "input_layernorm", "self_attn", "post_attention_layernorm",
+        "mlp", final_norm="norm", rotary=_rotary, library="decoder",
+    )  # fmt: skip
+
+
+FAMILIES = (
+    _llama("Llama (and SmolLM2)", "Llama"),
+    _llama("Mistral", "Mistral"),
+    _llama("Qwen2", "Qwen2"),
+    _llama("Qwen3", "Qwen3"),
+    Family(
+        "Gemma 3 (text)", ("Gemma3TextModel",), "Gemma3DecoderLayer", "input_layernorm", "self_attn",
+        "pre_feedforward_layernorm", "mlp", final_norm="norm", after_attention=("post_attention_layernorm",),
+        after_mlp=("post_feedforward_layernorm",), rotary=_rotary_by_type, library="decoder",
+    ),
+    Family("GPT-2", ("GPT2Model",), "GPT2Block", "ln_1", "attn", "ln_2", "mlp", final_norm="ln_f", library="decoder"),
+)  # fmt: skip
 
 
 class Visit(Protocol):
@@ -112,15 +107,18 @@ class DecoderDriver(TransformersDriver):
     def entries(cls) -> tuple[Callable, Callable]:
         return attention_forward, mask_forward
 
+    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
+        """The call rides with the pass, which looks into it when the attention function is reached."""
+        kwargs["fewer"].call = call
+        return module(x, attention_mask=mask, **kwargs)[0]
 
-class DecoderHost:
+
+class DecoderHost(Host):
     """A decoder row bound to one model."""
 
-    def __init__(self, family: Decoder, root: nn.Module, path: str) -> None:
-        self.family, self.root, self.path = family, root, path
-        self.blocks = list(attrgetter(family.blocks)(root))
+    def __init__(self, family: Family, root: nn.Module, path: str, driver: Driver) -> None:
+        super().__init__(family, root, path, driver)
         self.attentions = [attrgetter(family.attention)(block) for block in self.blocks]
-        self.driver = DecoderDriver()
         config: Any = root.config
         if getattr(config, "add_cross_attention", False):
             raise HostError("a decoder with cross-attention keeps two caches; only the plain one can be reduced")
@@ -128,38 +126,53 @@ class DecoderHost:
             raise HostError("reorder_and_upcast_attn=True bypasses the attention table; set it to False in the config")
         own = config._attn_implementation
         if own == NAME:
-            raise HostError("this model already has a session on its cache: call remove() first")
+            raise HostError("this model already has a session on: call remove() first")
         if own not in SUPPORTED:
             raise HostError(
                 f"the attention implementation {own!r} cannot take the rows of a reduced cache; load the model with "
                 f"attn_implementation={' or '.join(map(repr, SUPPORTED))}"
             )
 
-    @classmethod
-    def find(cls, model: nn.Module) -> DecoderHost:
-        """Bind a model to its row.
-
-        Raises   HostError if none fits, naming what is supported.
-        """
-        for path, module in model.named_modules():
-            for family in DECODERS:
-                if type(module).__name__ in family.root:
-                    return cls(family, module, path)
-        supported = ", ".join(f.name for f in DECODERS)
-        raise HostError(f"{type(model).__name__} is not a decoder whose cache fewer knows. Supported: {supported}")
-
-    def attach(self, hook: Callable, undo: ExitStack) -> None:
+    def open(self, hook: Callable, undo: ExitStack) -> None:
         """Register our entries and the hook that opens each pass; what `undo` holds takes them off again."""
-        self.driver.enter_all([self.root.config, *(m.config for m in self.attentions)], undo)
+        self.driver.attach(self, undo)
         undo.callback(self.root.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    @contextmanager
+    def watched(self, visit: Visit) -> Iterator[None]:
+        """Until the block ends, every attention call of the model goes through `visit.attend`."""
+
+        def send(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "fewer": visit}
+
+        with ExitStack() as undo:
+            self.open(send, undo)
+            yield
+
+    @property
+    def channels(self) -> int:
+        """Of the hidden states; not in every model heads times channels per head."""
+        return int(self.root.get_input_embeddings().embedding_dim)  # type: ignore[operator]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer, each shared by heads / kv_heads query heads."""
+        return int(getattr(self.root.config, "num_key_value_heads", self.heads))  # type: ignore[union-attr, arg-type]
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer sees a window of the latest tokens only."""
+        config: Any = self.root.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            return kinds[layer] != "full_attention"
+        return getattr(config, "sliding_window", None) is not None
 
     def rotary(self, layer: int) -> Rotary | None:
         return None if self.family.rotary is None else self.family.rotary(self.root, layer)
 
     def describe(self) -> Iterator[tuple[str, str]]:
         """What was found, as (what, value) rows."""
-        yield "family", self.family.name
-        yield "root", f"{self.path or '(the model itself)'}: {type(self.root).__name__}"
-        yield "blocks", str(len(self.blocks))
+        for what, value in super().describe():
+            if what != "prefix tokens":
+                yield what, value if what != "sites" else f"{value}, the KV cache"
         yield "positions", "learned" if self.family.rotary is None else "rotary"
-        yield "sites", "the KV cache"

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -99,7 +100,7 @@ class TransformersDriver:
     _configs: ClassVar[dict[int, tuple[str, int]]] = {}  # by id: the implementation before the first session, sessions
 
     def attach(self, host: Host, undo: ExitStack) -> None:
-        modules = [getattr(block, host.family.attention) for block in host.blocks]
+        modules = [attrgetter(host.family.attention)(block) for block in host.blocks]
         self.enter_all([host.root.config, *(m.config for m in modules)], undo)
 
     def enter_all(self, configs: Sequence[Any], undo: ExitStack) -> None:
@@ -163,11 +164,14 @@ class TransformersDriver:
 
     def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
         extra = {k: v for k, v in kwargs.items() if k not in ("resolution", "interpolate_pos_encoding")}
-        return module(hidden_states=x, attention_mask=Carried(call, mask), **extra)[0]
+        return module(x, attention_mask=Carried(call, mask), **extra)[0]
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        heads = getattr(module, "num_attention_heads", None) or module.num_heads
-        return int(heads), int(module.head_dim)  # type: ignore[arg-type]
+        """Query heads, and channels of each."""
+        named = next(n for n in ("num_attention_heads", "num_heads", "n_heads", "config") if hasattr(module, n))
+        heads = int(module.config.num_attention_heads if named == "config" else getattr(module, named))  # type: ignore
+        wide = next(n for n in ("head_dim", "attention_head_size") if hasattr(module, n))
+        return heads, int(getattr(module, wide))
 
     def checkpoint(self, host: Host, layer: int) -> Callable[..., Tensor] | None:
         """The block's gradient-checkpointing function, if that is on and this is training."""

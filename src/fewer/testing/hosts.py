@@ -17,7 +17,7 @@ from fewer.entry import apply
 from fewer.hosts import Host, find
 from fewer.session import Session
 
-from .models import Shape, answer, images, tiny_vit
+from .models import TEXTS, Shape, answer, images, texts, tiny_vit
 
 DEPTH = 3
 LAYERS = (1, 2)  # where a method acts that does not act in every block
@@ -31,7 +31,7 @@ def _built(kind: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class TinyHost:
-    """A kind of tiny model, see `fewer.testing.models.KINDS`, and how a check runs a method on it.
+    """A kind of tiny model, see KINDS and TEXTS in `fewer.testing.models`, and how a check runs a method on it.
 
     device: where the checks run; synchronisation is only seen in full on a GPU.
     """
@@ -45,8 +45,8 @@ class TinyHost:
 
     @property
     def batch(self) -> Tensor:
-        """Three images, (3, 3, 32, 32)."""
-        return images(3).to(self.device)
+        """Three images, (3, 3, 32, 32), or the embeddings of three texts, (3, 17, 32)."""
+        return (texts(3) if self.kind in TEXTS else images(3)).to(self.device)
 
     @property
     def found(self) -> Host:
@@ -54,7 +54,13 @@ class TinyHost:
 
     @property
     def patches(self) -> int:
+        """Tokens that may go: patches, or words."""
         return Shape().patches
+
+    @property
+    def guarded(self) -> int:
+        """Tokens at the end that must stay: the last one of a causal model."""
+        return int(self.kind in TEXTS and not self.found.prefix)
 
     def session(self, model: nn.Module, method: Reducer, **options: Any) -> Session:
         """The method put into the model. Trained methods get random modules, the same ones every time."""
@@ -83,6 +89,8 @@ def fitted(method: type[Reducer] | Reducer) -> Reducer:
     changes: dict[str, Any] = {"budget": _moderate(method.budget)}
     if method.layers is not None:
         changes["layers"] = LAYERS[: len(method.layers)]
+    if hasattr(method, "sinks"):  # tokens it protects on its own are not counted by the checks
+        changes["sinks"] = 0
     return replace(method, **changes)  # type: ignore[type-var]
 
 
@@ -119,6 +127,11 @@ def _everything(budget: Budget) -> Budget:
 def stateless(method: Reducer) -> bool:
     """Whether the method is a frozen value: every field can be hashed and compared."""
     return all(isinstance(hash(getattr(method, f.name)), int) for f in fields(method))  # type: ignore[arg-type]
+
+
+def text_hosts(device: str = "cpu") -> list[TinyHost]:
+    """One host per way a model of text can differ: the norm's place, windows, positions, the kind of mixer."""
+    return [TinyHost(kind, device) for kind in TEXTS]
 
 
 def tiny_hosts(device: str = "cpu") -> list[TinyHost]:

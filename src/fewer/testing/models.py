@@ -1,4 +1,4 @@
-"""Small vision transformers with seeded weights, one per kind of host: what the contract and the tests run on.
+"""Small models with seeded weights, one per kind of host: what the contract and the tests run on.
 
 model = tiny_vit("deit", depth=3)                 # weights large enough that attention is not flat
 answers = run(model, images(batch=2))
@@ -172,15 +172,51 @@ KINDS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
 }  # fmt: skip
 
 
+def _text(kind: str) -> Callable[[Shape, dict[str, Any]], nn.Module]:
+    """A model of text by its name in transformers."""
+
+    def build(shape: Shape, more: dict[str, Any]) -> nn.Module:
+        from transformers import AutoConfig, AutoModel
+
+        size: dict[str, Any] = dict(
+            vocab_size=50, hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
+            intermediate_size=2 * shape.width, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+        if kind in ("llama", "qwen3", "gemma3_text"):
+            size |= dict(num_key_value_heads=shape.heads // 2, head_dim=shape.width // shape.heads)
+        return AutoModel.from_config(AutoConfig.for_model(kind, **size | OWN.get(kind, {}) | more))
+
+    return build
+
+
+OWN: dict[str, dict[str, Any]] = {  # sizes that go by other names there, windows shorter than the tests' texts
+    "distilbert": dict(dim=32, n_layers=3, n_heads=4, hidden_dim=64),
+    "modernbert": dict(local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2,
+                       reference_compile=False),
+    "gemma3_text": dict(sliding_window=12, query_pre_attn_scalar=8,
+                        layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gpt2": dict(n_inner=64),
+    "mamba": dict(state_size=8),
+    "mamba2": dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+}  # fmt: skip
+TEXTS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
+    kind: _text(kind) for kind in ("bert", "roberta", "distilbert", "modernbert", "llama", "qwen3", "gemma3_text",
+                                   "gpt2", "mamba", "mamba2")
+}  # fmt: skip
+
+
 def tiny_vit(kind: str = "vit", *, seed: int = 0, options: dict[str, Any] | None = None, **shape: int) -> nn.Module:
-    """A small model in eval mode, one of KINDS. shape: fields of Shape; options: further constructor arguments.
+    """A small model in eval mode, of KINDS or TEXTS. shape: fields of Shape; options: further constructor arguments.
 
     Matrices are normal draws of standard deviation 0.2, so that attention and similarities are far from flat.
     """
-    model = KINDS[kind](Shape(**shape), options or {})
+    model = (KINDS | TEXTS)[kind](Shape(**shape), options or {})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if name.endswith("A_log"):  # how fast a state forgets
+                continue
             if p.dim() > 1 or "position_bias" in name:
                 p.copy_(0.2 * torch.randn(p.shape, generator=generator))
             elif name.endswith("bias"):
@@ -193,8 +229,18 @@ def images(batch: int = 2, image: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, image, image, generator=torch.Generator().manual_seed(seed))
 
 
+def texts(batch: int = 2, tokens: int = 17, width: int = 32, seed: int = 0) -> Tensor:
+    """(batch, tokens, width): embeddings of that many tokens, standard normal. Gradients can reach them."""
+    return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
 def answer(model: nn.Module, x: Tensor) -> Tensor:
-    """What a model answers for images, (B, classes or channels): logits, or the pooled features of a backbone."""
+    """What a model answers for images, (B, classes or channels): logits, or the pooled features of a backbone. For
+    embeddings of text, (B, N, C): the features of the class token, in a causal model those of the last token."""
+    if x.dim() == 3:
+        causal = not hasattr(model, "embeddings") or "Mamba" in type(model).__name__
+        out = model(inputs_embeds=x, use_cache=False) if causal else model(inputs_embeds=x)
+        return out.last_hidden_state[:, -1 if causal else 0]
     out = model.get_image_features(x) if hasattr(model, "get_image_features") else model(x)  # type: ignore[operator]
     if isinstance(out, Tensor):
         return out
