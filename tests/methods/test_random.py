@@ -4,7 +4,7 @@ import torch
 
 import fewer
 from fewer.core import Capacity, Place
-from fewer.methods.vision.random import noise
+from fewer.core.noise import noise
 from vit import images, run, signals, tiny_vit
 
 

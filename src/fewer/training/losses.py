@@ -48,6 +48,19 @@ def flops_target(gflops: Tensor, target: float) -> Tensor:
     return (gflops - target).square()
 
 
+def reinforce(nll: Tensor, reward: Tensor, group: int) -> Tensor:
+    """The policy gradient's loss: each trajectory's negative log-likelihood, weighted by how far its reward lies above
+    the mean of its group.
+
+    nll: (B * group,) of the actions, with gradient; reward: (B * group,), higher is better, taken as it is; the
+    trajectories of one input stand side by side.
+    Source   Williams 1992, with the baseline of TR-BERT, arXiv:2105.11618, sec. 3.2.
+    """
+    reward = reward.detach().unflatten(0, (-1, group))
+    above = (reward - reward.mean(1, keepdim=True)).flatten()
+    return (above * nll).mean()
+
+
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL over the last axis, (...,). float32."""
     p, q = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
@@ -58,3 +71,15 @@ def _over_kept(loss: Tensor, keep: Tensor) -> Tensor:
     """Mean of loss (B, M) where keep > 0; zero where nothing is kept."""
     kept = (keep.detach() > 0).float()
     return (loss * kept).sum() / kept.sum().clamp_min(1)
+
+
+def ranking(scores: Tensor, wanted: Tensor, pairs: Tensor) -> Tensor:
+    """Pairwise logistic loss: scores should be in the order of what is wanted, mean over the pairs.
+
+    scores, wanted: (B, N); pairs: (2, P) long, positions; pairs that are wanted alike count nothing.
+    Source   SDTP, arXiv:2504.04514, eq. 7, with a mean in place of the sum.
+    """
+    i, j = pairs
+    sign = (wanted[:, i] - wanted[:, j]).sign()
+    apart = (scores[:, i] - scores[:, j]) * sign
+    return (F.softplus(-apart) * sign.abs()).sum() / sign.abs().sum().clamp_min(1)

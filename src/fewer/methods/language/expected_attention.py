@@ -65,30 +65,31 @@ class ExpectedAttention(CacheReducer):
 
     def _logits(self, signals: CacheSignals, rows: Rows, sinks: Tensor) -> Tensor:
         """(B, G, R, S) float32: log of the expected exponential, per query head of each KV head's group."""
-        q, k, g = signals.plain_queries(), signals.k.float(), signals.kv_heads
-        b, h, n, d = q.shape
+        (b, h, n, d), s, g = signals.q.shape, rows.n, signals.kv_heads
+        first, share = 0, None
         if rows.real is None:  # sinks of earlier passes are not among this pass's queries
-            q = q[:, :, min(max(self.sinks - (rows.n - n), 0), n - 1) :]
-            mean, share = q.mean(2), q.new_full((), 1 / q.shape[2])  # (B, H, d)
+            first = min(max(self.sinks - (rows.n - n), 0), n - 1)
         else:
-            weight = (~sinks[:, :1, -n:]).expand(b, 1, n)
+            weight = (~sinks[:, 0, -n:]).expand(b, n)
             if signals.asking is not None:
-                weight = weight & signals.asking[:, None]
-            share = (weight / weight.sum(-1, keepdim=True).clamp(min=1)).float()[..., None]  # (B, 1, Q, 1)
-            mean = (q * share).sum(2)
-        turn = self._average_rotation(signals, d)  # (B or 1, 1, d, d)
-        ahead = (turn @ mean[..., None])[..., 0].unflatten(1, (g, -1))
-        scale = signals.query_scale
-        logits = (ahead @ k.transpose(-1, -2)) * scale
-        signals.at.spend(2 * h * k.shape[-2] * d)
-        if self.covariance:
-            centred = q - mean[:, :, None]
-            spread = (centred * share).transpose(-1, -2) @ centred  # (B, H, d, d)
-            spread = (turn @ spread @ turn.transpose(-1, -2)).unflatten(1, (g, -1))
-            for r in range(h // g):  # one query head of each group at a time: (B, G, S, d) floats
-                logits[:, :, r] += ((k @ spread[:, :, r]) * k).sum(-1) * (scale**2 / 2)
-            signals.at.spend(2 * h * (n + k.shape[-2]) * d * d)
-        return logits
+                weight = weight & signals.asking
+            share = (weight / weight.sum(-1, keepdim=True).clamp(min=1)).float()[:, None, :, None]  # (B, 1, Q, 1)
+        turn, scale = self._average_rotation(signals, d), signals.query_scale
+        logits = torch.empty(b, h, s, device=signals.device)
+        step = 1 if signals.device.type == "cpu" else h // g  # on a CPU, what lies in between should fit its cache
+        for head in range(0, h, step):
+            own, shared = slice(head, head + step), head * g // h
+            k = signals.k[:, shared : shared + 1].float()
+            q = signals.plain_queries(own)[:, :, first:]
+            mean = q.mean(2, keepdim=True) if share is None else (q * share).sum(2, keepdim=True)  # (B, step, 1, d)
+            logits[:, own] = (k @ (turn @ mean.transpose(-1, -2)))[..., 0] * scale
+            if self.covariance:
+                q = q - mean
+                spread = q.transpose(-1, -2) @ (q / q.shape[2] if share is None else q * share)  # (B, step, d, d)
+                spread = turn @ spread @ turn.transpose(-1, -2)
+                logits[:, own] += (k @ spread).mul_(k).sum(-1) * (scale**2 / 2)
+        signals.at.spend(2 * h * s * d + (2 * h * (n + s) * d * d if self.covariance else 0))
+        return logits.unflatten(1, (g, -1))
 
     def _average_rotation(self, signals: CacheSignals, d: int) -> Tensor:
         """The rotation matrix averaged over the next positions, the model's own scale included: (B or 1, 1, d, d)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
 from fewer.core.cached import CacheReducer, Rows, top
@@ -13,11 +15,23 @@ from fewer.core.cached import CacheReducer, Rows, top
 class KNorm(CacheReducer):
     """Keep the keys with the smallest L2 norm, per KV head. Asks for no attention at all.
 
-    budget: share or number of rows per KV head. layers: where it acts; the paper spares the first two of Llama 2.
+    budget     share or number of rows per KV head
+    layers     where it acts; the paper spares the first two of Llama 2
+    positions  "original": rows keep the distance they had in the text, as in the paper. "cache": keys are turned on so
+               that the rows that are left follow one another without gaps
     """
 
     budget: Budget = KeepRatio(0.5)
     layers: tuple[int, ...] | None = None
+    positions: Literal["original", "cache"] = "original"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("cache", "original"):
+            raise ValueError(f"positions={self.positions!r} is neither 'cache' nor 'original'")
+
+    @property
+    def travelling(self) -> int:
+        return sys.maxsize if self.positions == "cache" else 0
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         assert isinstance(tokens, Rows)

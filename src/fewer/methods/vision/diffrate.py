@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Hard, Plan, PlanError, Reducer, Signals, Tokens, reducer
-from fewer.core.learned import remember, straight_through
+from fewer.core.learned import Learned, Whole, remember, straight_through
 from fewer.core.plan import take
 
 
-class Count(nn.Module):
+class Count(Whole):
     """A learned number of tokens: the expectation over candidates M, M - g, M - 2g, ..., rounded up.
 
     logits: (T,) of the candidates' probabilities. Source: DiffRate, arXiv:2305.17997, eq. 6 to 9.
@@ -24,7 +24,6 @@ class Count(nn.Module):
         super().__init__()
         self.candidates = tuple(range(most, 0, -granularity))
         self.logits = nn.Parameter(torch.zeros(len(self.candidates)))
-        self._read: tuple[int, int] | None = None
 
     def forward(self) -> Tensor:
         """The count, a scalar: a whole number with the gradient of the expectation."""
@@ -32,31 +31,11 @@ class Count(nn.Module):
         expected = (candidates * self.logits.float().softmax(-1)).sum()
         return straight_through(expected.detach().ceil(), expected)
 
-    @property
-    def number(self) -> int:
-        """The count as a Python integer. Read from the device once after each change of the logits."""
-        version = self.logits._version
-        if self._read is None or self._read[0] != version:
-            self._read = (version, int(self().item()))
-        return self._read[1]
-
     def survival(self, n: int) -> Tensor:
         """(n,): for each rank from 0, the probability that more tokens than this stay."""
         candidates = torch.tensor(self.candidates, device=self.logits.device)
         more = torch.arange(n, device=self.logits.device)[:, None] < candidates
         return (more * self.logits.float().softmax(-1)).sum(-1)
-
-
-@dataclass(frozen=True)
-class Learned(Budget):
-    """The count comes from the method's trained modules; it is the same for all samples."""
-
-    @property
-    def adaptive(self) -> bool:
-        return True  # not known from shapes alone, so the method is always asked
-
-    def keep(self, free: int, at: object) -> int:
-        return free
 
 
 @reducer("diffrate", paper="arXiv:2305.17997", acts="prune+merge", on="vision", training="optional",

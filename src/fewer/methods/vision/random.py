@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Tokens, reducer, select
+from fewer.core.noise import noise
 
 
 @reducer("random", paper="baseline", acts="prune", on="vision", training="optional")
@@ -24,24 +23,6 @@ class Random(Reducer):
     seed: int = 0
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        return select.top(noise(tokens.place(), self.seed, signals.at.layer), self.budget, tokens, at=signals.at)
-
-
-def noise(place: Tensor, seed: int, layer: int) -> Tensor:
-    """A hash of (place, seed, layer) as float32, uniform over the whole numbers below 2^24. place: long, any shape."""
-    x = _mixed(place + _mixed_int(seed * 1009 + layer))
-    return (x & 0xFFFFFF).float()
-
-
-def _mixed_int(x: int) -> int:
-    x &= 0xFFFFFFFF
-    for factor in (0x7FEB352D, 0x46CA68B5):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """An integer hash of 32 bits: xor with the upper half, multiply by an odd number, twice."""
-    for factor in (0x7FEB352D, 0x46CA68B5):
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+        place = tokens.place()
+        place = place - place[:, :1]  # padding in front of a text changes nothing
+        return select.top(noise(place, self.seed, signals.at.layer), self.budget, tokens, at=signals.at)
