@@ -1,4 +1,4 @@
-"""The command line: `fewer bench`, `list`, `show`, `viz`, `doctor`, `train`.
+"""The command line: `fewer bench`, `generate`, `list`, `show`, `viz`, `doctor`, `train`.
 
 Importing this module costs no torch: everything heavy is imported by the command that needs it.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +63,9 @@ app = typer.Typer(
     f"[dim]{TRACEBACK}=1 shows where an error comes from.[/]",
 )
 
+probes = typer.Typer(no_args_is_help=True, help="Look into a model: what do its heads follow, and who needs them?")
+app.add_typer(probes, name="probe")
+
 NAMES = "A packaged name, a hub name, a folder, or timm/NAME."
 Model = Annotated[str, typer.Option(help=NAMES)]
 Seed = Annotated[int, typer.Option(help="Of the draw of images and of random methods' draws.")]
@@ -73,60 +78,138 @@ Threads = Annotated[
 def bench(
     model: Model = "vit-fashion",
     data: Annotated[
-        str, typer.Option(help="embedded, fashion, tuxpaint, a folder of folders, or a hub name.")
-    ] = "embedded",
+        str | None,
+        typer.Option(help="embedded, fashion, tuxpaint, a folder of folders, a hub name; or a book: moby-dick."),
+    ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="Text forms like tome:r=8; repeat or join by ';'. Default: all."),
     ] = None,
-    tokens: Annotated[float | None, typer.Option(help="Set every method to keep this many tokens on average.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    tokens: Annotated[
+        float | None, typer.Option(help="Vision: set every method to keep this many tokens on average.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Vision: images per forward pass. Default: 32.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed comparisons, two runs of each model in each.")] = 4,
-    limit: Annotated[int, typer.Option(min=0, help="Images, balanced over the classes; 0 = all.")] = 1000,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed comparisons of interleaved runs. Default: 4; language: 2.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Images, balanced over the classes, 0 = all; or contexts of a book. Default: 1000; language: 2."
+        ),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = 1,
-    layer: Annotated[int | None, typer.Option(help="Score this block's features (0-based) by k-NN.")] = None,
-    execution: Annotated[str, typer.Option(help="Of samples with different counts: packed or padded.")] = "packed",
+    layer: Annotated[int | None, typer.Option(help="Vision: score this block's features (0-based) by k-NN.")] = None,
+    execution: Annotated[
+        str | None, typer.Option(help="Vision, of samples with different counts: packed (default) or padded.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Language: tokens of a context. Default: 1024.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Language: perplexity, needle, needles, qa, copy, writing; repeat. Default: all but needle."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Language: tokens written behind a context. Default: 32.")] = None,
     out_: Annotated[
         Path,
         typer.Option("--out", help="Folder for the results; an interrupted run goes on there."),
     ] = Path("runs/bench"),
 ) -> None:
-    """Measure what each method costs and gains, against the same model with all its tokens."""
-    from fewer.evaluation import bench as job
+    """Measure what each method costs and gains, against the same model with all its tokens.
+
+    A causal language model is asked about texts: contexts are read with each method on, then questions are asked.
+    Every other model is asked which class an image or a text belongs to.
+    """
     from fewer.studio import report
-    from fewer.studio.gallery import gallery
 
     _quiet()
-    if execution not in ("packed", "padded"):
+    shared = {"model": model, "data": data, "methods": tuple(methods or ()), "device": device, "dtype": dtype,
+              "repeats": repeats, "limit": limit, "seed": seed, "threads": threads}  # fmt: skip
+    vision = {"tokens": tokens, "batch": batch, "layer": layer, "execution": execution}
+    language = {"context": context, "tasks": tuple(task) if task else None, "steps": steps}
+    if execution not in (None, "packed", "padded"):
         raise ValueError(f"execution={execution!r}: packed or padded")
-    settings = job.Settings(
-        model,
-        data,
-        tuple(methods or ()),
-        tokens,
-        batch,
-        device,
-        dtype,
-        repeats,
-        limit,
-        seed,
-        threads,
-        layer,
-        execution,  # type: ignore[arg-type]
-    )
+    loaded = _load(model)
+    writes = hasattr(loaded[0], "generate")
+    _only(language if not writes else vision, f"{model} is {'a' if writes else 'no'} causal language model")
     with _Progress() as watch:
-        rows = job.run(settings, out_, watch=watch, picture=gallery)
+        if writes:
+            from fewer.evaluation.language import bench as texts
+
+            chosen = texts.Settings(**_given(shared | language))
+            rows = texts.run(chosen, out_, watch=watch, subject=texts.load(chosen, loaded))
+        else:
+            from fewer.evaluation import bench as images
+            from fewer.evaluation import encoders
+            from fewer.studio.gallery import gallery
+            from fewer.zoo import Processor
+
+            settings = images.Settings(**_given(shared | vision))
+            reads = not isinstance(loaded[1], Processor)
+            subject = (encoders if reads else images).load(settings, loaded)
+            rows = images.run(settings, out_, watch=watch, picture=None if reads else gallery, subject=subject)
     _print_table(rows)
-    written = [out_ / job.FILE]
+    from fewer.evaluation.bench import FILE
+
+    written = [out_ / FILE]
     try:
         written.append(report.write(rows, out_))
     except report.ReportError as error:
         err.print(f"[{ACCENT}]no report[/]: {escape(str(error))}")
     for path in written:
         out.print(f"[dim]wrote[/] {escape(str(path))}", soft_wrap=True)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options somebody typed; the others keep the defaults of the job's settings."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _only(others: dict[str, Any], why: str) -> None:
+    """Raises ValueError for an option that speaks of the other kind of model."""
+    for name in _given(others):
+        raise ValueError(f"--{'task' if name == 'tasks' else name} does not apply: {why}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help=NAMES)] = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="Text form such as snapkv:keep=0.5; none = the whole cache.")] = "",
+    prompt: Annotated[str | None, typer.Option(help="What to go on from, or the question about --file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text to read first, in UTF-8.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="As a turn of a chat. Default: where the model has a template.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed; default: greedy.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0 = as torch has it.")] = 0,
+) -> None:
+    """Write with a method on, and show live what the cache holds."""
+    from fewer.studio.writing import Pen, prompt_ids
+
+    _quiet()
+    said = "\n\n".join(part for part in (_text(file), prompt) if part)
+    if not said:
+        raise ValueError("nothing to go on from: give --prompt, --file, or both")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    network, tokenizer = _load(model)
+    if not hasattr(network, "generate"):
+        raise ValueError(f"{model} writes no text; give a causal language model, such as smollm2-135m")
+    ids = prompt_ids(network, tokenizer, said, chat)
+    with _applied(network, [method])[0] if method else nullcontext():
+        Pen(network, tokenizer, out).write(ids, max_new_tokens, seed)
+
+
+def _text(file: Path | None) -> str:
+    try:
+        return "" if file is None else file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8: {error}") from error
 
 
 @app.command("list")
@@ -163,7 +246,7 @@ def show(method: Annotated[str, typer.Argument(help="A method's name or text for
     facts.add_column()
     for name, value in (
         ("paper", card.paper), ("acts by", card.acts), ("on", card.on), ("training", card.training),
-        ("where", reducer.site.value), ("blocks", "every" if reducer.layers is None else _plus(reducer.layers)),
+        ("where", reducer.site.value), ("blocks", _blocks(reducer)),
     ):  # fmt: skip
         facts.add_row(name, escape(value))
     out.print(facts)
@@ -229,17 +312,16 @@ def doctor(
     table.add_column()
     for what, value in host.describe():
         table.add_row(what, escape(value))
-    from PIL import Image
-
-    pixels = processor([Image.radial_gradient("L").convert("RGB")])
+    args, inputs, plain = _sample(host, processor)
     with torch.inference_mode():
-        before = _first(host.root(pixels))
-        with fewer.apply(network, "tome:r=0") as session:
-            during = _first(host.root(pixels))
+        before = _first(host.root(*args, **inputs))
+        with fewer.apply(network, plain) as session:
+            during = _first(host.root(*args, **inputs))
             grid, tokens = session.last.grid, session.last.first.n
-        after = _first(host.root(pixels))
-    table.add_row("input", " x ".join(map(str, pixels.shape[1:])))
-    table.add_row("grid", "unknown" if grid is None else f"{grid[0]} x {grid[1]} patches")
+        after = _first(host.root(*args, **inputs))
+    if not host.family.text:
+        table.add_row("input", " x ".join(map(str, args[0].shape[1:])))
+        table.add_row("grid", "unknown" if grid is None else f"{grid[0]} x {grid[1]} patches")
     table.add_row("tokens", str(tokens))
     table.add_row("nothing removed", _difference(before, during))
     table.add_row("session taken off", _difference(before, after))
@@ -248,31 +330,103 @@ def doctor(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="vit-fashion, or a method to train, e.g. dynamicvit:keep=0.7.")],
-    model: Annotated[str, typer.Option(help="Model whose method's modules are trained.")] = "vit-fashion",
+    name: Annotated[str, typer.Argument(help="vit-fashion, bert-eras, minilm-r8, or a method: dynamicvit:keep=0.7.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model whose method's modules are trained. Default: what the recipe is made for.")
+    ] = None,
     out_: Annotated[Path, typer.Option("--out", help="Folder for the weights and the log.")] = Path("runs/train"),
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe: --set steps=300; repeat.")
     ] = None,
 ) -> None:
-    """Train the packaged classifier, or a method's own modules on a model."""
+    """Train a packaged classifier, or a method's own modules on a model."""
     _quiet()
-    changes = dict(_assignment(item) for item in set_ or ())
-    if name == "vit-fashion":
-        from fewer.recipes import classify
+    recipe, run = _recipe(name, model)
+    recipe = _changed(recipe, dict(_assignment(item) for item in set_ or ()))
+    _say(str(recipe))
+    _say(str(run(recipe, out_)))
 
-        recipe = _changed(classify.Recipe(), changes)
-        _say(str(recipe))
-        _say(str(classify.train(out_, recipe=recipe, log=_say)))
-        return
-    from fewer.recipes import reduce
 
-    reduction = _changed(reduce.Reduction(method=name, model=model), changes)
-    _say(str(reduction))
-    _say(str(reduce.train(reduction, out_, log=_say)))
+@probes.command()
+def distance(
+    model: Annotated[str, typer.Option(help=NAMES)] = "smollm2-135m",
+    text: Annotated[str, typer.Option(help="A book: state-of-the-union, moby-dick.")] = "state-of-the-union",
+    texts: Annotated[int, typer.Option(min=1, help="Passages to find the heads on, and others to measure on.")] = 6,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a passage.")] = 1024,
+    near: Annotated[int, typer.Option(help="A key closer than this many tokens is near.")] = 64,
+    far: Annotated[int, typer.Option(help="A key at least this many tokens away is far.")] = 512,
+    heads: Annotated[int, typer.Option(min=1, help="Positional heads to silence.")] = 10,
+    draws: Annotated[int, typer.Option(min=0, help="Sets of random heads of the same layers to compare with.")] = 3,
+    repeat: Annotated[
+        bool, typer.Option("--repeat", help="Measure on half passages written twice: the second time, far is needed.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the pairs of tokens looked at.")] = 0,
+    threads: Threads = 1,
+    out_: Annotated[Path, typer.Option("--out", help="JSON file for all numbers.")] = Path("runs/distance.json"),
+) -> None:
+    """Which heads reach far through slow rotary pairs, and what long texts lose without them."""
+    import json
+
+    import torch
+
+    from fewer.evaluation import distance as job
+    from fewer.texts import book
+
+    _quiet()
+    reach = job.Reach(near, far, seed=seed)
+    if threads:
+        torch.set_num_threads(threads)
+    network, tokenizer = _load(model)
+    ids = job.passages(torch.tensor(tokenizer(book(text), verbose=False)["input_ids"]), 2 * texts, length)
+    others = ids[1::2, : length // 2].repeat(1, 2) if repeat else ids[1::2]
+    report = job.run(network, ids[::2], others=others, heads=heads, draws=draws, reach=reach, log=_say)
+    out_.parent.mkdir(parents=True, exist_ok=True)
+    out_.write_text(json.dumps({"model": model, "text": text, "repeat": repeat, **report.plain()}) + "\n")
+    for line in report.lines():
+        _say(line)
+    out.print(f"[dim]wrote[/] {escape(str(out_))}", soft_wrap=True)
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------
+ENCODING = ("power_bert", "ltp", "length_adaptive", "pyramid_bert", "trbert", "leap")
+PROMPTING = ("sdtp", "dynamic_context_pruning")
+
+
+def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], Any]]:
+    """What a name to train stands for, and what runs it. model: None = the one the recipe is made for."""
+    method = name.partition(":")[0]
+    chosen: dict[str, Any] = {} if model is None else {"model": model}
+    if name == "vit-fashion":
+        from fewer.recipes import classify
+
+        return classify.Recipe(), lambda recipe, out: classify.train(out, recipe=recipe, log=_say)
+    if name in ("bert-eras", "minilm-r8"):
+        from fewer.recipes import texts
+
+        base = texts.Recipe() if name == "bert-eras" else texts.MINILM
+        return base, lambda recipe, out: texts.train(out, recipe=recipe, log=_say)
+    if method == "dynamic_pooling":
+        from fewer.recipes import pooling
+
+        pooled = pooling.Recipe() if name == method else pooling.Recipe(method=name)
+        return pooled, lambda recipe, out: pooling.train(out, recipe, log=_say)
+    if method in ENCODING:
+        from fewer.recipes import encode
+
+        return encode.Encode(method=name, **chosen), partial(encode.train, log=_say)
+    if method == "tokenbutler":
+        from fewer.recipes import predict
+
+        return predict.Prediction(method=name, **chosen), partial(predict.train, log=_say)
+    if method in PROMPTING:
+        from fewer.recipes import prompt
+
+        return prompt.Prompting(method=name, **chosen), partial(prompt.train, log=_say)
+    from fewer.recipes import reduce
+
+    return reduce.Reduction(method=name, **chosen), partial(reduce.train, log=_say)
+
+
 def _assignment(item: str) -> tuple[str, Any]:
     from fewer.spec import value_of
 
@@ -322,6 +476,19 @@ def _applied(network: Any, forms: Sequence[str]) -> tuple[Any, bool]:
         return fewer.apply(network, list(forms), modules=UNTRAINED), True
 
 
+PLAIN = {"decoder": "lazyllm:keep=1", "state space": "utrc:keep=1"}
+
+
+def _sample(host: Any, processor: Callable[..., Any]) -> tuple[tuple, dict[str, Any], str]:
+    """Something to read for a model, as it wants it, and a method that removes nothing of it."""
+    if host.family.text:
+        words = "Of the tokens of a text many carry nothing: " * 4
+        return (), dict(processor([words], return_tensors="pt")), PLAIN.get(host.family.library, "power_bert:keep=1")
+    from PIL import Image
+
+    return (processor([Image.radial_gradient("L").convert("RGB")]),), {}, "tome:r=0"
+
+
 def _first(answer: Any) -> Any:
     """The main tensor of a model's answer."""
     return answer if hasattr(answer, "shape") else answer[0]
@@ -353,10 +520,22 @@ def _image(name: str) -> Any:
 
 
 def _where(cls: type[Reducer]) -> str:
+    from fewer.core import Reducer
+
     layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
     blocks = None if layers is None else layers.default
     site = cls.site.value if hasattr(cls.site, "value") else "depends on the setting"
-    return site + (", every block" if blocks is None else f", blocks {_plus(blocks)}")
+    every = "every block" if cls.acts_at is Reducer.acts_at else "blocks by depth"
+    return f"{site}, {every}" if blocks is None else f"{site}, blocks {_plus(blocks)}"
+
+
+def _blocks(reducer: Reducer) -> str:
+    """Where a method acts: the blocks it names, or how it finds them."""
+    from fewer.core import Reducer
+
+    if reducer.layers is not None:
+        return _plus(reducer.layers)
+    return "every" if type(reducer).acts_at is Reducer.acts_at else "by depth"
 
 
 def _plus(numbers: Sequence[int]) -> str:
@@ -374,7 +553,8 @@ def _parameters(cls: type[Reducer]) -> list[tuple[str, str, str]]:
     said: dict[str, str] = {}
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     last = None
-    for line in (inspect.getdoc(cls) or "").splitlines()[1:]:
+    lines = (inspect.getdoc(cls) or "").splitlines()[1:]
+    for line in (part for whole in lines for part in re.split(r"(?<=[.;]) (?=\w+: )", whole)):
         start = re.match(r"([a-z_]+(?:, [a-z_]+)*):? +(.*)", line)
         if start and all(part in names for part in start[1].split(", ")):
             last = start[1].split(", ")
@@ -425,8 +605,7 @@ class _Progress:
 
         class Bars(Watch):
             def begin(self, subject: Any, rows: int) -> None:
-                images = f"{len(subject.data):,} images of {subject.data.name}"
-                err.print(f"[dim]{subject.name} on {images}, {subject.device}, {rows} settings[/]")
+                err.print(f"[dim]{subject.name} on {subject.extent}, {subject.device}, {rows} settings[/]")
                 self.all = bars.add_task("settings", total=rows)
                 self.one = bars.add_task("", total=None)
 
@@ -453,11 +632,11 @@ def _print_table(rows: Sequence[Row]) -> None:
     from rich.text import Text
 
     from fewer.evaluation.settings import UNREDUCED
-    from fewer.studio.plots import COST
+    from fewer.studio.plots import cost
     from fewer.studio.table import columns, failed, footnotes, frontier, measured, summary
 
     good = measured(rows)
-    best = {row.key for row in frontier(good, COST.value)}
+    best = {row.key for row in frontier(good, cost(good).value)}
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     shown = columns(rows)
     for column in shown:
@@ -480,7 +659,7 @@ def _print_table(rows: Sequence[Row]) -> None:
         out.print(f"[{ACCENT}]{escape(row.method)}[/] left out: {escape(row.error)}", soft_wrap=True)
     out.print(escape(summary(rows)), soft_wrap=True)
     p = rows[0].passport
-    where = f"{p.model} on {p.n:,} images of {p.data}; {p.hardware}, {p.threads} threads"
+    where = f"{p.model} on {p.n:,} {p.unit} of {p.data}; {p.hardware}, {p.threads} threads"
     how = f"{p.dtype}, batch {p.batch}, {p.repeats} interleaved comparisons; commit {p.commit}"
     out.print(f"[dim]{escape(where)}, {escape(how)}[/]", soft_wrap=True)
 

@@ -78,3 +78,13 @@ def test_agreement_and_movement() -> None:
     assert stats.agreement(a, b) == 0.75
     assert stats.movement(a, b) == pytest.approx(0.25)
     assert stats.movement(a, 7 * a) == pytest.approx(0, abs=1e-12)
+
+
+def test_bootstrap_mean_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    found = [stats.mean(rng.exponential(2.0, 60), draws=400, seed=i) for i in range(300)]
+    assert 0.88 <= np.mean([x.low <= 2 <= x.high for x in found]) <= 0.98
+    assert stats.mean([1.0, 2.0, 4.0]).value == pytest.approx(7 / 3)
+    assert stats.mean([1.0, 2.0, 4.0]) == stats.mean([1.0, 2.0, 4.0])
+    with pytest.raises(ValueError, match="no observations"):
+        stats.mean([])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewer import data as datasets
 from fewer import zoo
@@ -27,11 +26,11 @@ from . import record, stats
 from .calibrate import calibrate
 from .memory import peak_bytes
 from .record import Journal, Passport, Row
-from .settings import UNREDUCED, default_methods, split_forms
+from .settings import RANDOM, UNREDUCED, split_forms
 from .stats import Interval
 from .subject import Subject
 
-WHAT = "one forward pass of a batch; answers on n images"
+WHAT = "one forward pass of a batch; answers on n items"
 AGAINST = "the same weights, all tokens, fused attention"
 SPREAD = (
     "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, Price"
@@ -80,18 +79,19 @@ class Settings:
 class Watch:
     """What a run tells whoever looks on. Nothing, unless overridden."""
 
-    def begin(self, subject: Subject, rows: int) -> None: ...
+    def begin(self, subject: Any, rows: int) -> None: ...
     def row(self, method: str, batches: int) -> None: ...
     def batch(self) -> None: ...
     def done(self, row: Row, resumed: bool) -> None: ...
 
 
-def load(settings: Settings) -> Subject:
-    """The model and the data of some settings."""
+def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Subject:
+    """The model and the data of some settings. loaded: a model and its processor, instead of loading what they name."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
-    model, processor = zoo.load_model(settings.model, dtype=dtype, device=device)
+    model, processor = zoo.load_model(settings.model) if loaded is None else loaded
+    model = model.to(device=device, dtype=dtype)
     data = draw(datasets.load(settings.data), settings.limit, settings.seed)
     return Subject(model, processor, data, settings.model, settings.batch, settings.layer, device=device, dtype=dtype)
 
@@ -140,19 +140,13 @@ def run(settings: Settings, out: Path, *, watch: Watch | None = None, picture: P
 
 def _methods(settings: Settings, subject: Subject) -> dict[Reducer, str]:
     """What to measure, each with the text form it goes by: as written, else the shortest."""
-    forms = split_forms(list(settings.methods)) or default_methods(subject.host)
+    forms = split_forms(list(settings.methods)) or subject.default_methods()
     methods = {parse(form): form for form in forms}
     if settings.tokens is None:
         return methods
-    grid, images = _grid(subject), subject.pixels(0)
+    grid, images = subject.grid, subject.pixels(0)
     found = [calibrate(m, subject.model, target_tokens=settings.tokens, grid=grid, images=images) for m in methods]
     return {method: text(method) for method in found}
-
-
-def _grid(subject: Subject) -> tuple[int, int]:
-    with torch.inference_mode():
-        height, width = subject.host.patch(subject.pixels(0)[:1]).shape[-2:]
-    return int(height), int(width)
 
 
 class _Bench:
@@ -180,7 +174,7 @@ class _Bench:
         return Passport(
             WHAT, AGAINST, subject.name, subject.data.name, len(subject.data), s.repeats, SPREAD, s.batch,
             str(subject.device), s.dtype, self.threads, self.execution, s.seed, self.hardware, record.versions(),
-            record.commit(), record.now(),
+            record.commit(), record.now(), subject.unit,
         )  # fmt: skip
 
     def reference(self) -> Tensor:
@@ -203,7 +197,7 @@ class _Bench:
         reference = self.reference()
         with ExitStack() as stack:
             session = None
-            row.code = "model(pixel_values)"
+            row.code = subject.call
             if reducer is not None:
                 row.acts = reducer.card.acts
                 session, row.trained = self._applied(reducer)
@@ -255,7 +249,7 @@ class _Bench:
             else:
                 answers.append(self._answer(subject.twin, pixels))
             if session is not None:
-                cost.add(session, len(pixels))
+                cost.add(session, subject.size(index))
             self.watch.batch()
         while len(plain) < self.settings.repeats:
             self._compared(subject.pixels(len(plain) % subject.batches), plain, reduced)
@@ -304,8 +298,7 @@ class _Cost:
     """Mean cost over the images of a pass; without a session, that of the unreduced model."""
 
     def __init__(self, subject: Subject) -> None:
-        self.host = subject.host
-        self.full = subject.host.prefix + math.prod(_grid(subject))
+        self.host, self.subject = subject.host, subject
         self.images = 0
         self.sums = np.zeros(5)
         self.counts = np.zeros(len(self.host.blocks))
@@ -325,14 +318,16 @@ class _Cost:
         self.notes |= dict.fromkeys(ledger.notes)
 
     def write(self, row: Row) -> None:
+        subject, blocks = self.subject, len(self.counts)
+        lengths = [subject.length(index) for index in range(subject.batches)]
+        sizes = [subject.size(index) for index in range(subject.batches)]
         if not self.images:
-            blocks = len(self.counts)
-            entries = [Entry(self.full, self.full)] * blocks
-            self._add(Ledger.of(self.host, entries, self.full, 0), np.full(blocks, self.full), 1)
+            for n, size in zip(lengths, sizes, strict=True):
+                self._add(Ledger.of(self.host, [Entry(n, n)] * blocks, n, 0), np.full(blocks, n), size)
         row.tokens, row.gflops, row.gflops_own, model, full = (self.sums / self.images).tolist()
         row.ceiling = full / model
         row.counts = [round(c, 3) for c in (self.counts / self.images).tolist()]
-        row.final, row.tokens_full = row.counts[-1], self.full
+        row.final, row.tokens_full = row.counts[-1], round(np.average(lengths, weights=sizes))
         row.notes.extend(self.notes)
 
 
@@ -341,12 +336,12 @@ def _finite(value: float) -> float | None:
 
 
 def against_random(row: Row, rows: Sequence[Row], *, within: float = 0.05) -> Interval | None:
-    """Accuracy minus that of `random` at the same tokens (nearest, within 5 %), paired on the same images.
+    """Accuracy minus that of random choice at the same tokens (nearest, within 5 %), paired on the same items.
 
     None where there is no such random row, or the row is one itself.
     """
-    rivals = [r for r in rows if r.name == "random" and not r.error and r.n == row.n]
-    if row.error or row.method == UNREDUCED or row.name == "random" or not rivals:
+    rivals = [r for r in rows if r.name in RANDOM and not r.error and r.n == row.n]
+    if row.error or row.method == UNREDUCED or row.name in RANDOM or not rivals or not row.n:
         return None
     rival = min(rivals, key=lambda r: abs(r.tokens - row.tokens))
     if abs(rival.tokens - row.tokens) > within * rival.tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,8 @@ from fewer.trained import UNTRAINED
 STEPS = 40  # halvings of the parameter's range
 FAR = 0.1  # a share of the target; a result further off is no answer
 LEAST = 1e-3  # the smallest share a calibration tries
+
+Images = Tensor | Mapping[str, Tensor]  # what a model is called with: pixel values, or keyword arguments
 
 
 def predict(method: str | Reducer, model: nn.Module, grid: tuple[int, int] | None = None) -> Ledger:
@@ -59,14 +61,14 @@ def calibrate(
     target_tokens: float | None = None,
     target_gflops: float | None = None,
     grid: tuple[int, int] | None = None,
-    images: Tensor | None = None,
+    images: Images | None = None,
 ) -> Reducer:
     """The method with its budget set so that the model keeps a mean number of tokens per block, or costs GFLOPs.
 
     target_tokens   mean over blocks of the tokens in attention and MLP, prefix included (`Ledger.mean_tokens`)
     target_gflops   of the whole model, the method's own included (`Ledger.gflops`)
     grid            patches (height, width), for budgets with fixed counts; by default the model's own
-    images          (B, C, H, W) to run, needed for `threshold` and `mass` only
+    images          (B, C, H, W) or keyword arguments to run, needed for `threshold` and `mass` only
     Returns the reducer whose result is nearest to the target; counts are whole, so it may be off by a step.
     Raises   BudgetError for a target out of reach or jumped over, naming what is reached, or for missing images.
 
@@ -134,19 +136,19 @@ def _kept(t: float, ratio: float, gone: float, listed: bool) -> float:
     return round(1 - t * loss * (1 - LEAST), 4)
 
 
-def _ledger(reducer: Reducer, model: nn.Module, grid: tuple[int, int] | None, images: Tensor | None) -> Ledger:
+def _ledger(reducer: Reducer, model: nn.Module, grid: tuple[int, int] | None, images: Images | None) -> Ledger:
     if not reducer.adaptive:
         return predict(reducer, model, grid)
     if images is None:
         raise BudgetError(f"{text(reducer)} keeps a number that depends on the image: pass images= to calibrate on")
     with torch.inference_mode(), apply(model, reducer) as session:
-        model(images)
+        model(**images) if isinstance(images, Mapping) else model(images)
         return session.ledger
 
 
-def _free(model: nn.Module, grid: tuple[int, int] | None, images: Tensor | None) -> int:
-    if grid is None and images is not None:
-        patch = hosts.find(model).patch
+def _free(model: nn.Module, grid: tuple[int, int] | None, images: Images | None) -> int:
+    patch = hosts.find(model).patch
+    if grid is None and isinstance(images, Tensor) and patch is not None:
         return patch(images[:1]).flatten(2).shape[-1]
     height, width = grid or model_grid(model)
     return height * width

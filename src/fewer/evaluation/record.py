@@ -48,6 +48,30 @@ class Passport:
     versions: dict[str, str]
     commit: str
     when: str
+    unit: str = "images"  # what n counts
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one task of a language model says about a method.
+
+    value, change    with 95 % intervals; change: against the unreduced model on the same items (a difference, for
+                     perplexity a ratio)
+    n                items it was measured on
+    """
+
+    task: str
+    value: Interval
+    change: Interval | None
+    n: int
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Score:
+        """A score from its JSON record."""
+        change = record["change"]
+        return cls(
+            record["task"], Interval(**record["value"]), None if change is None else Interval(**change), record["n"]
+        )
 
 
 @dataclass
@@ -63,7 +87,7 @@ class Row:
     speedup         median and quartiles of the pairwise ratios; ceiling: ratio of the FLOPs of the model
     own_time        the method's share of the forward pass, planning and combining; None where there is no clock
     peak            bytes of tensors alive at once during one batch, weights and input left out
-    hits            which images were classified rightly, packed (`stats.unpack_hits`)
+    hits            which items were answered rightly, packed (`stats.unpack_hits`)
     error           why there are no numbers, where there are none
     """
 
@@ -95,6 +119,17 @@ class Row:
     picture: str | None = None
     notes: list[str] = field(default_factory=list)
     error: str = ""
+    # Language models only. tokens, final, counts: rows per layer once the context is read; speedup: of decoding.
+    scores: list[Score] = field(default_factory=list)
+    sweep: list[tuple[float, float, int]] = field(default_factory=list)  # depth in the context, share found, needles
+    kv_read: float = 0.0  # bytes of keys and values: once the context is read,
+    kv_peak: float = 0.0  # the most a cache held while reading and writing,
+    kv_end: float = 0.0  # when the last token was written,
+    kv_full: float = 0.0  # and what an unreduced cache holds then
+    first: float = 0.0  # seconds to the first token
+    first_ratio: Interval | None = None  # those of the unreduced model over these
+    decoding: float = 0.0  # tokens per second behind the first one
+    sample: str = ""  # what it wrote
 
     @property
     def name(self) -> str:
@@ -116,9 +151,11 @@ class Row:
         """A row from its JSON record."""
         record = dict(record)
         record["passport"] = Passport(**record["passport"])
-        for name in ("accuracy", "difference", "speedup"):
+        for name in ("accuracy", "difference", "speedup", "first_ratio"):
             if record.get(name) is not None:
                 record[name] = Interval(**record[name])
+        record["scores"] = [Score.of(score) for score in record.get("scores", ())]
+        record["sweep"] = [tuple(place) for place in record.get("sweep", ())]
         return cls(**record)
 
 

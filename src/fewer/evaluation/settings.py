@@ -8,6 +8,7 @@ from fewer.registry import names
 from fewer.spec import parse, text
 
 UNREDUCED = "unreduced"
+RANDOM = ("random", "random_cache")  # what nobody may lose to
 
 # Four levels on the embedded model (12 blocks, 196 patches and a class token): about 131, 100 and 66 of 197 tokens
 # per block, averaged over attention and MLP. `keep=0.7` at blocks 3, 6, 9 and `r=11` in each block both mean 131;
@@ -26,6 +27,13 @@ HALF = (
 THIRD = ("random:keep=0.15", "cls_topk:keep=0.15", "tome:r=26", "ats")
 EIGHT = ("random:tokens=8,layers=3", "cls_topk:tokens=8,layers=3", "tokenlearner:tokens=8,layers=3")
 
+# KV caches: the newest rows and the sinks, random rows between them, what keys say by themselves, what attention says.
+CACHES = (
+    "random_cache", "streamingllm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "expected_attention", "tova",
+    "h2o",
+)  # fmt: skip
+CACHE_SHARES = (0.5, 0.25)
+
 REFERENCE_BLOCKS, REFERENCE_PATCHES = 12, 196
 
 
@@ -34,6 +42,11 @@ def default_methods(host: Host) -> list[str]:
     factor = REFERENCE_BLOCKS / len(host.blocks) * host.patches / REFERENCE_PATCHES
     forms = (*TWO_THIRDS, *HALF, *THIRD, *EIGHT)
     return [_rescaled(form, factor) for form in forms if form.partition(":")[0] in names()]
+
+
+def cache_methods() -> list[str]:
+    """The default list for a language model: every cache method at half and at a quarter of the rows."""
+    return [f"{name}:keep={share}" for share in CACHE_SHARES for name in CACHES if name in names()]
 
 
 def _rescaled(form: str, factor: float) -> str:

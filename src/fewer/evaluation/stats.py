@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,21 @@ def ratios(numerator: list[float], denominator: list[float]) -> Interval:
     r = np.asarray(numerator) / np.asarray(denominator)
     low, middle, high = np.quantile(r, (0.25, 0.5, 0.75)).tolist()
     return Interval(middle, low, high)
+
+
+def mean(values: Sequence[float] | np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """A mean and its 95 % percentile bootstrap interval over the items. values: (N,).
+
+    Raises   ValueError for no observations.
+
+    >>> mean([2.0, 2.0, 2.0])
+    Interval(value=2.0, low=2.0, high=2.0)
+    """
+    x = np.asarray(values, float)
+    n = _count(x)
+    drawn = x[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    return Interval(float(x.mean()), low, high)
 
 
 def agreement(logits: Tensor, reference: Tensor) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fewer.data import ImageSet
 from fewer.hosts import Host
 
 from .knn import knn_hits
+from .settings import default_methods
 
 CACHED = 1 << 30  # bytes of pixel values kept in memory between passes
 
@@ -43,6 +45,8 @@ class Subject:
     neighbours: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    unit: ClassVar[str] = "images"
+    call: ClassVar[str] = "model(pixel_values)"  # what one writes to run it
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -62,8 +66,7 @@ class Subject:
     @cached_property
     def twin(self) -> nn.Module:
         """The same model a second time, on the same weights: methods go on this one."""
-        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return copy.deepcopy(self.model, shared)
+        return twin_of(self.model)
 
     @cached_property
     def twin_host(self) -> Host:
@@ -84,6 +87,30 @@ class Subject:
     @property
     def score(self) -> str:
         return "accuracy" if self.classifies else f"{self.neighbours}-NN accuracy"
+
+    @property
+    def extent(self) -> str:
+        """What is measured on, in words."""
+        return f"{len(self.data):,} {self.unit} of {self.data.name}"
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Patches (height, width)."""
+        with torch.inference_mode():
+            height, width = self.host.patch(self.pixels(0)[:1]).shape[-2:]  # type: ignore[misc]
+        return int(height), int(width)
+
+    def default_methods(self) -> list[str]:
+        """What is measured when nobody says otherwise."""
+        return default_methods(self.host)
+
+    def size(self, index: int) -> int:
+        """Items in batch `index`."""
+        return min(self.batch, len(self.data) - index * self.batch)
+
+    def length(self, index: int) -> int:
+        """Tokens of each item in batch `index`, before anything is reduced."""
+        return self.host.prefix + math.prod(self.grid)
 
     # -- images --------------------------------------------------------------------------------
     @cached_property
@@ -144,6 +171,12 @@ class Subject:
         else:
             right = knn_hits(answers.where(finite[:, None], 0), labels, self.neighbours)
         return (right & finite).numpy()
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """The same model a second time, on the same weights."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def _tensor(out: object) -> Tensor:

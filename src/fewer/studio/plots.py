@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fewer.evaluation.record import Row
-from fewer.evaluation.settings import UNREDUCED
+from fewer.evaluation.settings import RANDOM, UNREDUCED
 
 from .style import ACCENT, FAINT, INK, QUIET
-from .table import RAW, frontier, marks, measured
+from .table import RAW, frontier, marks, measured, of_language
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +36,16 @@ class Axis:
 
 COST = Axis("GFLOPs per image  (less is better)", lambda row: row.gflops, "left")
 SPEED = Axis("measured speed-up  (more is better)", lambda row: row.speedup.value if row.speedup else 1.0, "right")
+CACHE = Axis("keys and values once the context is read, MB  (less is better)", lambda row: row.kv_read / 1e6, "left")
+
+
+def cost(rows: Sequence[Row]) -> Axis:
+    """What these rows are paid with: bytes of the cache for language models, else operations."""
+    return CACHE if of_language(rows) else COST
 
 
 def pareto(rows: Sequence[Row]) -> str:
-    """Accuracy against GFLOPs and against speed-up, the rows nobody beats joined by a line.
+    """Accuracy against its cost and against speed-up, the rows nobody beats joined by a line.
 
     Returns an SVG element with live text. Rows far below the others are named in the margin instead of squeezing the
     rest. Raises PlotError without matplotlib, ValueError without a measured row.
@@ -60,14 +66,15 @@ def pareto(rows: Sequence[Row]) -> str:
         canvas = FigureCanvasSVG(figure)
         low, off = _floor(good)
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, axis in ((left, COST), (right, SPEED)):
+        panels = ((left, cost(good)), (right, SPEED))
+        for axes, axis in panels:
             _panel(axes, axis, good, low)
         left.set_ylabel(f"{good[0].score} (%)", color=INK)
         if off:
             names = ", ".join(f"{row.method} {_percent(row):.0f} %" for row in off)
             figure.supxlabel(f"below the chart: {names}", fontsize=8, color=QUIET, x=0.01, ha="left")
         canvas.draw()
-        for axes, axis in ((left, COST), (right, SPEED)):
+        for axes, axis in panels:
             _labels(axes, axis, [row for row in good if row not in off], good)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -91,7 +98,7 @@ def _panel(axes: Axes, axis: Axis, rows: Sequence[Row], low: float) -> None:
         if _percent(row) < low:
             continue
         colour = ACCENT if row in front else QUIET
-        kind = "s" if row.method == UNREDUCED else "x" if row.name == "random" else "o"
+        kind = "s" if row.method == UNREDUCED else "x" if row.name in RANDOM else "o"
         style: dict[str, Any] = {"c": colour}
         if kind != "x":
             style = {"facecolors": colour if row in front else "white", "edgecolors": colour}

@@ -12,11 +12,13 @@ from fewer.evaluation.record import Row
 from fewer.evaluation.settings import UNREDUCED
 
 from . import style
-from .plots import COST, PlotError, pareto
+from .plots import PlotError, cost, pareto
 from .style import count
-from .table import columns, failed, footnotes, frontier, measured, summary
+from .table import columns, failed, footnotes, frontier, measured, of_language, summary
 
 FILE = "report.html"
+TENSORS = "tensor bytes alive at once in one batch; on CUDA the allocator's peak; weights and input left out"
+KEYS_AND_VALUES = "bytes of the storage that holds keys and values, between the layers' turns; their positions left out"
 
 
 class ReportError(ImportError):
@@ -42,7 +44,7 @@ def html(rows: Sequence[Row], out: Path) -> str:
     template = _environment().get_template("report.html.jinja")
     good, passport = measured(rows), rows[0].passport
     facts = [
-        ("model", passport.model), ("data", f"{passport.data}, {passport.n:,} images"),
+        ("model", passport.model), ("data", f"{passport.data}, {passport.n:,} {passport.unit}"),
         ("hardware", passport.hardware), ("threads", passport.threads), ("batch", passport.batch),
         ("dtype", passport.dtype), ("commit", passport.commit), ("measured", passport.when[:10]),
     ]  # fmt: skip
@@ -54,12 +56,14 @@ def html(rows: Sequence[Row], out: Path) -> str:
         columns=columns(rows),
         rows=good,
         unreduced=UNREDUCED,
-        front={row.key for row in frontier(good, COST.value)},
+        front={row.key for row in frontier(good, cost(good).value)},
         footnotes=footnotes(good),
         failed=failed(rows),
         pictures={row.key: _embedded(out, row.picture) for row in good},
         passport=_passport(rows),
         style=style,
+        language=of_language(good),
+        depths=[depth for depth, _, _ in next((row.sweep for row in good if row.sweep), [])],
     )
 
 
@@ -93,7 +97,7 @@ def _plot(rows: Sequence[Row]) -> Any:
     from markupsafe import Markup
 
     try:
-        return Markup(pareto(rows)) if rows else ""
+        return Markup(pareto(rows)) if any(row.accuracy for row in rows) else ""
     except PlotError as error:
         return str(error)
 
@@ -111,10 +115,10 @@ def _passport(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [
         ("measured", p.what), ("against", p.against),
         ("on", f"{p.hardware}; {p.device}, {p.threads} threads, {p.dtype}"),
-        ("model", p.model), ("data", f"{p.data}: {p.n:,} images, seed {p.seed}"),
+        ("model", p.model), ("data", f"{p.data}: {p.n:,} {p.unit}, seed {p.seed}"),
         ("repeats", f"{p.repeats} comparisons of four runs each (A B B A) on a batch of {p.batch}"),
         ("spread", p.spread), ("ragged samples", p.execution),
-        ("memory", "tensor bytes alive at once in one batch; on CUDA the allocator's peak; weights and input left out"),
+        ("memory", KEYS_AND_VALUES if of_language(rows) else TENSORS),
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
         ("commit", ", ".join(commits)), ("when", first if first == last else f"{first} to {last}"),
     ]  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewer.evaluation.bench import against_random
-from fewer.evaluation.record import Row
+from fewer.evaluation.language.tasks import TASKS
+from fewer.evaluation.record import Row, Score
 from fewer.evaluation.settings import UNREDUCED
 from fewer.evaluation.stats import Interval
 from fewer.trained import UNTRAINED
@@ -46,7 +47,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column(head, "%", f"{score} with its 95 % interval", lambda r: percent(r.accuracy)),
         Column("change", "points", "against the unreduced model, paired, 95 % interval",
                lambda r: points(r.difference)),
-        Column("vs random", "points", "against random at the same tokens, paired, 95 % interval",
+        Column("vs random", "points", "against random choice at the same tokens, paired, 95 % interval",
                lambda r: points(against_random(r, rows))),
         Column("agree", "%", "images given the class the unreduced model gives",
                lambda r: NONE if r.agreement is None else f"{100 * r.agreement:.1f}"),
@@ -54,19 +55,90 @@ def columns(rows: Sequence[Row]) -> list[Column]:
                lambda r: NONE if r.kl is None else f"{r.kl:.3f}"),
         Column("moved", "1 - cos", "how far features moved from the unreduced model's",
                lambda r: NONE if r.movement is None else f"{r.movement:.4f}"),
-        Column("GFLOPs", "", "multiply-adds of one image, the method's own included", lambda r: f"{r.gflops:.3f}"),
-        Column("speed-up", "x", "median of interleaved pairs, with quartiles; the first row is its own rival",
-               lambda r: ratio(r.speedup)),
-        Column("ceiling", "x", "speed-up the model's remaining FLOPs would allow", lambda r: f"{r.ceiling:.2f}"),
+        *_language(rows),
+        Column("GFLOPs", "", "multiply-adds of one image, the method's own included",
+               lambda r: f"{r.gflops:.3f}" if r.gflops else NONE),
+        Column("speed-up", "x", _speedup_help(rows), lambda r: ratio(r.speedup)),
+        Column("ceiling", "x", "speed-up the model's remaining FLOPs would allow",
+               lambda r: f"{r.ceiling:.2f}" if r.gflops else NONE),
         Column("of it", "%", "speed-up over ceiling",
-               lambda r: NONE if r.achieved is None else f"{100 * r.achieved:.0f}"),
+               lambda r: NONE if r.achieved is None or not r.gflops else f"{100 * r.achieved:.0f}"),
         Column("own", "% time", "the method's share of the forward pass: deciding and combining",
                lambda r: NONE if r.own_time is None else f"{100 * r.own_time:.1f}"),
         Column("peak", "MB", "tensors alive at once in one batch, without weights and input",
-               lambda r: f"{r.peak / 1e6:.1f}"),
+               lambda r: f"{r.peak / 1e6:.1f}" if r.peak else NONE),
     ]  # fmt: skip
+    if of_language(rows):
+        every = [WORDED.get(column.head, lambda c: c)(column) for column in every]
     good = [row for row in rows if not row.error]
     return [column for column in every if column.head == "method" or any(column.cell(r) != NONE for r in good)]
+
+
+# Units of the tasks' columns, and what those mean that are not tasks of their own.
+UNITS = {"perplexity": "", "copy": "% tokens", "repetition": "% tokens", "distinct-2": "% pairs", "stops": "% texts"}
+WRITING = {
+    "repetition": "tokens of what is written that stand in a run of four written before",
+    "distinct-2": "pairs of neighbouring tokens, of what is written, that differ from all others",
+    "stops": "texts that end before the last step",
+}
+# What some columns of images say instead where the model is one of language.
+WORDED: dict[str, Callable[[Column], Column]] = {
+    "tokens": lambda c: replace(c, head="rows", help="per layer and KV head, once the context is read"),
+    "": lambda c: replace(c, unit="last", help="rows of the last layer"),
+    "agree": lambda c: replace(c, help="next words of the book that are the unreduced model's"),
+}
+NATS = "mean negative log-likelihood of the right answer's tokens"
+
+
+def of_language(rows: Sequence[Row]) -> bool:
+    """Whether these are rows of a language model."""
+    return any(row.scores or row.kv_read for row in rows)
+
+
+def _language(rows: Sequence[Row]) -> list[Column]:
+    """The columns only a language model has: a column per task, then bytes and clocks."""
+    tasks = dict.fromkeys(score.task for row in rows for score in row.scores)
+    made = [_task(task) for task in tasks]
+    return [
+        *made,
+        Column("KV peak", "MB", "the most keys and values held while reading and writing", _megabytes("kv_peak")),
+        Column("KV end", "MB", "keys and values held when the last token was written", _megabytes("kv_end")),
+        Column("of full", "%", "KV end over what an unreduced cache holds then",
+               lambda r: f"{100 * r.kv_end / r.kv_full:.0f}" if r.kv_full else NONE),
+        Column("first token", "s", "seconds to read a context and foretell its next token",
+               lambda r: f"{r.first:.2f}" if r.first else NONE),
+        Column("sooner", "x", "the unreduced model's seconds to the first token over these; median of pairs",
+               lambda r: ratio(r.first_ratio)),
+        Column("decoding", "tokens/s", "tokens written per second behind the first one",
+               lambda r: f"{r.decoding:.1f}" if r.decoding else NONE),
+    ]  # fmt: skip
+
+
+def _task(task: str) -> Column:
+    name, nats, _ = task.partition(" nats")
+    if nats:
+        return Column(name, "nats", NATS, lambda r: _scored(r, task, lambda s: _plain(s.value, 2)))
+    says = WRITING.get(task) or TASKS[task]
+    plain = task == "perplexity"
+    return Column(task, UNITS.get(task, "%"), says,
+                  lambda r: _scored(r, task, lambda s: _plain(s.value, 2) if plain else percent(s.value)))  # fmt: skip
+
+
+def _scored(row: Row, task: str, written: Callable[[Score], str]) -> str:
+    return next((written(score) for score in row.scores if score.task == task), NONE)
+
+
+def _megabytes(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{getattr(row, name) / 1e6:.1f}" if getattr(row, name) else NONE
+
+
+def _speedup_help(rows: Sequence[Row]) -> str:
+    what = "of decoding: " if of_language(rows) else ""
+    return f"{what}median of interleaved pairs, with quartiles; the first row is its own rival"
+
+
+def _plain(x: Interval, digits: int) -> str:
+    return f"{x.value:.{digits}f} ±{_half(x):.{digits}f}"
 
 
 def marks(row: Row, rows: Sequence[Row]) -> str:
@@ -109,10 +181,11 @@ def summary(rows: Sequence[Row]) -> str:
     """What a reader in a hurry should know: the fastest method whose measured loss is within a point."""
     base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
     tried = [r for r in measured(rows) if r.difference and r.speedup and r.trained != UNTRAINED]
-    if base is None or not tried:
+    if base is None or base.accuracy is None or not tried:
         return "Nothing to compare yet."
-    assert base.accuracy is not None
-    start = f"The unreduced model reaches {100 * base.accuracy.value:.1f} % {base.score} on {base.n} images."
+    start = (
+        f"The unreduced model reaches {100 * base.accuracy.value:.1f} % {base.score} on {base.n} {base.passport.unit}."
+    )
     near = [r for r in tried if r.difference and r.difference.value > -NEAR and r.speedup and r.speedup.value > 1]
     if not near:
         best = max(tried, key=_accuracy)
@@ -121,10 +194,11 @@ def summary(rows: Sequence[Row]) -> str:
         )
     best = max(near, key=lambda r: r.speedup.value if r.speedup else 0.0)
     assert best.speedup is not None
-    return (
-        f"{start} Within one point of it, {best.method} is the fastest: {best.speedup.value:.2f}x "
-        f"(its FLOPs allow {best.ceiling:.2f}x), {points(best.difference)} points."
-    )
+    if of_language(rows):
+        gain = f"writes fastest: {best.speedup.value:.2f}x, with {100 * best.kv_end / best.kv_full:.0f} % of the cache"
+    else:
+        gain = f"is the fastest: {best.speedup.value:.2f}x (its FLOPs allow {best.ceiling:.2f}x)"
+    return f"{start} Within one point of it, {best.method} {gain}, {points(best.difference)} points."
 
 
 def _accuracy(row: Row) -> float:

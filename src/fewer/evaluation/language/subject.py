@@ -1,0 +1,109 @@
+"""A language model that reads contexts and is asked about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from fewer.evaluation.subject import twin_of
+
+from .tasks import Context, Ids, Outcome, Probe, judge
+
+
+@dataclass
+class Held:
+    """What a cache holds: rows of each layer, mean over samples and heads; bytes of keys and values; tokens seen."""
+
+    rows: list[float]
+    bytes: int
+    seen: int
+
+    @classmethod
+    def of(cls, cache: DynamicCache) -> Held:
+        rows, size, seen = [], 0, 0
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            record = getattr(layer, "record", None)
+            if record is not None and record.logical:
+                rows.append(float(record.stored))
+                size += record.bytes
+            elif layer.is_initialized:
+                rows.append(float(layer.keys.shape[-2]))
+                size += sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values))
+            else:
+                rows.append(0.0)
+            seen = max(seen, layer.get_seq_length())
+        return cls(rows, size, seen)
+
+
+@dataclass(eq=False)
+class LanguageSubject:
+    """A causal language model on some contexts.
+
+    tokenizer    turns what was written into text again
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    contexts: Sequence[Context]
+    name: str = "model"
+    data: str = "texts"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """The same model a second time, on the same weights: methods go on this one."""
+        return twin_of(self.model)
+
+    @property
+    def extent(self) -> str:
+        """What is measured on, in words."""
+        tokens = max(len(context.ids) for context in self.contexts)
+        asked = sum(len(context.probes) for context in self.contexts)
+        return f"{len(self.contexts)} contexts of up to {tokens:,} tokens from {self.data}, {asked} questions"
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end what is written."""
+        settings = getattr(self.model, "generation_config", None)
+        stop = getattr(settings, "eos_token_id", None)
+        stop = self.tokenizer.eos_token_id if stop is None else stop
+        return frozenset(stop if isinstance(stop, (list, tuple)) else () if stop is None else (stop,))
+
+    # -- reading and asking --------------------------------------------------------------------------------------
+    def read(self, model: nn.Module, ids: Ids) -> tuple[DynamicCache, Tensor]:
+        """A new cache that has read some tokens, and the logits behind the last one, (1, vocabulary)."""
+        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        return cache, self.go_on(model, cache, ids, 1)
+
+    def go_on(self, model: nn.Module, cache: DynamicCache, ids: Sequence[int], last: int) -> Tensor:
+        """Read more tokens; the logits behind the last few of them, (last, vocabulary). The cache grows."""
+        tokens = torch.tensor([list(ids)], device=self.device)
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0, -last:]
+
+    def ask(self, model: nn.Module, cache: DynamicCache, behind: Tensor, probe: Probe) -> Outcome:
+        """A probe, asked on a copy of a cache. behind: the logits behind the context, (1, vocabulary).
+
+        Question and answer are read in one pass, so that nothing is evicted between them.
+        """
+        logits = []
+        for answer in probe.answers:
+            asked = (*probe.question, *answer[:-1])
+            found = []
+            if not probe.question:
+                found.append(behind)
+            if asked:
+                last = len(answer) - len(found)
+                found.append(self.go_on(model, copy.deepcopy(cache), asked, last))
+            logits.append(torch.cat(found))
+        return judge(probe, logits)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
