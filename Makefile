@@ -48,6 +48,8 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/vision_speed.py --settings ragged --batch 32 --execution packed --out benchmarks/results/vision_speed.json
 	$(VENV)/bin/fewer bench --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
+	$(VENV)/bin/fewer bench --model smollm2-135m --out runs/smollm2
+	cp runs/smollm2/results.jsonl benchmarks/results/smollm2.jsonl
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.docs

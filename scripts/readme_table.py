@@ -53,7 +53,7 @@ def passport(rows: list[Row]) -> str:
     """What was measured, against what, on what, how often, at which commit."""
     p = rows[0].passport
     return (
-        f"*{p.what}. Model {p.model}, data {p.data}, {p.n:,} images, batch {p.batch}, {p.dtype}, {p.execution}. "
+        f"*{p.what}. Model {p.model}, data {p.data}, {p.n:,} {p.unit}, batch {p.batch}, {p.dtype}, {p.execution}. "
         f"Against {p.against}; {p.repeats} pairs: {p.spread}. On {p.hardware}, {p.threads} threads, "
         f"torch {p.versions['torch']}, commit {p.commit}, {p.when[:10]}.*"
     )
@@ -65,6 +65,12 @@ def bench(first_screen: bool) -> str:
     if not rows:
         return UNMEASURED
     return markdown(chosen(rows), rows, HEADS) if first_screen else markdown(rows, rows, None)
+
+
+def whole(name: str) -> str:
+    """Every column of what a `fewer bench` wrote."""
+    rows = table.measured(list(Journal(RESULTS / f"{name}.jsonl").rows.values()))
+    return markdown(rows, rows, None) if rows else UNMEASURED
 
 
 def small(name: str, columns: dict[str, str]) -> str:
@@ -99,6 +105,9 @@ def filled(page: str) -> str:
     text = (ROOT / page).read_text()
     blocks = {
         "bench": lambda: bench(first_screen=page == "README.md"),
+        "language": lambda: whole("smollm2"),
+        "encoder": lambda: whole("bert_eras"),
+        "minilm": lambda: whole("minilm_r8"),
         "speed": lambda: small("vision_speed", SPEED),
         "memory": lambda: small("memory", MEMORY),
         "import": lambda: small("import_time", IMPORT),

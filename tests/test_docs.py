@@ -18,7 +18,8 @@ import typer
 
 import fewer
 import fewer.methods.vision
-from fewer import registry
+from decoders import decoder
+from fewer import registry, zoo
 from fewer.cli import app
 from fewer.evaluation import record, stats
 from fewer.evaluation.stats import Interval
@@ -67,6 +68,35 @@ def test_readme_prints_what_it_says():
         return re.sub(r"[\d.]+ % of time", "# % of time", text).strip()
 
     assert steady(printed.getvalue()) == steady(expected)
+
+
+class Words:
+    """A tokenizer of 61 words, for models that know no more."""
+
+    def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[3 + len(word) for word in text.split()]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+def test_readme_on_a_language_model(monkeypatch):
+    """Its lines run as they stand, on a tiny model; the report has the shape of the one that is shown."""
+    monkeypatch.setattr(zoo, "load_model", lambda name: (decoder("llama"), Words()))
+    code, shown = block("README.md", "python", 1), block("README.md", "text", 1)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+
+    report = printed.getvalue().splitlines()[1:]
+    assert report[:2] == ["snapkv:keep=0.5,window=64", "rows 739 -> 379 379 379"]  # of 720 words 360, and 19 written
+    assert [shape(line) for line in report] == [shape(line) for line in shown.splitlines()[1:]]
+
+
+def shape(line: str) -> str:
+    """A line with its numbers, and runs of them, as #."""
+    return re.sub(r"#( #)*", "#", re.sub(r"\d[\d.]*", "#", line))
 
 
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
