@@ -46,10 +46,17 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/vision_speed.py --shape deit-s vit-b --batch 8 64 --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/vision_speed.py --settings others --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/vision_speed.py --settings ragged --batch 32 --execution packed --out benchmarks/results/vision_speed.json
+	$(PY) benchmarks/kv_speed.py --context 4096 --layers 4 --rounds 3 --steps 64
+	$(PY) benchmarks/prefill_speed.py --context 4096 --layers 6 --rounds 3 --out benchmarks/results/prefill_speed.json
 	$(VENV)/bin/fewer bench --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
 	$(VENV)/bin/fewer bench --model smollm2-135m --out runs/smollm2
 	cp runs/smollm2/results.jsonl benchmarks/results/smollm2.jsonl
+	$(VENV)/bin/fewer bench --model bert-eras --out runs/bert-eras
+	cp runs/bert-eras/results.jsonl benchmarks/results/bert_eras.jsonl
+	$(VENV)/bin/fewer train minilm-r8 --out runs/minilm-r8
+	$(VENV)/bin/fewer bench --model runs/minilm-r8 --data reuters-r8 --limit 500 --out runs/minilm
+	sed 's|runs/minilm-r8|minilm-r8|g' runs/minilm/results.jsonl > benchmarks/results/minilm_r8.jsonl
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.docs

@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 import fewer
 from fewer.evaluation import stats
+from fewer.evaluation.record import commit, now
 
 METHODS = ("lazyllm:keep=0.7", "lazyllm:keep=0.5", "sdtp", "agile_quant:bits=none")
 
@@ -70,8 +71,9 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if given.out:
         passport = {
+            "against": "the same weights reading everything, fused attention, run before and after",
             "layers": given.layers, "context": given.context, "rounds": given.rounds, "dtype": "float32", "threads": 1,
-            "cpu": platform.machine(), "torch": torch.__version__,
+            "cpu": platform.machine(), "torch": torch.__version__, "commit": commit(), "when": now(),
         }  # fmt: skip
         given.out.write_text(json.dumps({"passport": passport, "rows": rows}, indent=1) + "\n")
 

@@ -86,7 +86,7 @@ def small(name: str, columns: dict[str, str]) -> str:
         ["---"] * len(columns),
         *([cell.format(**row) for cell in columns.values()] for row in rows),
     ]
-    stated = {key: value for key, value in passport.items() if isinstance(value, str)}
+    stated = {key: value for key, value in passport.items() if isinstance(value, (str, int))}
     where = "; ".join(f"{key} {value}" for key, value in stated.items())
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines]) + f"\n\n*{where}.*\n"
 
@@ -95,6 +95,17 @@ SPEED = {
     "shape": "{shape}", "batch": "{batch}", "method": "`{setting}`", "tokens": "{mean_tokens:.0f}",
     "speed-up": "{speedup:.2f}x [{low:.2f}, {high:.2f}]", "ceiling": "{ceiling:.2f}x", "achieved": "{achieved:.2f}",
     "own time": "{own_time_share:.1%}", "repeats": "{repeats}",
+}  # fmt: skip
+KV = {
+    "method": "`{method}`",
+    "reading costs (%)": "{prefill_cost_percent[0]:.1f} [{prefill_cost_percent[1]:.1f}, {prefill_cost_percent[2]:.1f}]",
+    "of it the method's own (%)": "{own_percent:.2f}",
+    "writing": "{decode_speedup[0]:.2f}x [{decode_speedup[1]:.2f}, {decode_speedup[2]:.2f}]",
+    "cache (MB)": "{cache_mb:.2f}",
+}
+PREFILL = {
+    "method": "`{method}`", "speed-up": "{speedup[0]:.2f}x [{speedup[1]:.2f}, {speedup[2]:.2f}]",
+    "ceiling": "{ceiling:.2f}x", "achieved": "{of_ceiling:.2f}", "own (% time)": "{own_percent:.2f}",
 }  # fmt: skip
 MEMORY = {"what": "{case}", "peak (MB)": "{peak_mb:.0f}", "limit (MB)": "{limit_mb}"}
 IMPORT = {"what": "{what}", "CPU (ms)": "{cpu}", "wall (ms)": "{wall}", "limit (ms)": "{limit}", "repeats": "{repeats}"}
@@ -109,6 +120,8 @@ def filled(page: str) -> str:
         "encoder": lambda: whole("bert_eras"),
         "minilm": lambda: whole("minilm_r8"),
         "speed": lambda: small("vision_speed", SPEED),
+        "kv": lambda: small("kv_speed", KV),
+        "prefill": lambda: small("prefill_speed", PREFILL),
         "memory": lambda: small("memory", MEMORY),
         "import": lambda: small("import_time", IMPORT),
     }

@@ -450,6 +450,13 @@ class CacheSession(Session):
         use = given.get("use_cache")
         if use is None:
             use = getattr(root.config, "use_cache", False)
+        if self.execution == "masked" and self.inside:
+            if cache is not None:
+                raise SessionError(
+                    "execution='masked' hides what is dropped from one pass only; a cache would show it to the next: "
+                    "use execution='padded' to generate, or call the model with use_cache=False"
+                )
+            use = given["use_cache"] = False
         if cache is None:
             if not use or (root.training and getattr(root, "gradient_checkpointing", False)):
                 if not self.inside and not any(getattr(m, "gates", False) for m in self.methods):
@@ -550,14 +557,21 @@ class CacheSession(Session):
         return self.ledger.layers[layer].positions()
 
     def report(self) -> str:
-        """The last cache in words: rows, bytes, the method's own share, notes."""
-        ledger = self.ledger
+        """The last cache in words: rows, bytes, the method's own share, notes; and what reading the prompt cost, where
+        methods act between the blocks."""
+        ledger, reading = self.ledger, self.ledger.reading
+        words = [] if reading is None else [
+            f"reading {reading.gflops_full:.2f} -> {reading.gflops:.2f} GFLOPs (ceiling {reading.ceiling:.2f}x)"
+        ]  # fmt: skip
+        if not ledger.layers:
+            return "\n".join([" ".join(text(m) for m in self.methods), *words, *ledger.notes])
         stored = " ".join(f"{s:g}" for s in (round(x, 1) for x in ledger.stored))
         return "\n".join([
             " ".join(text(m) for m in self.methods),
             f"rows {ledger.logical[0]} -> {stored}",
             f"cache {ledger.full_bytes / 1e6:.3f} -> {ledger.bytes / 1e6:.3f} MB "
             f"({ledger.full_bytes / max(ledger.bytes, 1):.2f}x smaller), own work {ledger.flops / 1e9:.3f} GFLOPs",
+            *words,
             *ledger.notes,
         ])  # fmt: skip
 

@@ -35,7 +35,7 @@ def build(method: Reducer, host: Host, stages: int) -> nn.ModuleList:
         assert isinstance(host, DecoderHost)
         whole = nn.ModuleDict(method.predictors(host.channels, host.heads, host.kv_heads, len(host.blocks)))
         return nn.ModuleList([whole] if len(whole) else [])
-    made = [nn.ModuleDict(method.modules(host.width, host.heads, stages, host.patches)) for _ in range(stages)]
+    made = [nn.ModuleDict(method.modules(host.channels, host.heads, stages, host.patches)) for _ in range(stages)]
     return nn.ModuleList(made if any(map(len, made)) else [])
 
 

@@ -254,3 +254,25 @@ def test_cropping_forgets_who_waits() -> None:
 def test_it_acts_behind_blocks() -> None:
     assert LazyLLM.site is Site.AFTER_BLOCK
     assert LazyLLM.revives
+
+
+def test_masked_execution_does_not_generate() -> None:
+    """It hides what is dropped from one pass; a cache would show it to the next."""
+    model = decoder("llama")
+    ids, _ = prompt(15)
+    with torch.no_grad(), fewer.apply(model, "lazyllm:keep=0.5,layers=1", execution="masked") as session:
+        assert model(ids).past_key_values is None
+        with pytest.raises(fewer.SessionError, match="use_cache=False"):
+            model.generate(ids, max_new_tokens=2, do_sample=False)
+        assert "GFLOPs" in session.report()
+
+
+def test_the_report_tells_what_reading_cost() -> None:
+    model = decoder("llama")
+    ids, _ = prompt(40)
+    with torch.no_grad(), fewer.apply(model, "lazyllm:keep=0.5,layers=1") as session:
+        model(ids)
+        cost = session.ledger.reading
+        assert cost is not None
+        assert cost.ceiling > 1
+        assert f"ceiling {cost.ceiling:.2f}x" in session.report()

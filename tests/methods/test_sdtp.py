@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fewer
-from decoders import decoder, prompt
+from decoders import COMMON, decoder, prompt
 from fewer.core import KeepRatio, Place, Signals, Tokens
 from fewer.methods.language.sdtp import SDTP, Judge
 
@@ -150,3 +150,15 @@ def test_a_batch_changes_no_text_and_masking_is_gathering(family: str) -> None:
     for i in range(3):
         kept = last[i][last[i] >= 0]
         assert_close(masked[i, kept], together[i, kept], **CLOSE)
+
+
+def test_judges_fit_features_that_are_not_heads_times_channels() -> None:
+    """Gemma's hidden states are narrower or wider than its heads together."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    shape = COMMON | {"head_dim": 16}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, sliding_window=12)).eval()
+    ids, _ = prompt(15)
+    with torch.no_grad(), fewer.apply(model, "sdtp:keep=0.5,layers=1", modules="untrained") as session:
+        model(ids)
+        assert next(session.modules.parameters()).shape[-1] == 32

@@ -168,6 +168,11 @@ class Host:
         return tuple(p for p in parts if not isinstance(p, nn.Identity) and not isinstance(p, float))
 
     @property
+    def channels(self) -> int:
+        """Of the features that travel from block to block."""
+        return self.width
+
+    @property
     def pair_width(self) -> int:
         """Channels that each pair of a query and a key multiplies, twice; 0 where there are no pairs."""
         return self.width
