@@ -60,11 +60,6 @@ def rows_of_merges(source: Sequence[int], into: Sequence[int], n: int) -> list[i
     return [row_of[target.get(i, i)] for i in range(n)]
 
 
-def rows_of_kept(kept: Sequence[int], n: int) -> list[int]:
-    row_of = {i: r for r, i in enumerate(sorted(kept))}
-    return [row_of.get(i, -1) for i in range(n)]
-
-
 def averages(row: Sequence[int], size: Sequence[float]) -> list[float]:
     """Combining weights: a source's size over the sizes in its row."""
     total: dict[int, float] = {}

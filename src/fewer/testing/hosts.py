@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -122,11 +122,6 @@ def _everything(budget: Budget) -> Budget:
         case Threshold():
             return Threshold(float("-inf"))
     raise TypeError(f"{type(budget).__name__}: say in fewer.testing which of its values keeps everything")
-
-
-def stateless(method: Reducer) -> bool:
-    """Whether the method is a frozen value: every field can be hashed and compared."""
-    return all(isinstance(hash(getattr(method, f.name)), int) for f in fields(method))  # type: ignore[arg-type]
 
 
 def text_hosts(device: str = "cpu") -> list[TinyHost]:
