@@ -60,7 +60,7 @@ ON_TEXT = {
     "mamba2": ["utrc"],
     "roberta": ["tome", "random"], "distilbert": ["tome", "evit"], "modernbert": ["tome", "evit", "random", "sdtp"],
     "qwen3": ["lazyllm"], "gemma3_text": ["lazyllm", "sdtp", "tome:proportional=false"], "gpt2": ["lazyllm", "random"],
-    "mamba": ["utrc"],
+    "mamba": ["utrc"], "vilt": ["pumer", "random", "tome", "evit"],
 }  # fmt: skip
 
 

@@ -56,7 +56,13 @@ def test_every_method_reads_what_it_writes(name: str) -> None:
     default = fewer.lookup(name)()
     assert fewer.text(default) == name
     assert fewer.parse(name) == default
-    forms = {"ott": ("bits=4",), "dynamic_pooling": ("keep=0.5",)}  # the first keeps all, the second a share only
+    forms = {
+        "ott": ("bits=4",),
+        "dynamic_pooling": ("keep=0.5",),
+        "mini_gemini": ("fine=2",),
+        "vtw": ("k=2",),
+        "dyvte": ("hidden=32",),
+    }  # all, or a share only
     for form in forms.get(name, ("keep=0.5", "tokens=9", "r=3")):
         method = fewer.parse(f"{name}:{form}")
         assert fewer.parse(fewer.text(method)) == method

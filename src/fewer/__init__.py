@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         reducer,
     )
     from .entry import apply
+    from .guide import Guide
     from .registry import UnknownMethod, lookup, names, registered
     from .session import Session, SessionError
     from .spec import SpecError, parse, text
@@ -34,15 +35,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "Capacity", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError", "Signals",
-    "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "lookup", "names", "parse", "reducer",
-    "registered", "text",
+    "Budget", "Capacity", "Guide", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError",
+    "Signals", "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "lookup", "names",
+    "parse", "reducer", "registered", "text",
 ]  # fmt: skip
 
 _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not wait for torch
     **dict.fromkeys(("UnknownMethod", "lookup", "names", "registered"), "registry"),
     **dict.fromkeys(("Session", "SessionError"), "session"),
     "apply": "entry",
+    "Guide": "guide",
     **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
 }
 

@@ -6,12 +6,14 @@ stay right. Stored length is what memory holds. `mask` maps the model's mask fro
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -50,6 +52,18 @@ class Room:
         for storage, row in zip(self.storage, (key, value), strict=True):
             storage[:, :, filled : filled + 1] = row
         self.keys, self.values = (s[:, :, : filled + 1] for s in self.storage)
+        return self.keys, self.values
+
+    def replace(self, gone: Tensor) -> tuple[Tensor, Tensor]:
+        """The last row takes the place of another and leaves its own. gone: (B, G, 1) long. Returns all that are left.
+
+        Nothing else moves, and a row may stand in for itself.
+        """
+        last = self.keys.shape[-2] - 1
+        for rows in (self.keys, self.values):
+            where = gone[..., None].expand(-1, -1, -1, rows.shape[-1])
+            rows.scatter_(2, where, rows[:, :, last:].clone())
+        self.keys, self.values = (s[:, :, :last] for s in self.storage)
         return self.keys, self.values
 
 
@@ -133,8 +147,10 @@ class ReducedLayer(DynamicLayer):
     """One layer's keys and values, some of them gone.
 
     The rows are the P that survived the last eviction, then those that came since. `position` (B, 1 or G, P), int32,
-    says where the first ones stood in the input (-1: a hole); None while nothing was evicted. Where heads or samples
-    keep different numbers, the survivors lie packed, head after head, and `keys`, `values` hold only what came since.
+    says where the first ones stood in the input (-1: a hole); None while nothing was evicted. They ascend, but for
+    methods that take them in any order: then a token written may lie where the one it displaced lay (`shuffled`).
+    Where heads or samples keep different numbers, the survivors lie packed, head after head, and `keys`, `values` hold
+    only what came since.
     """
 
     keys: Tensor
@@ -150,6 +166,7 @@ class ReducedLayer(DynamicLayer):
         self.awaited = False  # set by the session for one pass: it will see this layer's attention
         self.steady = False  # the same: no method will look at the rows of a decoding step, none will go
         self.apart = False  # the same: heads of different lengths may be read one by one
+        self.loose = False  # the same: nobody asks in which order the rows lie
         self._clear()
 
     def _clear(self) -> None:
@@ -157,6 +174,7 @@ class ReducedLayer(DynamicLayer):
         self.began = 0  # tokens seen before the pass under way
         self.waiting: Waiting | None = None  # tokens that were dropped before they reached this layer
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
+        self.shuffled = False  # whether the rows lie in another order than they came
         self.position: Tensor | None = None
         self.ahead: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
         self.received: Tensor | None = None
@@ -166,7 +184,7 @@ class ReducedLayer(DynamicLayer):
         self.totals: list[int] = []  # real tokens seen, per sample
         self.memory: dict[int, dict[str, Any]] = {}  # of each method, by logical tokens: see CacheSignals
         self.local: dict[int, dict[str, Any]] = {}  # of each method, by stored rows
-        self.codes: Codes | None = None  # the oldest rows in few bits, where a method stores them so
+        self.codes: list[Codes] = []  # the oldest rows in few bits, where a method stores them so: see `encode`
         self.coded = 0  # how many rows at the front are in the codes alone; none of them during a pass
 
     @classmethod
@@ -215,6 +233,8 @@ class ReducedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._decode()
+        if key_states.shape[-2] > 1:
+            self._arrange()
         self.began = self.length
         if self.arriving is None:
             self.length += key_states.shape[-2]
@@ -229,9 +249,15 @@ class ReducedLayer(DynamicLayer):
         return rows
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        """New rows behind the others. While tokens come one by one, with some room for the next ones."""
+        """New rows behind the others. While tokens come one by one, with some room for the next ones: where no row
+        will go, or where the one that goes makes place for the new one."""
         spare = min(SPARE[0], self.keys.shape[-2] // SPARE[1]) if self.keys.dim() == 4 else 0
-        if not (self.steady and spare and keys.shape[-2] == 1) or self.window is not None or torch.is_grad_enabled():
+        loose = self.loose and self.packing is None and not self.holes and len(set(self.totals)) == 1
+        if (
+            not ((self.steady or loose) and spare and keys.shape[-2] == 1)
+            or self.window is not None
+            or torch.is_grad_enabled()
+        ):
             self.keys, self.values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
             return
         if self.room is None or not self.room.holds(self.keys):
@@ -269,34 +295,50 @@ class ReducedLayer(DynamicLayer):
 
     # -- few bits -----------------------------------------------------------------------------------------------------
     def encode(self, codec: Codec, real: Tensor | None) -> None:
-        """Store all rows but the newest ones in few bits, until the next pass. real: (B, 1 or G, S) bool, see Codes."""
+        """Store all rows but the newest ones in few bits, until the next pass. real: (B, 1 or G, S) bool, see Codes.
+
+        All samples are coded together, or one by one where more padding stands before some than before others: groups
+        count from a sample's first token, so that it is coded as if it were alone.
+        """
         if self.packing is not None:
             raise CacheError(
                 "heads or samples that keep different numbers of rows cannot be stored in few bits; choose a method "
                 "that evicts evenly (snapkv, not adakv), and prompts of one length"
             )
-        if self.codes is None:
-            self.codes = Codes.empty(codec, self.keys)
-        start = self.codes.rows
-        stop = start + max(self.keys.shape[-2] - codec.window - start, 0) // codec.group * codec.group
-        if stop > start:
-            real = None if real is None else real[..., start:stop]
-            self.codes.append(self.keys[:, :, start:stop], self.values[:, :, start:stop], real)
+        b, _, s, _ = self.keys.shape
+        if not self.codes:
+            first = [0 if self.position is not None else self.length - t for t in self.totals]
+            alike = len(set(first)) == 1
+            self.codes = [
+                Codes.empty(codec, k, n) for k, n in zip(self.keys.split(b if alike else 1), first, strict=False)
+            ]
+        for codes, part in self._coded():
+            start = codes.first + codes.rows
+            stop = start + max(s - codec.window - start, 0) // codec.group * codec.group
+            if stop > start:
+                shown = None if real is None else real.expand(b, -1, -1)[part, :, start:stop]
+                codes.append(self.keys[part, :, start:stop], self.values[part, :, start:stop], shown)
         self._leave_coded()
 
+    def _coded(self) -> list[tuple[Codes, slice]]:
+        """The codes and the samples they hold."""
+        alone = len(self.codes) > 1
+        return [(codes, slice(i, i + 1) if alone else slice(None)) for i, codes in enumerate(self.codes)]
+
     def _leave_coded(self) -> None:
-        """Rows that are in the codes are held nowhere else."""
-        self.coded = 0 if self.codes is None else self.codes.rows
+        """Rows that are in the codes of all samples are held nowhere else."""
+        self.coded = min((c.first + c.rows for c in self.codes), default=0)
         if self.coded:
             self.keys, self.values = self.keys[:, :, self.coded :].clone(), self.values[:, :, self.coded :].clone()
 
     def _decode(self) -> None:
-        """All rows stand in `keys` and `values` again."""
+        """All rows stand in `keys` and `values` again; those of padding as zeros."""
         if self.coded:
-            assert self.codes is not None
-            k, v = self.codes.decode()
-            self.keys, self.values = torch.cat([k, self.keys], -2), torch.cat([v, self.values], -2)
-            self.coded = 0
+            keys, values = (F.pad(x, (0, 0, self.coded, 0)) for x in (self.keys, self.values))
+            for codes, part in self._coded():
+                where = slice(codes.first, codes.first + codes.rows)
+                keys[part, :, where], values[part, :, where] = codes.decode()
+            self.keys, self.values, self.coded = keys, values, 0
 
     # -- what the session asks ----------------------------------------------------------------------------------------
     @property
@@ -342,7 +384,7 @@ class ReducedLayer(DynamicLayer):
     def keep(self, plan: Hard, keys: Tensor, values: Tensor) -> None:
         """Execute a plan on the rows of a view, as `update` returned it. Ragged plans read their lengths: one sync."""
         self.local.clear()
-        self.codes = None  # rows are not where they were coded: they are coded anew
+        self.codes = []  # rows are not where they were coded: they are coded anew
         b, g = keys.shape[:2]
         place = self.positions()
         heads = max(place.shape[1], plan.lead[1])
@@ -373,10 +415,39 @@ class ReducedLayer(DynamicLayer):
             self.packed = tuple(self.packing.pack(x.flatten(0, 1))[0] for x in (keys, values))  # type: ignore[assignment]
             self.keys, self.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
 
+    def replaces(self, keys: Tensor) -> bool:
+        """Whether the newest of these rows, as `update` returned them, may take the place of one that goes."""
+        return self.loose and keys is self.keys and self.room is not None and keys is self.room.keys
+
+    def replace(self, gone: Tensor) -> None:
+        """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which."""
+        assert self.room is not None
+        self.local.clear()
+        b, g = self.keys.shape[:2]
+        place = self.positions()
+        heads = max(place.shape[1], gone.shape[1])
+        place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
+        if self.ahead is not None:
+            ahead = self._ahead(place.shape[-1])
+            self.ahead = ahead.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]  # type: ignore[union-attr]
+        self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
+        gone = gone.expand(b, g, 1)
+        if self.received is not None:
+            self.received = self.received.scatter(-1, gone, self.received[..., -1:])[..., :-1]
+        self.keys, self.values = self.room.replace(gone)
+        self.shuffled = True
+
+    def _arrange(self) -> None:
+        """The rows in the order they came, where they lie in another."""
+        if self.shuffled:
+            order = self.positions().argsort(dim=-1)
+            self.keep(Hard(order.shape[-1], order), self.keys, self.values)
+            self.shuffled = False
+
     def _ahead(self, rows: int) -> Tensor | None:
         if self.ahead is None:
             return None
-        return torch.nn.functional.pad(self.ahead, (0, rows - self.ahead.shape[-1]))
+        return F.pad(self.ahead, (0, rows - self.ahead.shape[-1]))
 
     def travel(self, rotary: Rotary, rows: int) -> None:
         """Turn the first `rows` rows of each head on, so that they stand right before the others: no gap is left."""
@@ -401,7 +472,7 @@ class ReducedLayer(DynamicLayer):
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.awaited = self.steady = self.apart = False
+        self.awaited = self.steady = self.apart = self.loose = False
         self.arriving = None
         self._trim()
         self._note()
@@ -429,7 +500,7 @@ class ReducedLayer(DynamicLayer):
         if self.room is not None and self.room.keys is not self.keys:
             self.room = None  # its rows stand elsewhere now
         r, tensors = self.record, [self.keys, self.values, *(self.packed or ())]
-        tensors += [] if self.codes is None else self.codes.tensors()
+        tensors += [x for codes in self.codes for x in codes.tensors()]
         b, g, tail, _ = self.keys.shape
         tail += self.coded
         r.logical, r.heads = self.length, (b, g)
@@ -455,6 +526,7 @@ class ReducedLayer(DynamicLayer):
             return
         gone = min(-tokens_to_remove, self.length)
         self._decode()
+        self._arrange()
         if self.is_sliding and self.length >= self.window:  # type: ignore[operator]
             raise CacheError("a sliding-window layer past its window cannot be cropped: what stood before it is gone")
         tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
@@ -475,8 +547,8 @@ class ReducedLayer(DynamicLayer):
         self.length -= gone
         self.waiting = None if self.waiting is None else self.waiting.before(self.length)
         self.totals = [max(t - gone, 0) for t in self.totals]
-        if self.codes is not None and self.codes.rows > self.keys.shape[-2]:
-            self.codes = None
+        held = self.keys.shape[-2]
+        self.codes = [c if c.first + c.rows <= held else c.emptied() for c in self.codes]
         self._leave_coded()
         self._note()
 
@@ -520,8 +592,10 @@ class ReducedLayer(DynamicLayer):
         else:
             self.totals = self.totals[:1] * len(rows)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        if self.codes is not None:
-            self.codes.select(rows)
+        if len(self.codes) == 1:
+            self.codes[0].select(rows)
+        elif self.codes:
+            self.codes = [copy.copy(self.codes[i]) for i in rows.tolist()]
         for kept in (*self.memory.values(), *self.local.values()):
             kept.update({k: t.index_select(0, rows) for k, t in kept.items() if isinstance(t, Tensor)})
         self.waiting = None if self.waiting is None else self.waiting.of(rows)

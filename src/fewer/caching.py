@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .cache import CacheError, Record, ReducedLayer, install
 from .core import Hard, Reducer, Seen, Site
-from .core.cached import Attending, CacheReducer, CacheSignals, Rereader, Rows
+from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
 from .core.place import Place
 from .core.plan import take
 from .hosts import Call, DecoderHost, Visit
@@ -28,6 +28,9 @@ from .reading import Reading, Revival, added, trained_attention, watched
 from .rereading import reread
 from .session import Execution, Session, SessionError, check_free
 from .spec import text
+
+if TYPE_CHECKING:
+    from .looking import Sight
 
 
 @dataclass
@@ -84,6 +87,7 @@ class CachePass:
         self.session, self.cache, self.given = session, cache, mask
         self.layers: list[ReducedLayer] = [] if cache is None else cache.layers
         self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
+        self.sight: Sight | None = None  # the visual rows among them
         self.visit: Revival | None = None  # the same for one token, where dropped ones may come back
         self.call: Call | None = None  # of the block under way
         self.position_ids = positions
@@ -95,6 +99,9 @@ class CachePass:
         self._totals: list[int] = []
         for layer in self.layers:
             layer.awaited, layer.steady, layer.apart = True, session.steady, session.apart
+            layer.loose = session.loose
+        self.weighs = session.weighs and not torch.is_grad_enabled()
+        self.weights: Tensor | None = None  # attention of the call under way, where it is computed here
 
     # -- called by the host -------------------------------------------------------------------------------------------
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -128,7 +135,11 @@ class CachePass:
             self._count(layer, q.shape[0])
             read = self._reading(layer, index, q, k, v, mask, kwargs)
         self.session.seconds += time.perf_counter() - began
-        out = plain(module, q, *read, **kwargs)
+        if self.weighs and self._alone(layer, index, q, mask):
+            answer, self.weights = attended(Seen(q, k, v, _scale(q, kwargs)))
+            out = answer, None
+        else:
+            out = plain(module, q, *read, **kwargs)
         if self.attending is not None:
             self.attending.weights = out[1]
         began = time.perf_counter()
@@ -137,9 +148,15 @@ class CachePass:
                 self._act(layer, index, turn, q, k, v, mask, kwargs)
             self._store(layer, index)
         layer.settle()
-        self.attending = None
+        self.attending = self.weights = None
         self.session.seconds += time.perf_counter() - began
         return out
+
+    def _alone(self, layer: ReducedLayer, index: int, q: Tensor, mask: Tensor | None) -> bool:
+        """Whether one query reads all rows of a layer where a method acts, and some are gone: before that the model's
+        own attention stays what it is, to the bit."""
+        single = q.shape[2] == 1 and mask is None and layer.reduced
+        return single and bool(self.session.acting(Site.KV_CACHE, index))
 
     def _gated(self, layer: ReducedLayer | None, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> Tensor | None:  # fmt: skip
@@ -252,7 +269,7 @@ class CachePass:
         return CacheSignals(
             k, rows, place, Seen(q, k, v, _scale(q, kwargs), mask, causal=mask is None and q.shape[2] > 1),
             modules=self.session.modules_of(turn[0], 0), asking=asking, entry=self.entry,
-            attending=self.attending,
+            attending=self.attending, weights=self.weights,
             at_rope=kwargs.get("position_ids", self.position_ids),
             rotary=self.session.rotary(place.layer) if method.rotates else None,
             training=self.session.training,
@@ -283,8 +300,10 @@ class CachePass:
             signals.received = self._receive(layer, signals)
         if not evicts or everything:
             return
-        plan = method.plan(signals, rows)
-        layer.keep(plan, k, v)  # type: ignore[arg-type]
+        if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(k):
+            layer.replace(method.leaver(signals, rows))
+        else:
+            layer.keep(method.plan(signals, rows), k, v)  # type: ignore[arg-type]
         if method.travelling:
             rotary = self.session.rotary(index)
             assert rotary is not None
@@ -317,7 +336,8 @@ class CachePass:
             if s > layer.window - 1:
                 alive = (torch.arange(s, device=k.device) >= s - layer.window + 1)[None, None]
                 real = alive.expand(b, 1, -1) if real is None else real & alive
-        return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=layer.length - place)
+        age = layer.length - place
+        return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
     def _holes(self, layer: ReducedLayer) -> bool:
         """Whether some stored row may be padding."""
@@ -470,7 +490,7 @@ class CacheSession(Session):
         if cache is None or cache.get_seq_length() == 0:
             self._flops, self._notes, self._latest = 0, [], None
         self._records = [] if cache is None else [layer.record for layer in cache.layers]
-        run = CachePass(self, cache, given.get("attention_mask"), given.get("position_ids"))
+        run = CachePass(self, cache, given.get("attention_mask"), _text_positions(given.get("position_ids")))
         self.seconds = 0.0
         given["fewer"], self.remembered = run, run.memory
         return (), given
@@ -505,6 +525,18 @@ class CacheSession(Session):
     def apart(self) -> bool:
         """Whether heads that keep different numbers may be read one by one: no other attention is asked for."""
         return self.steady and not self.host.root.training and DecoderDriver.before(self.host.root.config) == "sdpa"
+
+    @property
+    def loose(self) -> bool:
+        """Whether rows may lie in any order while tokens are written: the only method on the cache does not mind."""
+        cached = [m for m in self.methods if isinstance(m, CacheReducer)]
+        return len(cached) == 1 and isinstance(cached[0], Ranker) and cached[0].decodes
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a step's attention is computed here: a method needs its probabilities, and no other is asked for."""
+        weighs = self.loose and any(getattr(m, "weighs", False) for m in self.methods)
+        return weighs and not self.host.root.training and DecoderDriver.before(self.host.root.config) == "sdpa"
 
     def spend(self, flops: int) -> None:
         self._flops += flops
@@ -574,6 +606,14 @@ class CacheSession(Session):
             *words,
             *ledger.notes,
         ])  # fmt: skip
+
+
+def _text_positions(ids: Tensor | None) -> Tensor | None:
+    """Position ids as (B, N); None where rows stand in space and time instead (M-RoPE), unless the text's are given
+    beside."""
+    if ids is None or ids.dim() == 2:
+        return ids
+    return ids[0] if ids.shape[0] == 4 else None
 
 
 def _scale(q: Tensor, kwargs: dict[str, Any]) -> float:

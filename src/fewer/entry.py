@@ -10,6 +10,8 @@ from torch import nn
 
 from . import hosts, session
 from .core import Reducer, Site
+from .core.visual import looks
+from .guide import Guide
 from .presses import Press, adapt
 from .session import Execution, Session, SessionError
 from .spec import parse, text
@@ -21,6 +23,7 @@ def apply(
     *,
     execution: Execution = "padded",
     modules: nn.Module | str | Path | None = None,
+    guide: Guide | None = None,
     **parameters: Any,
 ) -> Session:
     """Put a method, or several, into a model. The model is then called as before, `generate()` included.
@@ -33,6 +36,7 @@ def apply(
     modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
                 and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
                 random ones. By default those the package has for the packaged model at hand.
+    guide       for vision-language models: how well patches fit a question, where a method asks (see `fewer.Guide`)
 
     Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
              or unfitting trained modules; SessionError for a second session on the same model. The model is left as
@@ -49,6 +53,15 @@ def apply(
     if execution not in get_args(Execution):
         raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
     host = hosts.find(model)
+    if isinstance(host, hosts.VisionLanguageHost):
+        from . import seeing
+
+        return seeing.start(model, reducers, execution, modules, host, guide)
+    if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
+        raise hosts.HostError(
+            f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.family.name} is "
+            f"none; known ones: {', '.join(row.name for row in hosts.vision_language.ROWS)}"
+        )
     if isinstance(host, hosts.DecoderHost):
         from . import caching  # needs transformers, which other hosts may do without
 

@@ -80,10 +80,11 @@ class Pass:
 
     def opening(self, tokens: Tokens) -> Tokens:
         """The tokens that enter, with what else must stay."""
-        return tokens
+        return self.host.opening(tokens)
 
     # -- the sites ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, x: Tensor) -> Tensor:
+        x = self._at(Site.BRIDGE, layer, x, None)
         x = self._at(Site.BEFORE_BLOCK, layer, x, None)
         if self.session.acting(Site.AROUND_BLOCK, layer):
             self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
@@ -245,20 +246,13 @@ class Pass:
         place = Place(
             layer, len(self.host.blocks), stage, stages, self.first.free_count, spend, self.notes.append, self._starts
         )
-        budget = reducer.budget
-        if not reducer.adaptive and budget.keep(tokens.free_count, place) == tokens.free_count:
+        if self._all_stay(reducer, tokens, place):
             return x, None  # keeping all is the identity, for every method
         if not self.steps and tokens.valid is not None and self.live is None:
             x, seen = self._gathered(x, seen, tokens.valid, layer)
             tokens, hidden = self.tokens, x
             branch = None if branch is None else self.steps[-1].plan.gather(branch)
-        modules = self.session.modules_of(method, stage)
-        weight = next(modules.parameters(), None)
-        signals = Signals(
-            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.grid, modules,
-            self.session.training, self.memory[method], self.first.prefix, branch,
-        )  # fmt: skip
-        plan = reducer.plan(signals, tokens)
+        plan, hidden = self._planned(method, hidden, tokens, place, seen, branch)
         self.proportional = self.proportional or reducer.proportional
         left = None
         if self.host.family.text:
@@ -266,12 +260,28 @@ class Pass:
         self.steps.append(Step(layer, method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
         if self.session.execution == "masked" and isinstance(plan, Hard):
-            return self._act_masked(x, plan, tokens), None
+            return self._act_masked(x, hidden, plan, tokens), None
         x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here
         self.tokens = tokens.after(plan)
         if self._entry is not None and site is Site.MID_BLOCK:
             self._entry = plan.gather(self._entry)  # for the next method here
         return x, None if isinstance(plan, Masked) else plan
+
+    def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
+        """Whether a method drops nothing here, as far as shapes tell."""
+        return not reducer.adaptive and reducer.budget.keep(tokens.free_count, place) == tokens.free_count
+
+    def _planned(
+        self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
+    ) -> tuple[Plan, Tensor]:
+        """A method's plan, and the features it is executed on."""
+        modules = self.session.modules_of(method, place.stage)
+        weight = next(modules.parameters(), None)
+        signals = Signals(
+            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.grid, modules,
+            self.session.training, self.memory[method], self.first.prefix, branch,
+        )  # fmt: skip
+        return self.session.methods[method].plan(signals, tokens), hidden
 
     def _gathered(self, x: Tensor, seen: Seen | None, valid: Tensor, layer: int) -> tuple[Tensor, Seen | None]:
         """A text's real tokens in front of its padding, as plans expect them, wherever the tokenizer put it."""
@@ -284,11 +294,12 @@ class Pass:
             seen.bias = _hidden(seen.bias, self.tokens.valid)  # type: ignore[arg-type]
         return plan.gather(x), seen
 
-    def _act_masked(self, x: Tensor, plan: Hard, tokens: Tokens) -> Tensor:
-        """The plan's training form: N rows stay, the dropped ones are masked out of attention."""
+    def _act_masked(self, x: Tensor, hidden: Tensor, plan: Hard, tokens: Tokens) -> Tensor:
+        """The plan's training form: N rows stay, the dropped ones are masked out of attention. hidden: those of x that
+        were still there, as the plan takes them."""
         n = x.shape[1]
         live = Plan.identity((x.shape[0],), n, x.device) if self.live is None else self.live
-        rows = plan.reduce(take(x, live.anchor))
+        rows = plan.reduce(hidden)
         anchor = live.anchor.gather(-1, plan.anchor)
         self.compact = tokens.after(plan)
         valid, size = self.compact.valid, self.compact.size

@@ -13,6 +13,7 @@ from .cache import Arrivals, Waiting
 from .core import Hard, Plan, Reducer, Seen, Signals, Site, Tokens
 from .core.attention import masked_attention
 from .core.place import Place
+from .core.visual import looks
 from .hosts import Call
 from .passes import Pass, check_causal
 
@@ -50,6 +51,9 @@ class Reading(Pass):
 
     def opening(self, tokens: Tokens) -> Tokens:
         return tokens.protect(tokens.last)
+
+    def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
+        return looks(reducer) or super()._all_stay(reducer, tokens, place)  # no visual rows here
 
     def call(self, layer: int) -> Call:
         call = super().call(layer)

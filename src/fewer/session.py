@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import hosts, trained
 from .core import Reducer, Site
 from .core.codes import rounded
+from .core.visual import looks
 from .ledger import Ledger
 from .passes import Pass, Scan
 from .spec import text
@@ -48,8 +49,8 @@ class Session:
         self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
         stages = []
         for index, method in enumerate(self.methods):
-            layers = method.acts_at(depth)
-            if method.needs_cls and not host.has_cls:
+            layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
+            if method.needs_cls and not (host.tower_has_cls if looks(method) else host.has_cls):  # type: ignore[attr-defined]
                 raise SessionError(
                     f"{text(method)} ranks tokens by the class token's attention, and {host.family.name} has none; "
                     "choose a method that does without, such as tome or evit"
@@ -132,6 +133,8 @@ class Session:
 
     def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.Visit | None:
         """The forward pass that reaches a block; None where no method acts in it."""
+        if layer == 0:
+            x, mask = self.host.entering(x, mask, kwargs)
         if layer == 0 and self.host.family.text:
             kind = Scan if self.host.family.library == "state space" else Pass
             self._local.current = kind(self, x, valid=None if mask is None else _seen_by_any(mask))
@@ -193,8 +196,11 @@ class Session:
 
     def modules_of(self, method: int, stage: int) -> nn.ModuleDict:
         """The trained modules of a method at a stage."""
-        own = self.modules[method]
-        return own[stage] if len(own) else nn.ModuleDict()  # type: ignore[index, arg-type]
+        own: Any = self.modules[method]
+        if not len(own):
+            return nn.ModuleDict()
+        mine = own[stage % len(own)]
+        return mine if mine.training == self.training else mine.train(self.training)
 
     def save_modules(self, path: str | Path, card: Mapping[str, str] | None = None) -> list[Path]:
         """Write the methods' trained modules: into a folder, or as one .safetensors file. Returns the files.

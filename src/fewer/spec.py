@@ -8,13 +8,15 @@ from dataclasses import fields, replace
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .core import Budget, Capacity, KeepRatio, Mass, Outliers, Reducer, Remove, Threshold
+from .core import Budget, Capacity, KeepRatio, Mass, Outliers, Reducer, Remove, Site, Threshold
 from .registry import lookup
 
 AMOUNTS: dict[str, Callable[[Any], Budget]] = {
     "tokens": Capacity, "threshold": Threshold, "mass": Mass, "outliers": Outliers,
 }  # fmt: skip
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "none", Budget: "a budget"}
+SITES = {site.name.lower().removesuffix("_block"): site for site in Site}  # before, ..., bridge
+WORDS[Site] = "one of " + ", ".join(SITES)
 BUDGET_KEYS = ("r", "inflect", "keep", "of", "rounding", *AMOUNTS)
 
 
@@ -71,6 +73,8 @@ def _build(cls: type[Reducer], given: dict[str, Any], base: Reducer | None = Non
     for key, value in own.items():
         if "tuple" in str(names[key].type) and value is not None and not isinstance(value, tuple):
             own[key] = tuple(value) if isinstance(value, list) else (value,)
+        if "Site" in str(names[key].type) and isinstance(value, str):
+            own[key] = SITES.get(value.strip().lower().removesuffix("_block"), value)
     _check(cls, own)
     if rest:
         default = own.get("budget", base.budget if base else names["budget"].default)
@@ -175,10 +179,12 @@ def value_of(form: str) -> Any:
 
 
 def written(value: Any) -> str:
-    """The text `value_of` turns back into this value."""
+    """The text `value_of` turns back into this value; a place is written by its name."""
     if isinstance(value, tuple):
         return "+".join(map(written, value)) or "+"
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
+    if isinstance(value, Site):
+        return next(name for name, site in SITES.items() if site is value)
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

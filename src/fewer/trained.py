@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from .core import Reducer
+from .core import Reducer, VisualReducer
 from .core.cached import CacheReducer
-from .hosts import DecoderHost, Host
+from .hosts import DecoderHost, Host, VisionLanguageHost
 from .spec import text
 
 ASSETS = Path(__file__).parent / "assets"
@@ -30,13 +30,24 @@ class ModulesError(ValueError):
 
 
 def build(method: Reducer, host: Host, stages: int) -> nn.ModuleList:
-    """Fresh modules of a method: one nn.ModuleDict per stage, or one for a whole cache; empty where it has none."""
+    """Fresh modules of a method: one nn.ModuleDict per stage, or one for all of them or for a whole cache; empty where
+    it has none."""
     if isinstance(method, CacheReducer):
         assert isinstance(host, DecoderHost)
         whole = nn.ModuleDict(method.predictors(host.channels, host.heads, host.kv_heads, len(host.blocks)))
         return nn.ModuleList([whole] if len(whole) else [])
-    made = [nn.ModuleDict(method.modules(host.channels, host.heads, stages, host.patches)) for _ in range(stages)]
+    sets = min(stages, 1) if method.one_for_all else stages
+    if isinstance(method, VisualReducer):
+        assert isinstance(host, VisionLanguageHost)
+        own = [method.parts(host.shape()) for _ in range(stages)] if _has_parts(method) else []
+        return nn.ModuleList(map(nn.ModuleDict, own) if any(own) else [])
+    made = [nn.ModuleDict(method.modules(host.channels, host.heads, stages, host.patches)) for _ in range(sets)]
     return nn.ModuleList(made if any(map(len, made)) else [])
+
+
+def _has_parts(method: VisualReducer) -> bool:
+    """Whether it has modules of its own, in this form: those that can do without have a field `trained`."""
+    return type(method).parts is not VisualReducer.parts and getattr(method, "trained", True)
 
 
 def prepare(

@@ -35,10 +35,7 @@ def test_methods_of_decoders_are_found():
     assert Site.KV_CACHE in {fewer.parse(form).site for form in forms()}
 
 
-GROUPED = pytest.mark.xfail(strict=True, reason="groups of quantised rows are cut from the first row, padding included")
-
-
-@pytest.mark.parametrize("form", [pytest.param(f, marks=GROUPED) if f.startswith("ott") else f for f in forms()])
+@pytest.mark.parametrize("form", forms())
 def test_eight_at_once(form):
     model = decoder("llama")
     ids, mask = prompt(*LENGTHS)

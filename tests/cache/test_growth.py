@@ -161,3 +161,75 @@ def test_mass_in_small_pieces_is_the_whole_mass(bias, monkeypatch):
             for near in (1 << 19, 150, 1):
                 monkeypatch.setattr(attention, "NEAR", near)
                 assert_close(attention.mass(seen, queries, w), plain)
+
+
+STEPPING = [
+    "streamingllm:tokens={n},sinks=3", "streamingllm:keep=0.5,positions=original", "tova:tokens={n},recent=2",
+    "tova:keep=0.6", "h2o:tokens={n}", "h2o:keep=0.5,average=true,recent=0.3", "tova:tokens={n},layers=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", STEPPING)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_token_takes_the_place_of_the_one_that_goes(family, form, monkeypatch):
+    """The same rows stay and the same numbers come out as where all others are copied."""
+    form = form.format(n=20)
+    if family == "gpt2" and form.startswith("streamingllm") and "original" not in form:
+        form += ",positions=original"  # learned positions cannot be moved
+    with fewer.apply(decoder(family), form) as session:
+        monkeypatch.setattr(CacheSession, "loose", False)
+        _, copied = written(session, 9, 40, 40)
+        wanted = [session.kept(i) for i in range(3)]
+        monkeypatch.undo()
+        monkeypatch.setattr(caches, "SPARE", (4, 1))
+        cache, placed = written(session, 9, 40, 40)
+        assert any(layer.shuffled for layer in cache.layers)
+        for i in range(3):
+            assert torch.equal(session.kept(i), wanted[i])
+    for a, b in zip(copied, placed, strict=True):
+        assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["streamingllm:tokens=40,sinks=3", "tova:tokens=40", "h2o:tokens=40"])
+def test_a_step_at_the_budget_moves_nothing(form):
+    model = decoder("llama")
+    ids, _ = prompt(60)
+    with torch.no_grad(), fewer.apply(model, form) as session:
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        places = []
+        for _ in range(5):
+            model(ids[:, :1], past_key_values=cache)
+            places.append([layer.keys.data_ptr() for layer in cache.layers])
+            assert session.counts == [40] * 3
+            assert session.ledger.bytes == 3 * 41 * ROW  # one spare row
+        assert places == places[:1] * 5
+
+
+@pytest.mark.parametrize("form", ["streamingllm:tokens=20,sinks=3", "tova:tokens=20", "h2o:tokens=20,recent=0.3"])
+def test_shuffled_rows_stand_in_order_for_all_that_comes_after(form, monkeypatch):
+    """Copies, beams, crops and a further turn find what they would find without."""
+    model = decoder("llama")
+    more, _ = prompt(4, 4, seed=3)
+    beams = torch.tensor([1, 0, 1])
+
+    def after(session):
+        cache, _ = written(session, 7, 40, 40)
+        other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        with torch.no_grad():
+            out = [model(more, past_key_values=cache).logits]
+            other.reorder_cache(beams)
+            for i in range(3):
+                out.append(model(more[beams, i : i + 1], past_key_values=other).logits)
+            third.crop(-2)
+            assert not any(layer.shuffled for layer in third.layers)
+            out.append(model(more[:, :1], past_key_values=third).logits)
+        return out
+
+    with fewer.apply(model, form) as session:
+        monkeypatch.setattr(CacheSession, "loose", False)
+        wanted = after(session)
+        monkeypatch.undo()
+        monkeypatch.setattr(caches, "SPARE", (4, 1))
+        for a, b in zip(after(session), wanted, strict=True):
+            assert_close(a, b, atol=2e-5, rtol=2e-5)

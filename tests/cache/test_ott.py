@@ -147,7 +147,7 @@ def test_attention_reads_what_was_stored_and_the_ledger_weighs_it(bits):
         codes, window, d = 32, 13, 8  # four groups leave the window of 6 and up to 7 more
         per_head = 2 * codes * (d * bits // 8) + codes // 8 * 2 * d * 2 + codes * 2 * 2  # codes, grids of keys, values
         per_head += 5 * (2 * d * 4 + 4 + 4) + window * 2 * d * 4  # the pool with rows and sizes, the window
-        moves = sum(layer.codes.slot.numel() + layer.codes.home.numel() for layer in cache.layers) * 4
+        moves = sum(c.slot.numel() + c.home.numel() for layer in cache.layers for c in layer.codes) * 4
         assert session.ledger.bytes == 3 * 2 * per_head + moves
         assert session.ledger.full_bytes == 3 * 2 * 45 * 2 * d * 4
         assert session.ledger.bytes < session.ledger.full_bytes
@@ -156,13 +156,13 @@ def test_attention_reads_what_was_stored_and_the_ledger_weighs_it(bits):
         assert all(layer.keys.shape[-2] == window for layer in cache.layers)
         twin = DynamicCache()
         for index, layer in enumerate(cache.layers):
-            k, v = layer.codes.decode()
+            k, v = layer.codes[0].decode()
             twin.update(torch.cat([k, layer.keys], -2), torch.cat([v, layer.values], -2), index)
         got = model(word, past_key_values=cache).logits
         assert cache.get_seq_length() == 46
         for _ in range(8):
             model(word, past_key_values=cache)
-        assert cache.layers[0].codes.rows == 48  # two groups more
+        assert cache.layers[0].codes[0].rows == 48  # two groups more
         assert cache.layers[0].keys.shape[-2] == 6
     with torch.no_grad():
         assert_close(model(word, past_key_values=twin).logits, got, atol=1e-5, rtol=1e-5)
@@ -213,7 +213,7 @@ def test_copies_crops_and_beams():
         step(other, 1, torch.tensor([1, 0, 1]))
         grown = torch.cat([mask[:, :28], torch.ones(2, 2, dtype=torch.long)], 1)
         model(words, attention_mask=grown, past_key_values=cache)
-        assert cache.layers[0].codes.rows == 24
+        assert cache.layers[0].codes[0].rows == 24
         assert model.generate(ids, attention_mask=mask, num_beams=3, **GREEDY).shape == (2, 55)
         assert model.generate(ids[:1], prompt_lookup_num_tokens=3, **GREEDY).shape == (1, 55)
 

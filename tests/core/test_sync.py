@@ -59,6 +59,8 @@ MAKERS: dict[str, Callable] = {
     "kmedoids": cluster.kmedoids,
     "kcentre": cluster.kcentre,
     "maxmin": select.maxmin,
+    "maxmin of few": lambda m, b, t, at: select.maxmin(m, Capacity(3), t, at=at),
+    "dpp": lambda m, b, t, at: select.dpp(m, m[..., 0].abs(), b, t, at=at),
     "top": lambda m, b, t, at: select.top(m[..., 0], b, t, at=at),
     "sampled": lambda m, b, t, at: select.sampled(m[..., 0].abs(), b, t, at=at),
     "sampled as the code": lambda m, b, t, at: select.sampled(m[..., 0].abs(), b, t, at=at, fidelity="code"),

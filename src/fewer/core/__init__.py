@@ -8,9 +8,10 @@ from .plan import Hard, Masked, Plan, PlanError, Soft
 from .reducer import Card, Reducer, reducer
 from .signals import SignalError, Signals
 from .tokens import Group, Tokens
+from .visual import Shape, Tower, View, Visual, VisualReducer
 
 __all__ = [
     "Budget", "BudgetError", "Capacity", "Card", "Group", "Hard", "KeepRatio", "Masked", "Mass", "Outliers", "Place",
-    "Plan", "PlanError", "Reducer", "Remove", "Seen", "SignalError", "Signals", "Site", "Soft", "Threshold", "Tokens",
-    "attention", "cluster", "match", "reducer", "select",
+    "Plan", "PlanError", "Reducer", "Remove", "Seen", "Shape", "SignalError", "Signals", "Site", "Soft", "Threshold",
+    "Tokens", "Tower", "View", "Visual", "VisualReducer", "attention", "cluster", "match", "reducer", "select",
 ]  # fmt: skip

@@ -19,7 +19,8 @@ class Seen:
     """The inputs of one attention call, as the fused kernel got them.
 
     q: (B, H, N, d); k, v: (B, G, N, d), G KV heads; scale: factor on q k^T; bias: additive, or bool with
-    True = visible, broadcastable to (B, H, N, N), or None; causal: key j is visible to query i only for j <= i.
+    True = visible, broadcastable to (B, H, N, N), or None; causal: key j is visible to query i only for j <= i;
+    across: the queries are another sequence's (cross-attention), not the rows that are reduced.
     """
 
     q: Tensor
@@ -28,6 +29,7 @@ class Seen:
     scale: float
     bias: Tensor | None = None
     causal: bool = False
+    across: bool = False
 
     def gathered(self, index: Tensor) -> Seen:
         """The call restricted to some positions. index: (B, M)."""
@@ -35,9 +37,10 @@ class Seen:
         bias = self.bias
         if bias is not None:
             bias = group.of(bias.expand(index.shape[0], -1, -1, bias.shape[-1]), -1)
-            if bias.shape[-2] > 1:
+            if bias.shape[-2] > 1 and not self.across:
                 bias = group.of(bias, -2)
-        return Seen(group.of(self.q), group.of(self.k), group.of(self.v), self.scale, bias, self.causal)
+        q = self.q if self.across else group.of(self.q)
+        return Seen(q, group.of(self.k), group.of(self.v), self.scale, bias, self.causal, self.across)
 
     def head(self, index: int) -> Seen:
         """The call restricted to one KV head and the query heads that share it."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import attention
+from .attention import Seen
 from .budgets import Budget, BudgetError, Capacity, KeepRatio
 from .codes import Codec
 from .place import Place, Site
@@ -98,6 +99,30 @@ class CacheReducer(Reducer):
             raise BudgetError("of=start compounds from stage to stage; a cache counts all tokens so far, leave of out")
 
 
+class Ranker(CacheReducer):
+    """A method that ranks rows whatever order they lie in, by `Rows.age` where time matters, and keeps the highest.
+
+    While tokens are written, the newest row may take the place of the one that goes, so that no other moves.
+    weighs  ranks by the attention of the pass: a session that computes it for the model need not do so twice
+    """
+
+    weighs: ClassVar[bool] = False
+
+    def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Scores (B, 1 or G, S), and what is protected, as `top` takes them."""
+        raise NotImplementedError
+
+    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
+        assert isinstance(signals, CacheSignals) and isinstance(tokens, Rows)
+        scores, protected = self.ranks(signals, tokens)
+        return top(scores, self.budget, tokens, at=signals.at, protected=protected, least=self.least)
+
+    def leaver(self, signals: CacheSignals, rows: Rows) -> Tensor:
+        """(B, 1 or G, 1) long: the row of each head that goes where one must. All rows are real."""
+        scores, protected = self.ranks(signals, rows)
+        return lowest(scores, rows, protected)
+
+
 class Rereader(CacheReducer):
     """A method that has a prompt read once more, behind itself and in chunks, and ranks its rows by that.
 
@@ -128,11 +153,13 @@ class Rows(Tokens):
     totals    per sample, the rows an unreduced cache would hold: what the budget is asked with
     real      (B, 1 or G, S) bool, False = padding or a hole of ragged heads; None = all real
     age       (B or 1, 1 or G, S) long: tokens seen since the row came, itself included
+    shuffled  whether rows lie in another order than they came; only for a `Ranker`, and without padding
     """
 
     totals: tuple[int, ...] = ()
     real: Tensor | None = None
     age: Tensor | None = None
+    shuffled: bool = False
 
     @property
     def even(self) -> bool:
@@ -141,18 +168,28 @@ class Rows(Tokens):
 
     def newest(self, width: int | Tensor) -> Tensor:
         """(1 or B, 1 or G, S) bool: the last `width` real rows of each head; a (B, 1, 1) tensor for one per sample."""
+        if self.shuffled and width:
+            assert self.age is not None
+            return self.age <= self.age.topk(min(int(width), self.n), largest=False, sorted=False).values.amax(-1, True)
         if self.real is None:
             return (torch.arange(self.n, device=self.device) >= self.n - width)[None, None]
         return self.real & (self.real.flip(-1).cumsum(-1).flip(-1) <= width)
 
     def newness(self) -> Tensor:
-        """(1 or B, 1 or G, S) float32: rank of each real row from the oldest; higher is newer."""
+        """(1 or B, 1 or G, S) float32: rank of each real row from the oldest; higher is newer. Of rows that are
+        shuffled not the rank but what orders them alike."""
+        if self.shuffled:
+            assert self.age is not None
+            return -self.age.float()
         if self.real is None:
             return torch.arange(self.n, device=self.device, dtype=torch.float32)[None, None]
         return self.real.cumsum(-1).float()
 
     def sinks(self, width: int) -> Tensor:
         """(1 or B, 1 or G, S) bool: the first `width` real rows of each head."""
+        if self.shuffled and width:
+            assert self.age is not None
+            return self.age >= self.age.topk(min(width, self.n), sorted=False).values.amin(-1, True)
         if self.real is None:
             return (torch.arange(self.n, device=self.device) < width)[None, None]
         return self.real & (self.real.cumsum(-1) <= width)
@@ -222,6 +259,7 @@ class CacheSignals(Signals):
     at_rope   (B or 1, Q): the position each query was rotated by
     entry     (B, Q, C): hidden states that entered the first block in this pass, for methods that declare `enters`
     attending the attention module's own call, for methods that declare `attends`
+    weights   (B, H, 1, S) float32: attention of the only query, where it was computed for the model; None elsewhere
     memory    what the method keeps for the life of the cache, one dict for all layers. Tensors in it are (B, ..., T, C)
               with one row for each of the T tokens seen, and follow the cache when samples are picked or tokens cropped
     local     what the method keeps for this layer's stored rows: tensors (B, ...), which follow when samples are
@@ -234,6 +272,7 @@ class CacheSignals(Signals):
     at_rope: Tensor | None = None
     entry: Tensor | None = None
     attending: Attending | None = None
+    weights: Tensor | None = None
     local: dict[str, Any] = field(default_factory=dict)
     _memo: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -264,6 +303,8 @@ class CacheSignals(Signals):
 
         A pass with fewer queries uses all of them. Memory is linear in S.
         """
+        if self.weights is not None:
+            return self.weights.sum(2)
         if width not in self._memo:
             group, weight = self._last(width)
             _, h, _, d = self.q.shape
@@ -275,6 +316,8 @@ class CacheSignals(Signals):
 
     def attention_mass_of_all(self) -> Tensor:
         """(B, H, S) float32: attention all real queries of this pass give each row, summed; memory linear in S."""
+        if self.weights is not None:
+            return self.weights.sum(2)
         n, h, d = self.q.shape[-2], self.q.shape[1], self.q.shape[-1]
         self.at.spend(2 * h * n * self.k.shape[-2] * d)
         weight = None if self.asking is None else self.asking.float()
@@ -298,6 +341,14 @@ class CacheSignals(Signals):
         """(B, H, Q, d) float32: this pass's queries, of all heads or some, as before the rotary embedding."""
         q = self.q[:, heads].float()
         return q if self.rotary is None else self.rotary.turn_by(q, *self._back)
+
+
+def attended(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Attention of one query that sees every row: (B, 1, H, d), and its probabilities, (B, H, 1, S) float32."""
+    p = attention.rows(seen, Group(0, 1))
+    v = seen.v
+    out = p.to(v.dtype).view(p.shape[0], v.shape[1], -1, p.shape[-1]) @ v  # (B, G, H / G, d)
+    return out.flatten(1, 2)[:, None], p
 
 
 def check_window(window: int, kernel: int, pool: str) -> None:
@@ -350,6 +401,16 @@ def marked(keep: Tensor, rows: Rows) -> Hard:
     """The plan of a mask, ragged where samples or heads keep different numbers. keep: (B, 1 or G, S) bool."""
     keep = keep if rows.real is None else keep & rows.real
     return ragged(keep, rows.n, rows.n)
+
+
+def lowest(scores: Tensor, rows: Rows, protected: Tensor | None = None) -> Tensor:
+    """(B, 1 or G, 1) long: the row of each head that `top` drops where it drops one; of equal ones the newest.
+
+    Shapes as in `top`; rows may be shuffled, all of them are real."""
+    assert rows.age is not None
+    s = _candidates(scores, rows, protected)
+    age = torch.where(s == s.amin(-1, keepdim=True), rows.age, torch.iinfo(rows.age.dtype).max)
+    return age.argmin(-1, keepdim=True)
 
 
 def _highest(s: Tensor, k: int) -> Tensor:

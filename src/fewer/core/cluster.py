@@ -8,6 +8,7 @@ position wins every tie. A cluster's row is the average of its members, weighted
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,9 +131,9 @@ def kcentre(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, weight
     with torch.no_grad():
         d = squared_distance(field.take(metric), field.real)
         first = torch.zeros(tokens.batch, dtype=torch.long, device=metric.device)
-        centre = farthest(d, first, field.k, field.real).sort(-1).values if field.count is None else None
-        if centre is None:
-            centre = farthest(d, first, field.k, field.real)
+        centre = farthest(known(d), first, field.k, field.f, field.real)
+        if field.count is None:
+            centre = centre.sort(-1).values
         return field.plan(nearest(d, centre, field.count), tokens, weight)
 
 
@@ -158,14 +159,63 @@ def runs(key: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
 
 
 # -- cores: F tokens, K clusters ------------------------------------------------------------------------------------
+PAIRS = 256  # rows of a matrix of pairs computed at once
+
+
+def pairs(f: int) -> int:
+    """FLOPs per channel of the dot products of f rows, nearly each pair once: about f^2 instead of twice as many."""
+    return f * (f + min(f, PAIRS))
+
+
 def cosine_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
     """1 - cosine. x: (B, F, d) -> (B, F, F) float32, exactly symmetric, +inf on the diagonal and at padding."""
     u = unit(x)
-    d = 1 - u @ u.transpose(-1, -2)
-    # The two triangles of a matrix product may differ in the last bit; the order of merges must not depend on that.
-    d = torch.minimum(d, d.transpose(-1, -2))
+    f = u.shape[1]
+    d = u.new_empty(u.shape[0], f, f)
+    for i in range(0, f, PAIRS):
+        j = min(i + PAIRS, f)
+        s = u[:, i:j] @ u[:, i:].transpose(-1, -2)
+        # The two triangles of a matrix product may differ in the last bit; the order of merges must not depend on that.
+        s[..., : j - i] = torch.maximum(s[..., : j - i], s[..., : j - i].transpose(-1, -2))
+        d[:, i:j, i:] = s.neg_().add_(1)
+        d[:, j:, i:j] = s[..., j - i :].transpose(-1, -2)
     d.diagonal(dim1=-2, dim2=-1).fill_(INF)
     return d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+
+
+def loneliest(u: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B,): the row whose most similar other row is least similar to it, by cosine. u: (B, F, d) of length one.
+
+    Rows are compared with all others `PAIRS` at a time, no pair twice, so memory is linear in F. On a CPU the rows
+    that look loneliest so far come next, and all is done once every other row is known to have a nearer neighbour:
+    at most as much work, and far less where many tokens look alike. Ties: the earlier position.
+    """
+    b, f, _ = u.shape
+    known = u.new_full((b, f), INF)  # cosine to the nearest neighbour, of the rows compared so far
+    at = torch.arange(f, device=u.device).expand(b, f)
+    best = u.new_full((b, f), -INF)
+    if real is not None:
+        best = best.masked_fill(~real, INF)
+    stops = u.device.type == "cpu" and f > PAIRS
+    if stops:  # rows from everywhere first
+        order = (at % -(-f // PAIRS)).argsort(dim=-1, stable=True)
+        u, at, best = take(u, order), order, best.gather(1, order)
+    while u.shape[1]:
+        c = min(PAIRS, u.shape[1])
+        s = u[:, :c] @ u.transpose(-1, -2)
+        s.diagonal(dim1=-2, dim2=-1).fill_(-INF)
+        if real is not None:
+            there = real.gather(1, at)
+            s.masked_fill_(~(there[:, :c, None] & there[:, None]), -INF)
+        best = torch.maximum(best, torch.cat([s.amax(-1), s[..., c:].amax(-2)], 1))
+        known = known.scatter(1, at[:, :c], best[:, :c])
+        u, at, best = u[:, c:], at[:, c:], best[:, c:]
+        if stops and u.shape[1]:
+            if (best > known.amin(-1, keepdim=True)).all():
+                break
+            order = best.argsort(dim=-1)
+            u, at, best = take(u, order), at.gather(1, order), best.gather(1, order)
+    return known.argmin(-1)
 
 
 def squared_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
@@ -233,15 +283,32 @@ def agglomerate(d: Tensor, merges: int, linkage: Linkage, limit: Tensor | None =
 
 
 def density_peaks(
-    d: Tensor, k: int, neighbours: int, real: Tensor | None = None, count: Tensor | None = None
+    d: Tensor, k: int, neighbours: int | Tensor, real: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Labels (B, F) in [0, k) and centres (B, k), positions. d: (B, F, F) squared distances over channels.
 
+    Centres are the highest `peaks`. neighbours: one number, or one per sample, (B,), of at most k.
+    """
+    centre = peaks(d, neighbours, real, k).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if count is None:
+        centre = centre.sort(-1).values
+    return nearest(d, centre, count), centre
+
+
+def peaks(d: Tensor, neighbours: int | Tensor, real: Tensor | None = None, most: int | None = None) -> Tensor:
+    """How much each token is a peak of density: density times separation, (B, F) float32, -1 at padding.
+
     density = exp(-mean of d over the nearest `neighbours`), the token itself being one of them; separation = distance
-    to the nearest denser token, for the densest one the largest distance there is. Centres maximise their product.
+    to the nearest denser token, for the densest one the largest distance there is. d: (B, F, F) squared distances over
+    channels. neighbours: one number, or one per sample, (B,), of at most `most`.
     """
     f = d.shape[-1]
-    near = d.topk(min(neighbours, f), dim=-1, largest=False).values
+    nearby = neighbours if isinstance(neighbours, int) else f if most is None else most
+    near = d.topk(min(nearby, f), dim=-1, largest=False).values
+    if isinstance(neighbours, Tensor):
+        beyond = torch.arange(near.shape[-1], device=d.device) >= neighbours[:, None, None]
+        real = torch.ones(d.shape[:2], dtype=torch.bool, device=d.device) if real is None else real
+        near = near.masked_fill(beyond, INF)
     if real is None:
         density = (-near.mean(-1)).exp()
     else:  # a sample shorter than `neighbours` averages over what it has
@@ -253,12 +320,7 @@ def density_peaks(
     far = d.masked_fill(d == INF, 0).amax(dim=(-2, -1))[:, None]
     separation = torch.minimum(d.masked_fill(~denser, INF).amin(-1), far).sqrt()
     score = density * separation
-    if real is not None:
-        score = score.masked_fill(~real, -1)
-    centre = score.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    if count is None:
-        centre = centre.sort(-1).values
-    return nearest(d, centre, count), centre
+    return score if real is None else score.masked_fill(~real, -1)
 
 
 def lloyd(
@@ -316,18 +378,27 @@ def medoids(
     return label, centre
 
 
-def farthest(d: Tensor, first: Tensor, k: int, real: Tensor | None = None) -> Tensor:
-    """Greedy max-min: positions (B, k) in the order chosen. d: (B, F, F) distances; first: (B,) the start."""
-    b, f, _ = d.shape
-    flat = d.reshape(b * f, f)
-    base = torch.arange(b, device=d.device) * f
-    apart = d.new_full((b, f), INF) if real is None else torch.where(real, INF, -1.0)
+def farthest(reach: Callable[[Tensor], Tensor], first: Tensor, k: int, f: int, real: Tensor | None = None) -> Tensor:
+    """Greedy max-min: positions (B, k) in the order chosen.
+
+    reach: positions (B,) -> (B, F), how far all tokens are from these; first: (B,) the start."""
+    b = first.shape[0]
+    apart = torch.full((b, f), INF, device=first.device)
+    if real is not None:
+        apart = apart.masked_fill(~real, -1)
     chosen = [first]
     for _ in range(k - 1):
-        apart = torch.minimum(apart, flat.index_select(0, chosen[-1] + base))
+        apart = torch.minimum(apart, reach(chosen[-1]))
         apart = apart.scatter(1, chosen[-1][:, None], -1.0 - len(chosen))  # never again, even among duplicates
         chosen.append(apart.argmax(-1))
     return torch.stack(chosen, 1)
+
+
+def known(d: Tensor) -> Callable[[Tensor], Tensor]:
+    """`reach` of `farthest` for a matrix of distances. d: (B, F, F)."""
+    flat = d.reshape(-1, d.shape[-1])
+    base = torch.arange(d.shape[0], device=d.device) * d.shape[-1]
+    return lambda at: flat.index_select(0, at + base)
 
 
 def spread(

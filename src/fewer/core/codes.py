@@ -85,7 +85,8 @@ def dequantise(codes: Tensor, grid: Tensor, dim: int, dtype: torch.dtype) -> Ten
 
 @dataclass(eq=False)
 class Codes:
-    """The coded rows of one layer: the first `rows` of each head, in the order of the cache.
+    """The coded rows of one layer: `rows` of each head from `first` on, in the order of the cache; those before are
+    padding.
 
     k, v       (B, G, C, bytes) uint8. k_grid: (B, G, C / group, 2, d), v_grid: (B, G, C, 2), float16
     pool_k, v  (B, G, P, d) exact rows, pool_row (B, G, P) int32 where they stand, pool_size their sum of |k|, infinite
@@ -108,17 +109,22 @@ class Codes:
     slot: Tensor = field(init=False)
     home: Tensor = field(init=False)
     rows: int = 0
+    first: int = 0
 
     @staticmethod
-    def empty(codec: Codec, like: Tensor) -> Codes:
+    def empty(codec: Codec, like: Tensor, first: int = 0) -> Codes:
         """No rows yet. like: (B, G, ..., d)."""
-        new, (b, g, d) = Codes(codec, like.shape[-1], like.dtype), (*like.shape[:2], like.shape[-1])
+        new, (b, g, d) = Codes(codec, like.shape[-1], like.dtype, first=first), (*like.shape[:2], like.shape[-1])
         new.k = new.v = pack(like.new_empty(b, g, 0, d), codec.bits)
         new.k_grid, new.v_grid = like.new_empty(b, g, 0, 2, d).half(), like.new_empty(b, g, 0, 2).half()
         new.pool_k = new.pool_v = like.new_empty(b, g, 0, d)
         new.pool_size = torch.empty(b, g, 0, device=like.device)
         new.pool_row = new.slot = new.home = torch.empty(b, g, 0, dtype=torch.int32, device=like.device)
         return new
+
+    def emptied(self) -> Codes:
+        """The same without rows."""
+        return Codes.empty(self.codec, self.pool_k, self.first)
 
     def tensors(self) -> list[Tensor]:
         """All that is stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -58,7 +59,10 @@ Fidelity = Literal["paper", "code"]
 Parts = tuple[slice | Tensor, slice | Tensor]
 
 
-def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, order: Order = "position") -> Hard:
+def bipartite(
+    metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, order: Order = "position",
+    penalty: Tensor | None = None,
+) -> Hard:  # fmt: skip
     """Fold the most similar free tokens at even positions into their best match at an odd position.
 
     Shapes   metric: (B, N, d), any float; compared by cosine in float32, without gradient.
@@ -69,6 +73,7 @@ def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, orde
              next block). "ranked": halves, but the even ones by falling similarity, as the paper's code has them
              where there is no class token. Where more than the prefix is guarded, as in a causal text, always
              "position".
+    penalty  (B, N), taken from the similarity of a token that would go; who its partner is stays as it was.
     Units    the budget counts free tokens; at most half of them go, and the ledger records a request cut short.
     Cost     N^2 d / 2 FLOPs per sample in chunks of bounded memory, one sort of N / 2, no synchronisation.
     Raises   PlanError, naming both shapes, if metric and tokens disagree on N.
@@ -84,7 +89,7 @@ def bipartite(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, orde
     else:  # guarded tokens lie anywhere: the halves are the even and the odd ones among those that may go
         index = tokens.free_index()
         parts, order = (index[:, ::2], index[:, 1::2]), "position"
-    return _fold(metric, budget, tokens, at, parts, lambda free: free // 2, order)
+    return _fold(metric, budget, tokens, at, parts, lambda free: free // 2, order, penalty)
 
 
 def kth_bipartite(
@@ -231,6 +236,28 @@ def ranked_bipartite(
         return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
 
 
+def joined(kept: Hard, metric: Tensor, tokens: Tokens, *, at: Place) -> Hard:
+    """A pruning plan whose dropped tokens join the most similar of those that stay; rows are averages by size.
+
+    metric: (B, N, d), any float; compared by cosine in float32, without gradient. Of equals the earliest takes all.
+    Cost     2 N M d FLOPs for M rows; memory linear in N. No synchronisation.
+    """
+    _check(metric, tokens)
+    if kept.length is None and kept.m == kept.n:
+        return kept
+    at.spend(2 * kept.n * kept.m * metric.shape[-1])
+    x = unit(metric)
+    _, partner = best_partner(x, take(x, kept.anchor), None if kept.valid is None else ~kept.valid)
+    if kept.length is None:
+        guest = complement(kept.anchor, kept.n)
+        to = partner(guest)
+    else:
+        guest = torch.arange(kept.n, device=x.device).expand(*kept.lead, kept.n)
+        gone = kept.row < 0 if tokens.valid is None else (kept.row < 0) & tokens.valid
+        to = torch.where(gone, partner(guest), -1)
+    return replace(kept, extra=guest, to=to).averaged(tokens.size)
+
+
 def _asked(budget: Budget | None, tokens: Tokens, at: Place, most: int) -> int:
     """How many tokens go: what the budget asks, cut at what is possible, and the ledger told so."""
     if budget is not None and budget.adaptive:
@@ -258,7 +285,7 @@ def _at(part: slice | Tensor, index: Tensor) -> Tensor:
 
 def _fold(
     metric: Tensor, budget: Budget | None, tokens: Tokens, at: Place, parts: Parts, most: Callable[[int], int],
-    order: Order = "position",
+    order: Order = "position", penalty: Tensor | None = None,
 ) -> Hard:  # fmt: skip
     """Sources into their most similar target, the most similar first.
 
@@ -282,6 +309,8 @@ def _fold(
             best, partner = best_partner(a, b, None if fixed is None else fixed[1])
             if fixed is not None:
                 best = best.masked_fill(fixed[0], float("-inf"))
+        if penalty is not None:
+            best = best - _part(penalty.detach().float().nan_to_num(0.0), parts[0])
         ranked = best.sort(dim=-1, descending=True, stable=True)
         first = ranked.indices[:, :r]
         source, into = _at(parts[0], first), _at(parts[1], partner(first))
@@ -339,11 +368,10 @@ def _own_share(
     """(B, width) bool: the first pairs of each padded sample, as many as its own length asks for."""
     assert tokens.valid is not None
     free = tokens.free_count
-    if budget is None:
-        table = [most(n) for n in range(free + 1)]
-    else:
-        table = [min(n - k, most(n)) for n, k in enumerate(budget.counts(free, at))]
-    own = on_device(table, tokens.valid.device)[(tokens.valid.sum(-1) - tokens.n + free).clamp(min=0)]
+    real = (tokens.valid.sum(-1) - tokens.n + free).clamp(min=0)
+    own = on_device([most(n) for n in range(free + 1)], real.device)[real]
+    if budget is not None:
+        own = torch.minimum(own, real - budget.granted(real, free, at))
     return torch.arange(width, device=own.device) < own[:, None]
 
 

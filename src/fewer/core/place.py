@@ -17,11 +17,12 @@ class Site(Enum):
     MID_BLOCK = "between attention and MLP"
     AFTER_BLOCK = "after a block"
     KV_CACHE = "the KV cache"
+    BRIDGE = "between vision tower and language model"
 
     @property
     def sees_attention(self) -> bool:
         """Whether this block's queries and keys exist when the plan is made."""
-        return self not in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK)
+        return self not in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK, Site.BRIDGE)
 
 
 def _ignore(_: int | str) -> None:

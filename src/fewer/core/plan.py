@@ -34,7 +34,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def _flat_index(index: Tensor, n: int) -> Tensor:
     """Indices into the flattened (lead * N) rows. Copying whole rows is several times faster than gather."""
     m = index.shape[-1]
-    rows = index.reshape(-1, m)
+    rows = index.reshape(index.shape[:-1].numel(), m)
     offset = torch.arange(rows.shape[0], device=index.device)[:, None] * n
     return (rows + offset).reshape(-1)
 
@@ -98,9 +98,10 @@ class Plan:
 
     @staticmethod
     def from_rows(
-        row: Tensor, m: int, weight: Tensor | None = None, size: Tensor | None = None, lengths: Tensor | None = None
-    ) -> Hard:
-        """A hard plan from its integer map. The first source of a row anchors it.
+        row: Tensor, m: int, weight: Tensor | None = None, size: Tensor | None = None, lengths: Tensor | None = None,
+        anchor: Tensor | None = None,
+    ) -> Hard:  # fmt: skip
+        """A hard plan from its integer map. anchor: (*lead, m) the source that anchors each row; None = its first.
 
         row: (*lead, N) long, the row of each source, -1 = dropped; each of the m rows needs a source. weight:
         (*lead, N) combining weights taken as they are; without them rows are averages weighted by size.
@@ -108,9 +109,10 @@ class Plan:
         """
         lead, n = row.shape[:-1], row.shape[-1]
         where = torch.arange(n, device=row.device).expand(*lead, n)
-        slot = torch.where(row < 0, m, row)
-        first = torch.full((*lead, m + 1), n, device=row.device)
-        anchor = first.scatter_reduce(-1, slot, where, "amin")[..., :m]
+        if anchor is None:
+            slot = torch.where(row < 0, m, row)
+            first = torch.full((*lead, m + 1), n, device=row.device)
+            anchor = first.scatter_reduce(-1, slot, where, "amin")[..., :m]
         if lengths is None:
             extra = complement(anchor, n)
             to = row.gather(-1, extra)

@@ -42,6 +42,7 @@ class Reducer:
     proportional  later blocks add log(size) to their attention logits
     needs_cls     whether it ranks by a class token and has no answer without one
     revives       whether a decoder keeps what it drops while reading, and asks again at every step who takes part
+    one_for_all   whether all its places share one set of trained modules
     extra         rows it adds to those the budget grants (what is dropped, fused into one)
     """
 
@@ -52,6 +53,7 @@ class Reducer:
     proportional: bool = False
     needs_cls: ClassVar[bool] = False
     revives: ClassVar[bool] = False
+    one_for_all: ClassVar[bool] = False
 
     def acts_at(self, depth: int) -> tuple[int, ...]:
         """The blocks where it acts in a model of this depth: `layers`, or all of them."""

@@ -8,9 +8,12 @@ two-channel parts and phi_j the angle from k_j to q_j before the rotation.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from .attention import Seen
 from .plan import PlanError
 
 
@@ -35,3 +38,45 @@ def slow_pairs(frequencies: Tensor, length: int) -> Tensor:
     frequencies: (d / 2,) radians per token, as the layer really uses them (scaled ones for NTK, YaRN and the like).
     """
     return frequencies * length < 2 * math.pi
+
+
+def gain(distance: Tensor, frequencies: Tensor) -> Tensor:
+    """What rotation alone makes of the logit of an all-ones query and an all-ones key, 1 / sqrt(d) applied.
+
+    distance: (...), tokens between the two; frequencies: (d / 2,) radians per token. Returns (...), float32:
+    b(delta) = 2 / sqrt(d) times the sum of cos(delta theta_i); sqrt(d) at distance 0, falling, and at last around zero.
+    Source   the correction of SparseVLM's second version, after Hong et al., EMNLP Findings 2024.
+    """
+    angle = distance.float()[..., None] * frequencies.float()
+    return angle.cos().sum(-1) * 2 / math.sqrt(2 * frequencies.shape[-1])
+
+
+def gain_between(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
+    """The same gain from the tables that rotated queries and keys, whatever turned them (sections, scaled frequencies).
+
+    Shapes   (cos, sin) of the queries, (..., Q, d) each, and of the keys, (..., S, d). Returns (..., Q, S), float32.
+    A factor that the model multiplies its tables with cancels out.
+    """
+    (qc, qs), (kc, ks) = (tuple(t.float() for t in pair) for pair in (queries, keys))
+    product = qc @ kc.transpose(-1, -2) + qs @ ks.transpose(-1, -2)
+    size = torch.sqrt(
+        (qc.square() + qs.square()).mean(-1)[..., None] * (kc.square() + ks.square()).mean(-1)[..., None, :]
+    )
+    return product / size.clamp_min(1e-12) / math.sqrt(qc.shape[-1])
+
+
+def unrotated(seen: Seen, cos: Tensor, sin: Tensor) -> Seen:
+    """An attention call as it would be without rotary positions; masks stay.
+
+    cos, sin: (B or 1, S, d), the tables that rotated queries and keys; half-split layout. A factor in the tables that
+    stretches the vectors is taken out too.
+    """
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    size = (c.square() + s.square()).clamp_min(1e-12)
+
+    def back(x: Tensor) -> Tensor:
+        x = x.float()
+        a, b = x.chunk(2, dim=-1)
+        return (x * c + torch.cat([b, -a], -1) * s) / size
+
+    return replace(seen, q=back(seen.q), k=back(seen.k))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor
 
 from . import cluster
 from .budgets import Budget, Mass, Outliers, Threshold
+from .match import unit
 from .place import Place
-from .plan import Hard, Plan, PlanError
+from .plan import Hard, Plan, PlanError, on_device, take
 from .tokens import Group, Tokens
 
 Fidelity = Literal["paper", "code"]
+NEAR = 1024  # tokens up to which all pairs fit into a processor's cache: keeping them is cheaper than asking twice
+EXPLAINED = 1e-5  # of a token's length squared: below it, what others leave of the token is rounding noise
+INF = float("inf")
 
 
 def top(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, among: Group | None = None) -> Hard:
@@ -125,12 +130,10 @@ def stratified(
     patch = (tokens.place() - (tokens.prefix if offset is None else offset)).clamp(min=0)
     across = -(-grid[1] // window[1])
     cell = patch // grid[1] // window[0] * across + patch % grid[1] // window[1]
+    turn = rank_within(s, cell.masked_fill(~s.isfinite(), -1))
+    turn = turn.masked_fill(s == float("inf"), -1).masked_fill(s == float("-inf"), tokens.n)
     by_score = s.sort(dim=-1, descending=True, stable=True).indices
-    sorted_cell, by_cell = cell.masked_fill(~s.isfinite(), -1).gather(-1, by_score).sort(dim=-1, stable=True)
-    turn = torch.arange(tokens.n, device=s.device) - torch.searchsorted(sorted_cell, sorted_cell)
-    turn = torch.empty_like(turn).scatter_(-1, by_cell, turn)  # of by_score's tokens: which in its window
-    ranked = s.gather(-1, by_score)
-    turn = turn.masked_fill(ranked == float("inf"), -1).masked_fill(ranked == float("-inf"), tokens.n)
+    turn = turn.gather(-1, by_score)
     order = by_score.gather(-1, turn.sort(dim=-1, stable=True).indices)
     return _first(order, budget, tokens, at, tokens.n - tokens.free_count)
 
@@ -141,24 +144,82 @@ def maxmin(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard
     Shapes   metric: (B, N, d), any float; the distance is 1 - cosine, in float32, without gradient. The first choice
              is the token whose nearest neighbour is farthest. At least one free token stays.
     Returns  a hard pruning plan, rows ascending by position.
-    Cost     2 F^2 d + 2 F K FLOPs and F^2 floats per sample for F free tokens, K of them chosen; K steps, no sync.
+    Cost     at most (F^2 + 2 F K) d FLOPs per sample for F free tokens, K of them chosen, and memory linear in F; F^2 d
+             FLOPs and F^2 floats up to `NEAR` tokens, or where more than F / 4 are chosen. K steps, no sync.
     Source   DivPrune, arXiv:2503.02175, alg. 1.
     """
     block = cluster.Field.of(metric, budget, tokens, at)
     if block.all_stay:
         return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    at.spend(2 * block.f**2 * metric.shape[-1] + 2 * block.f * block.k)
+    few = 4 * block.k <= block.f and block.f > NEAR
+    at.spend((cluster.pairs(block.f) + 2 * block.f * block.k * few) * metric.shape[-1])
     with torch.no_grad():
-        d = cluster.cosine_distance(block.take(metric), block.real)
-        alone = d.amin(-1)
-        first = (alone if block.real is None else alone.masked_fill(~block.real, -1)).argmax(-1)
-        chosen = cluster.farthest(d, first, block.k, block.real)
-        if block.count is not None:
-            late = torch.arange(block.k, device=d.device) >= block.count[:, None]
-            chosen = chosen.masked_fill(late, block.f)
-        keep = torch.zeros(tokens.batch, block.f + 1, dtype=torch.bool, device=d.device).scatter(-1, chosen, True)
-        m = tokens.n - block.f + block.k
-        return _kept(keep[:, :-1], tokens.free_index(), tokens, m, ragged=block.count is not None)
+        if few:  # columns of the matrix of pairs are computed again when they are wanted: cheaper than keeping them
+            u = unit(block.take(metric))
+            first, reach = cluster.loneliest(u, block.real), _cosine_from(u)
+        else:
+            d = cluster.cosine_distance(block.take(metric), block.real)
+            alone = d.amin(-1) if block.real is None else d.amin(-1).masked_fill(~block.real, -1)
+            first, reach = alone.argmax(-1), cluster.known(d)
+        chosen = cluster.farthest(reach, first, block.k, block.f, block.real)
+        return _chosen(chosen, block, tokens)
+
+
+def dpp(metric: Tensor, quality: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
+    """Greedy maximum a posteriori set of a determinantal point process: always the token of which most is left that no
+    chosen token explains, times its quality squared.
+
+    Shapes   metric: (B, N, d), any float; quality: (B, N), at least zero. The kernel is q_i cos(x_i, x_j) q_j, in
+             float32, without gradient. At least one free token stays.
+    Returns  a hard pruning plan, rows ascending by position. Beyond the rank of the metric every token is explained;
+             those that are go by quality. Ties: the earlier position.
+    Cost     2 F K d + F K^2 FLOPs per sample for F free tokens, K of them chosen, and K F floats: a column of the
+             kernel per choice, never all of it. K steps, no sync.
+    Raises   PlanError if metric, quality and tokens disagree on N, or for a budget that names no count.
+    Source   Chen et al., arXiv:1709.05135, alg. 1; as CDPruner, arXiv:2506.10967, uses it.
+    """
+    _check(quality, tokens)
+    block = cluster.Field.of(metric, budget, tokens, at)
+    if block.all_stay:
+        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+    at.spend(2 * block.f * block.k * metric.shape[-1] + block.f * block.k**2)
+    with torch.no_grad():
+        u = unit(block.take(metric))
+        # The kernel's determinant is that of the cosines times the qualities squared: what is left of a token, once the
+        # chosen ones have explained their part, does not depend on quality, and logarithms bear any scale.
+        weight = 2 * block.take(quality).detach().float().nan_to_num(0.0).clamp(1e-38, 1e38).log()
+        if block.real is not None:
+            weight = weight.masked_fill(~block.real, -INF)
+        left = (u * u).sum(-1)  # 1, or 0 for a row of zeros
+        known = u.new_zeros(tokens.batch, block.k, block.f)
+        chosen: list[Tensor] = []
+        for step in range(block.k):
+            gain = (weight + left.log()).masked_fill(left <= EXPLAINED, -INF)
+            new = gain.amax(-1, keepdim=True) > -INF
+            pick = torch.where(new, gain, weight).argmax(-1, keepdim=True)
+            chosen.append(pick)
+            past = known[:, :step]
+            mine = past.gather(-1, pick[:, None].expand(-1, step, -1))
+            column = (u @ take(u, pick).transpose(-1, -2))[..., 0] - (mine * past).sum(1)
+            known[:, step] = (column * left.gather(-1, pick).clamp_min(EXPLAINED).rsqrt()).masked_fill(~new, 0)
+            left = (left - known[:, step].square()).clamp(min=0).scatter(-1, pick, 0.0)
+            weight = weight.scatter(-1, pick, -INF)
+        return _chosen(torch.cat(chosen, -1), block, tokens)
+
+
+def _cosine_from(u: Tensor) -> Callable[[Tensor], Tensor]:
+    """Positions (B,) -> (B, F): 1 - cosine to the rows there. u: (B, F, d) of length one."""
+    return lambda at: 1 - (u @ take(u, at[:, None]).transpose(-1, -2))[..., 0]
+
+
+def _chosen(chosen: Tensor, block: cluster.Field, tokens: Tokens) -> Hard:
+    """The plan that keeps the first ones of a choice among the free tokens. chosen: (B, K), places in the block."""
+    if block.count is not None:
+        late = torch.arange(block.k, device=chosen.device) >= block.count[:, None]
+        chosen = chosen.masked_fill(late, block.f)
+    keep = torch.zeros(tokens.batch, block.f + 1, dtype=torch.bool, device=chosen.device).scatter(-1, chosen, True)
+    m = tokens.n - block.f + block.k
+    return _kept(keep[:, :-1], tokens.free_index(), tokens, m, ragged=block.count is not None)
 
 
 def core_set(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, block: int = 1) -> Hard:
@@ -203,6 +264,85 @@ def marked(keep: Tensor, tokens: Tokens) -> Hard:
         first = torch.arange(tokens.n, device=keep.device) == 0
         keep = keep | (first & ~keep.any(-1, keepdim=True))
     return _ragged(keep, tokens)
+
+
+def counted(keep: Tensor, tokens: Tokens, most: int) -> Hard:
+    """Keep what a mask says, where the count is known beforehand.
+
+    Shapes   keep: (B, N) bool. Without padding it marks exactly `most` tokens of every sample, else at most as many.
+    Returns  a hard pruning plan of `most` rows, ascending by position; ragged where the input is padded.
+    """
+    _check(keep, tokens)
+    if tokens.valid is not None:
+        return _ragged(keep & tokens.valid, tokens, most)
+    return Plan.keep((~keep).to(torch.int8).argsort(dim=-1, stable=True)[:, :most], tokens.n)
+
+
+def allowed(budget: Budget, tokens: Tokens, *, at: Place, device: torch.device) -> tuple[Tensor, int]:
+    """How many free tokens each sample keeps, (B,) long, and the most that any of them keeps; at least one each.
+
+    Raises BudgetError for a budget that names no count.
+    """
+    free = tokens.free_count
+    table = budget.counts(free, at, least=1)
+    if tokens.valid is None:
+        return torch.full((tokens.batch,), table[free], device=device), table[free]
+    return on_device(table, device)[(tokens.valid.sum(-1) - (tokens.n - free)).clamp(min=0)], max(table)
+
+
+def within(scores: Tensor, group: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
+    """Every group of a sample keeps its highest scores, as many as the budget grants a sample of its size.
+
+    Shapes   scores: (B, N), any float. group: (B, N) long, any numbers from 0 up. Nothing may be protected.
+    Returns  a ragged pruning plan as wide as the input, for how many tokens a group has is not known on the host.
+    Raises   BudgetError for a budget that names no count.
+    """
+    _check(scores, tokens)
+    group = group if tokens.valid is None else group.masked_fill(~tokens.valid, -1)
+    ranked = group.sort(dim=-1).values
+    size = torch.searchsorted(ranked, group, right=True) - torch.searchsorted(ranked, group)
+    number = on_device(budget.counts(tokens.n, at), group.device)[size]
+    return marked(rank_within(_candidates(scores, tokens, None), group) < number, tokens)
+
+
+def rank_within(scores: Tensor, group: Tensor) -> Tensor:
+    """How many tokens of its own group come before each token by score; of equals the earlier position.
+
+    scores: (B, N), any float; higher first. group: (B, N) long, any numbers. Returns (B, N) long. Two sorts, no sync.
+    """
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    ranked, order = group.gather(-1, by_score).sort(dim=-1, stable=True)
+    turn = torch.arange(group.shape[-1], device=group.device) - torch.searchsorted(ranked, ranked)
+    return torch.empty_like(group).scatter_(-1, by_score.gather(-1, order), turn)
+
+
+def apportion(
+    total: Tensor, weight: Tensor, room: Tensor, *, left: Literal["fraction", "weight"] = "fraction"
+) -> Tensor:
+    """Share numbers out in proportion to weights, none beyond its room.
+
+    Shapes   total: (B,) long; weight, room: (B, G), non-negative. Returns (B, G) long, in each sample of the sum
+             min(total, all room): what a full group cannot take goes to the others, again in proportion.
+    Rounding shares are rounded down; what is left goes one by one to the groups that lost the largest fraction, or to
+             the heaviest (left="weight") that are not full; of equals to the earlier.
+    Zero     groups of weight zero take what no other can, evenly; so do all where every weight is zero.
+    """
+    room = room.double()
+    total = torch.minimum(total.double(), room.sum(-1))[:, None]
+    weight = weight.double()
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-300)
+    w = weight.clamp(min=1e-12)
+    level, order = (room / w).sort(dim=-1, stable=True)  # the first groups to be full come first
+    full, after = room.gather(-1, order).cumsum(-1), w.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+    after = torch.nn.functional.pad(after, (0, 1))
+    number = (full + level * after[:, 1:] <= total).sum(-1, keepdim=True)  # groups that are full in the end
+    taken = torch.nn.functional.pad(full, (1, 0)).gather(-1, number)
+    rate = (total - taken) / after.gather(-1, number).clamp(min=1e-300)
+    exact = torch.where(number == room.shape[-1], room, torch.minimum(rate * w, room))
+    share = (exact + 1e-6).floor()
+    key = (exact - share + 1e-6).mul(1e6).round() if left == "fraction" else weight  # rounded: equal is equal
+    turn = rank_within(key.masked_fill(share >= room, -1), torch.zeros_like(share, dtype=torch.long))
+    return (share + (turn < total - share.sum(-1, keepdim=True))).long()
 
 
 def _check(scores: Tensor, tokens: Tokens) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from . import attention
 from .attention import Seen
 from .place import Place
 from .tokens import Group, Tokens
+
+if TYPE_CHECKING:
+    from .visual import Visual
 
 
 class lazy:
@@ -43,6 +46,7 @@ class Signals:
     modules    the method's own trained modules, empty for training-free methods
     training   whether the training form is wanted
     prefix     tokens in front of the patches in the model's input
+    beside     what surrounds visual tokens in a vision-language model; read it as `visual`
     """
 
     hidden: Tensor
@@ -55,6 +59,17 @@ class Signals:
     memory: dict[str, Any] = field(default_factory=dict)
     prefix: int = 0
     branch: Tensor | None = None
+    beside: Visual | None = None
+
+    @property
+    def visual(self) -> Visual:
+        """What surrounds the visual tokens of a vision-language model."""
+        if self.beside is None:
+            raise SignalError(
+                "visual tokens and the text around them are known in vision-language models only; `fewer list` says "
+                "what each method is for"
+            )
+        return self.beside
 
     def _attention(self, what: str) -> Seen:
         if self.seen is None:
@@ -79,10 +94,26 @@ class Signals:
     def cell(self) -> tuple[Tensor, Tensor]:
         """Row and column in the patch grid of the input token each row stands for, (B, N) long each.
 
-        Tokens in front of the patches count as the first cell; patches that form no known grid are one row."""
+        Tokens in front of the patches count as the first cell; patches that form no known grid are one row. Visual
+        tokens of a vision-language model know their cell themselves, in the tile or frame that `plane` numbers."""
+        if self.beside is not None:
+            return self.beside.view.row, self.beside.view.column
         place = (self.tokens.place() - self.prefix).clamp(min=0)
         width = self.at.start if self.grid is None else self.grid[1]
         return place // max(width, 1), place % max(width, 1)
+
+    @lazy
+    def plane(self) -> Tensor:
+        """(B, N) long: the image, tile or frame each row shows a cell of, numbered from 0 in the order of the input."""
+        if self.beside is None:
+            return torch.zeros_like(self.tokens.place())
+        view, real = self.beside.view, self.beside.view.valid
+        key = (view.item << 42) + (view.tile << 21) + view.time
+        if real is not None:
+            key = key.masked_fill(~real, torch.iinfo(key.dtype).max)  # padding is a plane behind all others
+        ranked, order = key.sort(dim=-1, stable=True)
+        number = (ranked.diff(dim=-1, prepend=ranked[:, :1]) != 0).cumsum(-1)
+        return torch.empty_like(number).scatter_(-1, order, number)
 
     @lazy
     def key(self) -> Tensor:

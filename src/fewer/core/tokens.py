@@ -47,6 +47,7 @@ class Tokens:
     guarded    (B, N) bool, further protected rows; None = none
     guarded_count  how many of the free rows `guarded` protects in every sample
     modality   (B, N) int, 0 = text, 1 = image; None = one modality
+    images     how many of the rows are image tokens, where samples differ the most in any; None = not known
     position   (B, N) long, the input token each row stands for; None = its own index
     """
 
@@ -60,6 +61,7 @@ class Tokens:
     guarded: Tensor | None = None
     guarded_count: int = 0
     modality: Tensor | None = None
+    images: int | None = None
     position: Tensor | None = None
     device: torch.device | None = None
 
@@ -181,6 +183,7 @@ class Tokens:
             valid=valid if self.valid is None else (valid if valid is not None else plan.gather(self.valid)),
             guarded=None if self.guarded is None else plan.gather(self.guarded),
             modality=None if self.modality is None else plan.gather(self.modality),
+            images=self.images if plan.m == self.n else None,
             position=plan.gather(self.place()),
         )
 

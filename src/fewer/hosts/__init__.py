@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import decoder, state_space, timm_vision, transformers_text, transformers_vision
+from . import (
+    decoder,
+    state_space,
+    timm_vision,
+    transformers_crossmodal,
+    transformers_text,
+    transformers_vision,
+    vision_language,
+)
 from .base import LINEAR, Call, Driver, Family, Host, HostError, Visit
-from .decoder import DecoderHost
+from .decoder import DecoderDriver, DecoderHost
+from .vision_language import LayoutError, VisionLanguageHost
 
 DRIVERS: dict[str, Driver] = {
     "transformers": transformers_vision.TransformersDriver(),
     "timm": timm_vision.TimmDriver(),
     "decoder": decoder.DecoderDriver(),
     "state space": state_space.StateSpaceDriver(),
+    **dict.fromkeys(("BLIP", "ViLT", "cross-attention"), transformers_crossmodal.WrittenOutDriver()),
 }
 FAMILIES: tuple[Family, ...] = (
     *transformers_vision.FAMILIES,
     *timm_vision.FAMILIES,
     *transformers_text.FAMILIES,
+    *transformers_crossmodal.FAMILIES,
     *decoder.FAMILIES,
     *state_space.FAMILIES,
 )
-BOUND: dict[str, type[Host]] = {"decoder": DecoderHost, "state space": state_space.StateSpaceHost}
+BOUND: dict[str, type[Host]] = {
+    "decoder": DecoderHost,
+    "state space": state_space.StateSpaceHost,
+    "ViLT": transformers_crossmodal.ViltHost,
+    "cross-attention": transformers_crossmodal.CrossHost,
+}
 
-__all__ = ["FAMILIES", "LINEAR", "Call", "DecoderHost", "Family", "Host", "HostError", "Visit", "find"]
+__all__ = [
+    "FAMILIES", "LINEAR", "Call", "DecoderHost", "Family", "Host", "HostError", "LayoutError", "VisionLanguageHost",
+    "Visit", "find",
+]  # fmt: skip
 
 
 def find(model: nn.Module) -> Host:
@@ -35,6 +54,10 @@ def find(model: nn.Module) -> Host:
         raise HostError(
             f"{model!r} is not a model but a {type(model).__name__}; load it first, then apply a method to it"
         )
+    driver = DRIVERS["decoder"]
+    assert isinstance(driver, DecoderDriver)
+    if (seeing := vision_language.find(model, FAMILIES, driver)) is not None:
+        return seeing
     for path, module in model.named_modules():
         for family in FAMILIES:
             if type(module).__name__ not in family.root:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewer.core import Seen
+from fewer.core import Seen, Tokens
 from fewer.core.attention import attend, masked_attention
 from fewer.core.cached import Rotary
 
@@ -88,6 +88,7 @@ class Call:
         split: Callable[..., Tensor] | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
         self.bias, self.policy, self.eps, self.watch, self.split, self.whole = bias, policy, eps, watch, split, whole
+        self.kernel: Callable[..., Tensor] = attend  # what a library computes attention with
         self.seen: Seen | None = None
         self.real: Tensor | None = None  # (B, N) bool, for mixers without attention; None = as the mask says
         self.branch: Tensor | None = None  # (B, N, C), what such a mixer gave
@@ -103,7 +104,7 @@ class Call:
             return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
         if self.split is not None:
             return self.split(q, k, v, scale, bias, dropout)
-        return attend(q, k, v, scale, bias, dropout)
+        return self.kernel(q, k, v, scale, bias, dropout)
 
 
 def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -166,6 +167,14 @@ class Host:
     def _steps(block: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...]:
         parts = (attrgetter(name)(block) for name in names)
         return tuple(p for p in parts if not isinstance(p, nn.Identity) and not isinstance(p, float))
+
+    def opening(self, tokens: Tokens) -> Tokens:
+        """The tokens that enter a pass, with what this host knows of them: modalities, what else must stay."""
+        return tokens
+
+    def entering(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The rows that are reduced and the mask that tells their padding, from what the first block gets."""
+        return x, mask
 
     @property
     def channels(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
@@ -54,6 +55,21 @@ def _llama(name: str, stem: str) -> Family:
     )  # fmt: skip
 
 
+def _rotary_in_space(root: nn.Module, layer: int) -> Rotary:
+    raise HostError(
+        "the rotary embedding of this model turns rows by their place in time and space (M-RoPE), not by one position; "
+        "choose a method that leaves rotations alone (snapkv, h2o, tova, knorm, keydiff)"
+    )
+
+
+def _qwen_vl(name: str, stem: str) -> Family:
+    """The language model of a Qwen-VL."""
+    return Family(
+        name, (f"{stem}TextModel",), f"{stem}DecoderLayer", "input_layernorm", "self_attn", "post_attention_layernorm",
+        "mlp", final_norm="norm", rotary=_rotary_in_space, library="decoder",
+    )  # fmt: skip
+
+
 FAMILIES = (
     _llama("Llama (and SmolLM2)", "Llama"),
     _llama("Mistral", "Mistral"),
@@ -64,6 +80,9 @@ FAMILIES = (
         "pre_feedforward_layernorm", "mlp", final_norm="norm", after_attention=("post_attention_layernorm",),
         after_mlp=("post_feedforward_layernorm",), rotary=_rotary_by_type, library="decoder",
     ),
+    _qwen_vl("Qwen2-VL (language model)", "Qwen2VL"),
+    _qwen_vl("Qwen2.5-VL (language model)", "Qwen2_5_VL"),
+    replace(_qwen_vl("Qwen3-VL (language model)", "Qwen3VL"), block="Qwen3VLTextDecoderLayer"),
     Family("GPT-2", ("GPT2Model",), "GPT2Block", "ln_1", "attn", "ln_2", "mlp", final_norm="ln_f", library="decoder"),
 )  # fmt: skip
 

@@ -45,8 +45,10 @@ class TinyHost:
 
     @property
     def batch(self) -> Tensor:
-        """Three images, (3, 3, 32, 32), or the embeddings of three texts, (3, 17, 32)."""
-        return (texts(3) if self.kind in TEXTS else images(3)).to(self.device)
+        """Three images, (3, 3, 32, 32), or the embeddings of three texts, (3, 17, 32); of words and patches, one more:
+        the class token of the image."""
+        tokens = 18 if self.kind == "vilt" else 17
+        return (texts(3, tokens) if self.kind in TEXTS else images(3)).to(self.device)
 
     @property
     def found(self) -> Host:
@@ -59,8 +61,8 @@ class TinyHost:
 
     @property
     def guarded(self) -> int:
-        """Tokens at the end that must stay: the last one of a causal model."""
-        return int(self.kind in TEXTS and not self.found.prefix)
+        """Tokens behind the first that must stay: the last one of a causal model, an image's class token."""
+        return int(self.kind in TEXTS and (self.kind == "vilt" or not self.found.prefix))
 
     def session(self, model: nn.Module, method: Reducer, **options: Any) -> Session:
         """The method put into the model. Trained methods get random modules, the same ones every time."""
@@ -125,13 +127,15 @@ def _everything(budget: Budget) -> Budget:
 
 
 def text_hosts(device: str = "cpu") -> list[TinyHost]:
-    """One host per way a model of text can differ: the norm's place, windows, positions, the kind of mixer."""
+    """One host per way a model of text can differ: the norm's place, windows, positions, the kind of mixer, an image
+    behind it."""
     return [TinyHost(kind, device) for kind in TEXTS]
 
 
 def tiny_hosts(device: str = "cpu") -> list[TinyHost]:
-    """One host per way a model can differ: prefix tokens, no class token, layer scale, relative bias, the library."""
-    kinds = ["vit", "deit", "dinov2_registers", "siglip", "beit"]
+    """One host per way a model can differ: prefix tokens, no class token, layer scale, relative bias, how attention is
+    computed, the library."""
+    kinds = ["vit", "deit", "dinov2_registers", "siglip", "beit", "blip"]
     try:
         import timm  # noqa: F401
     except ImportError:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WORDS = 7  # of the tokens of a model of words and patches
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -107,6 +109,12 @@ def _clip_mean(shape: Shape, more: dict[str, Any]) -> nn.Module:
     return CLIPForImageClassification(config)
 
 
+def _blip(shape: Shape, more: dict[str, Any]) -> nn.Module:
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    return BlipVisionModel(BlipVisionConfig(**shape.config(**more)))
+
+
 def _siglip(shape: Shape, more: dict[str, Any]) -> nn.Module:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -166,7 +174,7 @@ def _timm_distilled(shape: Shape, more: dict[str, Any]) -> nn.Module:
 KINDS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     "vit": _vit, "deit": _deit, "deit_student": _deit_student, "dinov2": _dinov2, "dinov2_swiglu": _dinov2_swiglu,
     "dinov2_registers": _dinov2_registers, "clip": _clip, "clip_text": _clip_text, "clip_mean": _clip_mean,
-    "siglip": _siglip, "siglip_text": _siglip_text, "siglip_mean": _siglip_mean, "beit": _beit,
+    "blip": _blip, "siglip": _siglip, "siglip_text": _siglip_text, "siglip_mean": _siglip_mean, "beit": _beit,
     "beit_shared": _beit_shared, "timm": _timm, "timm_mean": _timm_mean, "timm_map": _timm_map,
     "timm_registers": _timm_registers, "timm_distilled": _timm_distilled,
 }  # fmt: skip
@@ -197,12 +205,13 @@ OWN: dict[str, dict[str, Any]] = {  # sizes that go by other names there, window
     "gemma3_text": dict(sliding_window=12, query_pre_attn_scalar=8,
                         layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     "gpt2": dict(n_inner=64),
+    "vilt": dict(image_size=32, patch_size=8),
     "mamba": dict(state_size=8),
     "mamba2": dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
 }  # fmt: skip
 TEXTS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     kind: _text(kind) for kind in ("bert", "roberta", "distilbert", "modernbert", "llama", "qwen3", "gemma3_text",
-                                   "gpt2", "mamba", "mamba2")
+                                   "gpt2", "mamba", "mamba2", "vilt")
 }  # fmt: skip
 
 
@@ -236,7 +245,12 @@ def texts(batch: int = 2, tokens: int = 17, width: int = 32, seed: int = 0) -> T
 
 def answer(model: nn.Module, x: Tensor) -> Tensor:
     """What a model answers for images, (B, classes or channels): logits, or the pooled features of a backbone. For
-    embeddings of text, (B, N, C): the features of the class token, in a causal model those of the last token."""
+    embeddings of text, (B, N, C): the features of the class token, in a causal model those of the last token. In a
+    model of words and patches the first WORDS are words."""
+    if x.dim() == 3 and "Vilt" in type(model).__name__:
+        words, patches = x[:, :WORDS], x[:, WORDS:]
+        real = torch.ones(patches.shape[:2], device=x.device)
+        return model(inputs_embeds=words, image_embeds=patches, pixel_mask=real).last_hidden_state[:, 0]
     if x.dim() == 3:
         causal = not hasattr(model, "embeddings") or "Mamba" in type(model).__name__
         out = model(inputs_embeds=x, use_cache=False) if causal else model(inputs_embeds=x)

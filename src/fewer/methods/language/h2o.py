@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
+from fewer.core import Budget, KeepRatio, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, top
+from fewer.core.cached import CacheSignals, Ranker, Rows
 
 
 @reducer("h2o", paper="arXiv:2306.14048", acts="prune", on="kv-cache", training="free")
 @dataclass(frozen=True)
-class H2O(CacheReducer):
+class H2O(Ranker):
     """Rank rows by the attention they have received since they came, prompt and writing alike, per KV head.
 
     budget   rows per KV head, heavy hitters and newest together: a share of all tokens so far (the authors fix it when
@@ -31,14 +32,15 @@ class H2O(CacheReducer):
     decodes: bool = True
     layers: tuple[int, ...] | None = None
     accumulates: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent <= 1:
             raise BudgetError(f"recent={self.recent} is outside [0, 1]; it is a share of the budget")
 
-    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        assert isinstance(signals, CacheSignals) and isinstance(tokens, Rows) and signals.received is not None
-        mass = signals.received if not self.average or tokens.age is None else signals.received / tokens.age
-        widths = [int(self.recent * k) for k in tokens.counts(self.budget, signals.at)]
-        newest = tokens.newest(widths[0] if tokens.even else torch.tensor(widths, device=mass.device)[:, None, None])
-        return top(mass, self.budget, tokens, at=signals.at, protected=newest)
+    def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor]:
+        assert signals.received is not None
+        mass = signals.received if not self.average or rows.age is None else signals.received / rows.age
+        widths = [int(self.recent * k) for k in rows.counts(self.budget, signals.at)]
+        width = widths[0] if rows.even else torch.tensor(widths, device=mass.device)[:, None, None]
+        return mass, rows.newest(width)

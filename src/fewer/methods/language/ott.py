@@ -28,9 +28,9 @@ class OTT(CacheReducer):
 
     No token goes: attention reads every row, decoded anew in each pass, one layer at a time. Memory is saved, not time.
     The bytes of the ledger are those between passes: codes, scales, pool and window. Beside a method that evicts after
-    prompts, rows are coded once it has; rows evicted later have what stays decoded and coded again. Groups count the
-    rows of a padded batch, so a sample's rounding depends on the padding in front of it. Sliding-window layers and
-    heads that keep different numbers of rows (adakv) are not coded.
+    prompts, rows are coded once it has; rows evicted later have what stays decoded and coded again. Groups start
+    at a sample's first token, whatever padding is before it; samples with different padding are coded one by one.
+    Sliding-window layers and heads that keep different numbers of rows (adakv) are not coded.
     """
 
     bits: int = 2

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fewer.core import Budget, Capacity, Plan, Signals, Tokens, reducer
+from torch import Tensor
+
+from fewer.core import Budget, Capacity, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheReducer, Rows, top
+from fewer.core.cached import CacheSignals, Ranker, Rows
 
 
 @reducer("streamingllm", paper="arXiv:2309.17453", acts="prune", on="kv-cache", training="free")
 @dataclass(frozen=True)
-class StreamingLLM(CacheReducer):
+class StreamingLLM(Ranker):
     """Sinks plus a window of the newest tokens, the same rows for all heads, while reading and while writing.
 
     budget     rows in all, the sinks included
@@ -44,7 +46,9 @@ class StreamingLLM(CacheReducer):
     def travelling(self) -> int:
         return self.sinks if self.positions == "cache" else 0
 
-    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        assert isinstance(tokens, Rows)
-        age = tokens.newness().expand(tokens.batch, -1, -1)
-        return top(age, self.budget, tokens, at=signals.at, protected=tokens.sinks(self.sinks), least=self.least)
+    def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor]:
+        return rows.newness().expand(rows.batch, -1, -1), rows.sinks(self.sinks)
+
+    def leaver(self, signals: CacheSignals, rows: Rows) -> Tensor:
+        assert rows.age is not None
+        return rows.age.topk(self.sinks + 1).indices[..., self.sinks :]  # the oldest but for the sinks

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fewer.core import Budget, Capacity, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, top
+from torch import Tensor
+
+from fewer.core import Budget, Capacity, reducer
+from fewer.core.cached import CacheSignals, Ranker, Rows
 
 
 @reducer("tova", paper="arXiv:2401.06104", acts="prune", on="kv-cache", training="free")
 @dataclass(frozen=True)
-class TOVA(CacheReducer):
+class TOVA(Ranker):
     """Rank rows by the last query's attention, averaged over all heads of the layer; all KV heads keep the same rows.
 
     budget   rows in all
@@ -22,12 +25,12 @@ class TOVA(CacheReducer):
     recent: int = 0
     layers: tuple[int, ...] | None = None
     decodes: bool = True
+    weighs: ClassVar[bool] = True
 
     @property
     def least(self) -> int:
         return self.recent
 
-    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        assert isinstance(signals, CacheSignals) and isinstance(tokens, Rows)
+    def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor | None]:
         seen = signals.window_mass(1).mean(1, keepdim=True)  # (B, 1, S)
-        return top(seen, self.budget, tokens, at=signals.at, protected=tokens.newest(self.recent), least=self.recent)
+        return seen, rows.newest(self.recent) if self.recent else None

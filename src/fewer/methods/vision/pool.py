@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Tokens, cluster, reducer
+from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, cluster, reducer
+
+BITS = 16  # of rows and columns in a vision-language model, where their number is no Python integer
 
 
 @reducer("pool", paper="baseline", acts="pool", on="vision", training="optional")
@@ -17,19 +19,27 @@ class Pool(Reducer):
 
     budget: share of the first free tokens that stays, to the power of the stage (1, 2, 3), rounded down.
     proportional: later blocks add log(size) to their attention logits.
+    site: where in the block; "bridge" is once, in front of the language model of a vision-language model, whatever
+    `layers` says.
 
     The patches are lined up along a Hilbert curve, on which neighbours in the line are neighbours in the image, and
     the line is cut into equal runs: on a grid of even height and width, a keep ratio of 1/4 is 2 x 2 pooling and 1/2
-    pools pairs. Where the patches form no known grid, they are one row.
+    pools pairs. Tiles and frames are lined up one behind the other. Where the patches form no known grid, they are
+    one row.
     """
 
     budget: Budget = KeepRatio(0.7, of="start")
     layers: tuple[int, ...] | None = (3, 6, 9)
     proportional: bool = False
+    site: Site = Site.MID_BLOCK  # type: ignore[misc]
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell
-        line = column if signals.grid is None else hilbert(row, column, (max(signals.grid) - 1).bit_length())
+        if signals.beside is not None:
+            line = (signals.plane << 2 * BITS) | hilbert(row, column, BITS)
+            line = line.argsort(dim=-1, stable=True).argsort(dim=-1)
+        else:
+            line = column if signals.grid is None else hilbert(row, column, (max(signals.grid) - 1).bit_length())
         return cluster.runs(line, self.budget, tokens, at=signals.at)
 
 

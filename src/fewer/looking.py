@@ -1,0 +1,201 @@
+"""A decoder reads a prompt with visual rows in it: the pass in which methods see those rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .core import (
+    Group,
+    Hard,
+    Masked,
+    Plan,
+    Reducer,
+    Seen,
+    Signals,
+    Tokens,
+    Tower,
+    View,
+    Visual,
+    VisualReducer,
+    attention,
+)
+from .core.layout import Layout, Standing, lifted, view, written
+from .core.place import Place
+from .core.plan import on_device, take
+from .core.visual import looks
+from .hosts import Call
+from .passes import Step
+from .reading import Reading
+
+if TYPE_CHECKING:
+    from .cache import ReducedLayer
+    from .session import Session
+
+Guide = Callable[[View], tuple[Tensor, Tensor] | None]
+
+
+@dataclass(eq=False)
+class Sight:
+    """What is known of the visual rows of a batch of prompts besides the rows themselves.
+
+    layout    where they stand
+    tower     what the vision tower gave; None where it shows nothing
+    present   (T * P,) bool: rows of the tower's output that were not dropped inside it; None = all
+    share     (kept, of): the same as a share of each tile, where all tiles keep the same number
+    deep      features added to the visual rows behind the first layers, (V, d) each, V rows of the batch in order
+    guide     a view -> its rows and the question in a joint space, see `Visual`
+    """
+
+    layout: Layout
+    tower: Tower | None = None
+    present: Tensor | None = None
+    share: tuple[int, int] | None = None
+    deep: list[Tensor] = field(default_factory=list)
+    deep_index: Tensor | None = None  # (B, S) long, which of those V rows is added to a row; -1 = none
+    guide: Guide = lambda shown: None
+
+    def deepened(self, layer: int, x: Tensor, place: Tensor) -> Tensor:
+        """What a layer gave, with the deep features of the rows that are left. place: (B, n), their places."""
+        if layer >= len(self.deep) or self.deep_index is None:
+            return x
+        which = self.deep_index.gather(-1, place)
+        more = self.deep[layer].to(x.dtype)[which.clamp(min=0)]
+        return torch.where((which >= 0)[..., None], x + more, x)
+
+
+class Looking(Reading):
+    """A reading whose prompts hold visual rows: methods made for them plan over these, text and separators stay."""
+
+    def __init__(
+        self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
+        sight: Sight,
+    ) -> None:  # fmt: skip
+        super().__init__(session, x, layers, valid, at_rope)
+        self.sight, self.embedded = sight, x
+        self.standing = Standing.of(sight.layout)
+        self._kwargs: dict[str, Any] = {}
+
+    # -- the sites ----------------------------------------------------------------------------------------------------
+    def before(self, layer: int, x: Tensor) -> Tensor:
+        if layer == 0 and self.sight.present is not None:
+            x = self._without_absent(x)
+        return super().before(layer, x)
+
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return super().after(layer, self.sight.deepened(layer, x, self.tokens.place()), call)
+
+    def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self._kwargs = kwargs
+        return super().streams(layer, kwargs)
+
+    def _without_absent(self, x: Tensor) -> Tensor:
+        """Rows whose patches were dropped inside the vision tower stand empty in the prompt: they go."""
+        layout, present = self.sight.layout, self.sight.present
+        assert present is not None
+        if self.tokens.valid is not None:
+            x, _ = self._gathered(x, None, self.tokens.valid, 0)
+        place = self.tokens.place()
+        source = layout.source.gather(-1, place)
+        keep = (source < 0) | present[source.clamp(min=0)]
+        width: int | None = None
+        if self.sight.share is not None and layout.located:
+            kept, of = self.sight.share
+            most = [c * kept // of for c in layout.counts]
+            self.standing = self.standing.reduced(layout, "image", most, True)
+            width = max(self.standing.rows)
+        else:
+            self.standing = replace(self.standing, exact=False, exact_totals=False)
+        if self.tokens.valid is not None:
+            keep = keep & self.tokens.valid
+        order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        same = width is not None and self.tokens.valid is None and len(set(self.standing.rows)) == 1
+        plan = Plan.keep(order, self.tokens.n, None if same else keep.sum(-1))
+        self.steps.append(Step(-1, -1, plan, x))
+        self.tokens = self.tokens.after(plan)
+        return plan.gather(x)
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+    def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
+        if not looks(reducer):
+            return super()._all_stay(reducer, tokens, place)
+        if reducer.adaptive or getattr(reducer, "changes", False):
+            return not any(self.standing.totals)
+        image = _scope(reducer) == "image"
+        counts, exact = self.standing.of_scope(image)
+        start, _ = Standing.of(self.sight.layout).of_scope(image)
+        quiet = replace(place, note=lambda _: None)
+        stays = (reducer.budget.keep(c, replace(quiet, start=s)) == c for c, s in zip(counts, start, strict=True))
+        return not any(counts) or (exact and all(stays))
+
+    def _planned(
+        self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
+    ) -> tuple[Plan, Tensor]:
+        reducer = self.session.methods[method]
+        if not looks(reducer):
+            return super()._planned(method, hidden, tokens, place, seen, branch)
+        layout, scope = self.sight.layout, _scope(reducer)
+        shown = view(layout, self.standing, tokens, scope)
+        inner = Tokens.plain(shown.lines, shown.n, device=hidden.device, valid=shown.valid)
+        start, _ = Standing.of(layout).of_scope(scope == "image")
+        starts = None if shown.valid is None else on_device(list(start), hidden.device)
+        signals = Signals(
+            shown.of(hidden), inner, replace(place, start=max(start), starts=starts), None, layout.grid,
+            self.session.modules_of(method, place.stage), self.session.training, self.memory[method],
+            beside=self._beside(shown, hidden, tokens, place, seen),
+        )  # fmt: skip
+        plan = reducer.plan(signals, inner)
+        if isinstance(plan, Masked):
+            policy = torch.ones(*hidden.shape[:2], 1, device=hidden.device)
+            policy = written(policy, plan.policy[..., None], shown.index, shown.sample, shown.valid)
+            return Plan.mask(policy[..., 0]), hidden
+        anchors = plan if isinstance(plan, Hard) else Plan.keep(plan.position, plan.n, plan.lengths)
+        rows = None
+        if isinstance(reducer, VisualReducer) and type(reducer).rows is not VisualReducer.rows:
+            rows = reducer.rows(signals, plan)
+        elif anchors is not plan or anchors.averages:
+            rows = plan.reduce(signals.hidden)
+        if rows is not None:
+            slot, real = shown.index.gather(-1, anchors.anchor), _real(anchors, shown)
+            hidden = written(hidden, rows, slot, shown.sample, real)
+        full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)
+        return full, hidden
+
+    def _beside(self, shown: View, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None) -> Visual:
+        origin = tokens.place()
+        text = self.sight.layout.text.gather(-1, origin)
+        if tokens.valid is not None:
+            text = text & tokens.valid
+        if (answers := getattr(self.session, "answers", None)) is not None:
+            text = text & ~answers.gather(-1, origin)
+        last = place.layer + 1 >= place.layers
+
+        def tables() -> tuple[Tensor, Tensor]:
+            cos, sin = (take(t.expand(len(origin), -1, -1), origin) for t in self._kwargs["position_embeddings"])
+            return cos, sin
+
+        def peek(queries: Group) -> Tensor:
+            ahead = self.host.peek(place.layer + 1, hidden, tables(), tokens.valid)  # type: ignore[attr-defined]
+            return attention.rows(ahead, queries)
+
+        return Visual(
+            shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.sight.tower,
+            self.sight.guide(shown), place.spend, None if last else peek,
+            tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
+        )  # fmt: skip
+
+
+def _scope(reducer: Reducer) -> Any:
+    return getattr(reducer, "scope", "image")
+
+
+def _real(plan: Hard, shown: View) -> Tensor | None:
+    """(R, M) bool: which of a plan's rows are no padding; None = all."""
+    stays = None if shown.valid is None else shown.valid.gather(-1, plan.anchor)
+    if plan.valid is None or stays is None:
+        return plan.valid if stays is None else stays
+    return plan.valid & stays

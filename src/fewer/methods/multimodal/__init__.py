@@ -1,0 +1,1 @@
+"""Methods for vision-language models."""
