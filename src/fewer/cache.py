@@ -173,6 +173,7 @@ class ReducedLayer(DynamicLayer):
         self.length = 0
         self.began = 0  # tokens seen before the pass under way
         self.waiting: Waiting | None = None  # tokens that were dropped before they reached this layer
+        self.shift: Tensor | None = None  # (B,) by how much later tokens stand nearer than their number says
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
         self.shuffled = False  # whether the rows lie in another order than they came
         self.position: Tensor | None = None
@@ -599,6 +600,7 @@ class ReducedLayer(DynamicLayer):
         for kept in (*self.memory.values(), *self.local.values()):
             kept.update({k: t.index_select(0, rows) for k, t in kept.items() if isinstance(t, Tensor)})
         self.waiting = None if self.waiting is None else self.waiting.of(rows)
+        self.shift = None if self.shift is None else self.shift.index_select(0, rows)
         for name in ("position", "ahead", "received"):
             if (stream := getattr(self, name)) is not None:
                 setattr(self, name, stream.index_select(0, rows))

@@ -88,7 +88,7 @@ class CachePass:
         self.layers: list[ReducedLayer] = [] if cache is None else cache.layers
         self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
         self.sight: Sight | None = None  # the visual rows among them
-        self.visit: Revival | None = None  # the same for one token, where dropped ones may come back
+        self.visit: Visit | None = None  # the same behind a prompt: dropped tokens may come back, or moved together
         self.call: Call | None = None  # of the block under way
         self.position_ids = positions
         self.fresh = cache is not None and cache.get_seq_length() == 0

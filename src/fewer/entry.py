@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -24,6 +24,7 @@ def apply(
     execution: Execution = "padded",
     modules: nn.Module | str | Path | None = None,
     guide: Guide | None = None,
+    positions: Literal["kept", "compact"] = "kept",
     **parameters: Any,
 ) -> Session:
     """Put a method, or several, into a model. The model is then called as before, `generate()` included.
@@ -37,6 +38,7 @@ def apply(
                 and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
                 random ones. By default those the package has for the packaged model at hand.
     guide       for vision-language models: how well patches fit a question, where a method asks (see `fewer.Guide`)
+    positions   for vision-language models: "kept", or "compact" to number rows anew where visual ones have left
 
     Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
              or unfitting trained modules; SessionError for a second session on the same model. The model is left as
@@ -56,7 +58,9 @@ def apply(
     if isinstance(host, hosts.VisionLanguageHost):
         from . import seeing
 
-        return seeing.start(model, reducers, execution, modules, host, guide)
+        return seeing.start(model, reducers, execution, modules, host, guide, positions)
+    if guide is not None or positions != "kept":
+        raise SessionError(f"guide= and positions= are for vision-language models, and {host.family.name} is none")
     if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
         raise hosts.HostError(
             f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.family.name} is "

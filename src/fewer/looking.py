@@ -91,7 +91,22 @@ class Looking(Reading):
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._kwargs = kwargs
-        return super().streams(layer, kwargs)
+        moved = super().streams(layer, kwargs)
+        old = self.layers[layer].shift if self.layers else None
+        if not self.session.compact or not (self.steps or old is not None):  # type: ignore[attr-defined]
+            return moved
+        ids = kwargs.get("position_ids")
+        first = self.tokens.place()[:, :1]
+        first = self.start + first if ids is None else ids.expand(len(first), -1).gather(-1, first)
+        if old is not None:
+            first = first - old[:, None]
+        if self.layers:
+            left = first.new_full(first.shape[:1], self.tokens.n)
+            here = left if self.tokens.valid is None else self.tokens.valid.sum(-1)
+            entered = self.first.n if self.first.valid is None else self.first.valid.sum(-1)
+            gone = entered - here
+            self.layers[layer].shift = gone if old is None else old + gone
+        return at_positions(self.session, layer, moved, first + torch.arange(self.tokens.n, device=first.device))
 
     def _without_absent(self, x: Tensor) -> Tensor:
         """Rows whose patches were dropped inside the vision tower stand empty in the prompt: they go."""
@@ -187,6 +202,48 @@ class Looking(Reading):
             self.sight.guide(shown), place.spend, None if last else peek,
             tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
         )  # fmt: skip
+
+
+class Shifted:
+    """A pass over text behind a prompt whose rows were renumbered: it stands nearer than its number says, in each layer
+    by what was dropped before it. Implements the hosts' Visit."""
+
+    def __init__(self, session: Session, layers: list[ReducedLayer]) -> None:
+        self.session, self.layers = session, layers
+        self.start = layers[0].length
+
+    def before(self, layer: int, x: Tensor) -> Tensor:
+        self.rows = x.shape[1]
+        return x
+
+    def call(self, layer: int) -> Call:
+        return Call()
+
+    def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
+        return full
+
+    def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        shift = self.layers[layer].shift
+        if shift is None:
+            return kwargs
+        ids = kwargs.get("position_ids")
+        ids = torch.arange(self.start, self.start + self.rows, device=shift.device)[None] if ids is None else ids
+        return at_positions(self.session, layer, kwargs, ids - shift[:, None])
+
+    def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def fork(self) -> Shifted:
+        return self
+
+
+def at_positions(session: Session, layer: int, kwargs: dict[str, Any], at: Tensor) -> dict[str, Any]:
+    """A block's arguments with its rows at other positions. at: (B, n) long."""
+    tables = session.rotary(layer).tables(at, kwargs["position_embeddings"][0].dtype)  # type: ignore[attr-defined]
+    return {**kwargs, "position_ids": at, "position_embeddings": tables}
 
 
 def _scope(reducer: Reducer) -> Any:

@@ -8,22 +8,24 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import session
 from .caching import CachePass, CacheSession
-from .core import Reducer, Seen, Tower, View, VisualReducer
+from .core import Reducer, Seen, Site, Tower, View, VisualReducer
 from .core.layout import Layout
 from .core.visual import looks
 from .guide import Guide
 from .hosts import DRIVERS, Call, Host, VisionLanguageHost, Visit
 from .hosts.vision_language import Encoding, LayoutError, coordinates
-from .looking import Looking, Sight
+from .looking import Looking, Shifted, Sight
 from .session import Execution, SessionError, check_free
 from .spec import text
+
+Positions = Literal["kept", "compact"]
 
 
 class Watch:
@@ -61,18 +63,27 @@ class SeeingSession(CacheSession):
     """A vision-language model whose visual tokens are reduced: inside its tower, before its language model or inside
     it; methods for text and for caches may stand beside. Use it as a context manager, or call `remove()`.
 
-    guide    an image-text model that tells how well a patch fits a question, see `fewer.Guide`
+    guide      an image-text model that tells how well a patch fits a question, see `fewer.Guide`
+    positions  "kept": rows keep the position ids they had; "compact": they are numbered anew wherever some have left
     """
 
     host: VisionLanguageHost
 
     def __init__(
         self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: VisionLanguageHost,
-        modules: nn.Module | str | Path | None = None, guide: Guide | None = None,
+        modules: nn.Module | str | Path | None = None, guide: Guide | None = None, positions: Positions = "kept",
     ) -> None:  # fmt: skip
         inside = [m for m in methods if _in_tower(m)]
         super().__init__(model, [m for m in methods if not _in_tower(m)], execution, host, modules)
-        self.guide = guide
+        self.guide, self.compact = guide, positions == "compact"
+        if positions not in get_args(Positions):
+            raise SessionError(f"positions={positions!r}: choose {' or '.join(get_args(Positions))}")
+        if self.compact and any(m.site is not Site.KV_CACHE and not looks(m) for m in self.methods):
+            raise SessionError("positions='compact' numbers rows anew for methods on visual tokens only; leave it out")
+        if self.compact and self.rotary(0) is None:
+            raise SessionError(
+                f"{host.family.name} learns its positions, so rows cannot be numbered anew; leave it out"
+            )
         self.answers: Tensor | None = None  # (B, S) bool, text that is to be learned: no method may read it
         self.inside = self.inside or bool(inside)
         self.tower: session.Session | None = None  # of the methods inside the vision tower
@@ -316,6 +327,10 @@ class SeeingSession(CacheSession):
         if layer == 0 and x.shape[1] > 1 and run.sight is not None:
             run.reading = Looking(self, x, run.layers, run.real(x.shape[1]), kwargs.get("position_ids"), run.sight)
             return run.reading
+        if self.compact and run.layers and any(layer.shift is not None for layer in run.layers):
+            if layer == 0:
+                run.visit = Shifted(self, run.layers)
+            return run.reading or run.visit
         return super()._visit(layer, x, mask, kwargs)
 
     @property
@@ -375,12 +390,12 @@ def _in_tower(method: Reducer) -> bool:
 
 def start(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
-    host: VisionLanguageHost, guide: Guide | None,
+    host: VisionLanguageHost, guide: Guide | None, positions: Positions = "kept",
 ) -> SeeingSession:  # fmt: skip
     """Put methods into a vision-language model; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
     if execution == "packed":
         raise SessionError("a decoder's cache does not take packed rows; use execution='padded'")
-    opened = SeeingSession(model, methods, execution, host, modules, guide)
+    opened = SeeingSession(model, methods, execution, host, modules, guide, positions)
     opened._attach()
     return opened

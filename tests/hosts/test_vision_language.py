@@ -124,6 +124,51 @@ def test_cached_and_uncached_generation_agree(name: str, video: bool) -> None:
     assert torch.equal(cached, step["input_ids"])
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next", "smolvlm", "internvl"])
+def test_compact_positions_are_those_of_a_shorter_prompt(name: str) -> None:
+    model = tiny_vlm(name)
+    inputs = prompts(model, [2])
+    given = capture(model, inputs)
+    with fewer.apply(model, FEW, positions="compact") as session, torch.no_grad():
+        whole, kept = model(**inputs).logits, session.kept(0)[0, 0]
+    with torch.no_grad():
+        short = hosts.find(model).root(inputs_embeds=given["inputs_embeds"][:, kept])
+    torch.testing.assert_close(whole[:, kept], model.lm_head(short.last_hidden_state), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("method", [FEW, "vtw:k=2"])
+def test_compact_positions_go_on_behind_the_prompt(method: str) -> None:
+    """Cached and uncached generation agree, alone and in a batch, and so does a second turn."""
+    model = tiny_vlm("llava")
+    batch = prompts(model, [1, 0, 2])
+    with fewer.apply(model, method, positions="compact"):
+        together = model.generate(**batch, max_new_tokens=5, **GREEDY)[:, -5:]
+        for i, row in enumerate(together):
+            inputs = alone(model, [1, 0, 2], i)
+            own = model.generate(**inputs, max_new_tokens=5, **GREEDY)[0, -5:]
+            assert torch.equal(own, row)
+            step = dict(inputs)
+            for token in own:
+                logits = model(**step, use_cache=False).logits[:, -1]
+                logits[:, GREEDY["suppress_tokens"]] = float("-inf")
+                assert int(logits.argmax(-1)) == int(token)
+                step["input_ids"] = torch.cat([step["input_ids"], token.view(1, 1)], 1)
+                step["attention_mask"] = torch.ones_like(step["input_ids"])
+        inputs = alone(model, [1, 0, 2], 0)
+        first = model(**inputs, use_cache=True)
+        more = torch.tensor([[7, 8, 9]])
+        turned = model(input_ids=more, past_key_values=first.past_key_values).logits[:, -1]
+        at_once = model(**{**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": None})
+    torch.testing.assert_close(turned, at_once.logits[:, -1], atol=2e-5, rtol=2e-5)
+
+
+def test_compact_positions_are_refused_where_rows_stand_in_space() -> None:
+    with pytest.raises(hosts.HostError, match="time and space"):
+        fewer.apply(tiny_vlm("qwen2_vl"), FEW, positions="compact")
+    with pytest.raises(SessionError, match="positions='loose'"):
+        fewer.apply(tiny_vlm("llava"), FEW, positions="loose")  # type: ignore[arg-type]
+
+
 def test_the_layout_of_tiles_is_where_the_features_came_from() -> None:
     """LLaVA-NeXT: rows of the prompt are the projected rows their source names."""
     model = tiny_vlm("llava_next")
