@@ -33,7 +33,7 @@ FORMS: dict[str, int | None] = {
     "pyramiddrop:layers=0+1+2": 2, "sparsevlm:layers=0+1+2": None, "vtw:k=2": 0,
     "tokenpacker:tokens=4": 4, "honeybee_c:tokens=4": 4, "honeybee_d:tokens=4,depth=1": 4, "mini_gemini": 16,
     "brave:tokens=4,depth=1,heads=2": 4, "llama_vid": 2, "hicom:group=1+2+2,queries=2": 6, "dynamic_llava:k=1": 3,
-    "dyvte:waits=false": None, "fitprune": None, "framefusion:waits=false": None,
+    "dyvte": None, "fitprune": None, "framefusion": None,
 }  # fmt: skip
 # Those that look at projected tokens alone run on every family.
 ANYWHERE = (

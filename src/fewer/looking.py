@@ -169,12 +169,18 @@ class Looking(Reading):
             policy = written(policy, plan.policy[..., None], shown.index, shown.sample, shown.valid)
             return Plan.mask(policy[..., 0]), hidden
         anchors = plan if isinstance(plan, Hard) else Plan.keep(plan.position, plan.n, plan.lengths)
+        whole = anchors
+        if (
+            reducer.adaptive
+        ):  # how many stay is known on the device only: one look, or the others would be carried along
+            anchors = anchors.trimmed()
         rows = None
         if isinstance(reducer, VisualReducer) and type(reducer).rows is not VisualReducer.rows:
             rows = reducer.rows(signals, plan)
-        elif anchors is not plan or anchors.averages:
+        elif whole is not plan or whole.averages:
             rows = plan.reduce(signals.hidden)
         if rows is not None:
+            rows = rows[:, : anchors.m]
             slot, real = shown.index.gather(-1, anchors.anchor), _real(anchors, shown)
             hidden = written(hidden, rows, slot, shown.sample, real)
         full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)

@@ -75,10 +75,9 @@ def test_each_prompt_leaves_by_itself():
 
 def test_who_is_even_stays():
     signals, tokens = inside((6,))
-    assert DyVTE(waits=False).plan(gated(signals, [0]), tokens).lengths.tolist() == [6]
     plan = DyVTE().plan(gated(signals, [0]), tokens)
-    assert plan.m == 6
-    assert plan.lengths is None
+    assert plan.lengths.tolist() == [6]
+    assert plan.trimmed().lengths is None
 
 
 def test_an_empty_line_stays_empty():
@@ -86,23 +85,24 @@ def test_an_empty_line_stays_empty():
     gone = torch.zeros_like(tokens.valid)
     tokens = replace(tokens, valid=gone)
     signals = with_visual(signals, view=replace(signals.visual.view, valid=gone))
-    assert DyVTE(waits=False).plan(gated(signals, [0, 0]), tokens).lengths.tolist() == [0, 0]
-    assert DyVTE().plan(gated(signals, [0, 0]), tokens).m == 0
+    plan = DyVTE().plan(gated(signals, [0, 0]), tokens)
+    assert plan.lengths.tolist() == [0, 0]
+    assert plan.trimmed().m == 0
 
 
 def test_rows_are_gone_once_everybody_has_left():
     signals, tokens = inside((6, 4))
-    assert DyVTE().plan(gated(signals, [1, 1]), tokens).m == 0
-    assert DyVTE(waits=False).plan(gated(signals, [1, 1]), tokens).m == 6
+    plan = DyVTE().plan(gated(signals, [1, 1]), tokens)
+    assert (plan.m, plan.trimmed().m) == (6, 0)
 
 
 def test_a_prompt_alone_answers_as_in_a_batch():
     lengths = (6, 4, 5)
     signals, tokens = inside(lengths)
-    gone = DyVTE(hidden=16, waits=False).plan(gated(signals), tokens).lengths.tolist()
+    gone = DyVTE(hidden=16).plan(gated(signals), tokens).lengths.tolist()
     for line, length in enumerate(lengths):
         one, free = alone(lengths, line)
-        assert DyVTE(hidden=16, waits=False).plan(gated(one), free).lengths.tolist() == [gone[line]]
+        assert DyVTE(hidden=16).plan(gated(one), free).lengths.tolist() == [gone[line]]
         assert gone[line] in (0, length)
 
 

@@ -350,6 +350,15 @@ class Hard(Plan):
         valid = self.valid
         return self.anchor if valid is None else torch.where(valid, self.anchor, self.n)
 
+    def trimmed(self) -> Hard:
+        """The same rows without those that are padding in every sample. Reads two numbers from the device."""
+        if self.length is None:
+            return self
+        most, least = torch.stack([self.length.max(), self.length.min()]).tolist()
+        weight = None if self.anchor_weight is None else self.anchor_weight[..., :most]
+        length = None if most == least else self.length
+        return replace(self, anchor=self.anchor[..., :most], anchor_weight=weight, length=length)
+
     def widened(self, m: int) -> Hard:
         """The same rows with padding up to m rows."""
         if self.m == m:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .budgets import Budget, Capacity
 from .place import Place
 from .plan import Hard, Plan, PlanError, complement, take
+from .select import allowed
 from .signals import lazy
 from .tokens import Tokens
 from .visual import Shape, View
@@ -32,8 +33,8 @@ def granted(budget: Budget, tokens: Tokens, at: Place) -> tuple[int, Tensor | No
     _counts(budget)
     if tokens.valid is None:
         return max(budget.keep(tokens.n, at), min(1, tokens.n)), None
-    most = max(budget.counts(tokens.n, at, least=1))
-    return most, budget.granted(tokens.valid.sum(-1), tokens.n, at, least=1)
+    count, most = allowed(budget, tokens, at=at, device=tokens.valid.device)
+    return most, count
 
 
 def queries(budget: Budget, shape: Shape) -> int:

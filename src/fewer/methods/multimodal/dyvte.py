@@ -55,8 +55,7 @@ class DyVTE(VisualReducer):
     of a batch leaves at a layer of its own and never comes back to the visual tokens.
 
     layers: behind which blocks there are gates; by default all but the last. hidden: width of the gates.
-    waits: whether each pass waits at the gates to hear who leaves. Once all prompts of the batch have left, their rows
-    are gone, not only hidden, and the gates behind are not asked. False spares the waiting and saves no work.
+    Once all prompts of a batch have left, the gates behind are not asked.
 
     Only the gates are trained, `fewer.recipes.exits`. In training nothing leaves, and the pass's memory holds each
     gate's logits ("leave"). The gates are tied to the wording of prompts they were trained on.
@@ -64,7 +63,6 @@ class DyVTE(VisualReducer):
 
     layers: tuple[int, ...] | None = None
     hidden: int = 2048
-    waits: bool = True
     budget: ClassVar[Budget] = Learned()  # type: ignore[misc]
     site: ClassVar[Site] = Site.AFTER_BLOCK
     scope: ClassVar[Scope] = "prompt"
@@ -90,10 +88,4 @@ class DyVTE(VisualReducer):
         present = everyone.new_full((tokens.batch,), tokens.n) if tokens.valid is None else tokens.valid.sum(-1)
         leave = (logits[:, 1] > logits[:, 0]) & (present > 0)
         stay = torch.where(leave, 0, present)
-        if self.waits:
-            some, someone = torch.stack([leave.any(), stay.any()]).tolist()
-            if not someone:
-                return Plan.keep(everyone[:, :0], tokens.n)
-            if not some:
-                return Plan.identity((tokens.batch,), tokens.n, signals.device)
         return Plan.keep(everyone, tokens.n, stay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,8 +27,6 @@ class FrameFusion(VisualReducer):
 
     budget: visual tokens per layer, on average over the depth (the paper's cost): 0.3 of those the prompt began with.
     similarity: cosine from which tokens merge. stop: share of the tokens. layers: by default all but the last.
-    waits: whether each pass waits at its blocks to hear how many rows are left, so that the others are gone, not only
-    hidden. False spares the waiting on a GPU and saves no work there.
 
     Each prompt goes its own way, so rows are ragged in a batch. A patch's token before it is the last one that is still
     there, of any earlier frame. With pictures alone nothing can merge, and it prunes behind the second block.
@@ -38,7 +36,6 @@ class FrameFusion(VisualReducer):
     similarity: float = 0.6
     stop: float = 0.1
     layers: tuple[int, ...] | None = None
-    waits: bool = True
     site: ClassVar[Site] = Site.AFTER_BLOCK
     scope: ClassVar[Scope] = "prompt"
 
@@ -93,8 +90,7 @@ class FrameFusion(VisualReducer):
             received = self._received(signals)
             first = received.masked_fill(~real, -1).argsort(dim=-1, descending=True, stable=True).argsort(-1)
             keep = real & ((first < (here - surplus)[:, None]) | ~pruning[:, None])
-        plan = merged(order, runs, keep, n)
-        return trimmed(plan) if self.waits else plan
+        return merged(order, runs, keep, n)
 
     @staticmethod
     def _received(signals: Signals) -> Tensor:
@@ -148,14 +144,3 @@ def merged(order: Tensor, joined: Tensor, keep: Tensor, n: int) -> Hard:
     to = torch.where(alive | ~keep | ~alive.gather(-1, root), -1, row)
     weight = 1 / number.gather(-1, root)
     return Hard(n, anchor, where, to, weight.gather(-1, anchor), weight, length=alive.sum(-1))
-
-
-def trimmed(plan: Hard) -> Hard:
-    """A ragged plan without the rows that are padding in every line. Reads the lengths from the device."""
-    assert plan.length is not None
-    assert plan.anchor_weight is not None
-    most, least = torch.stack([plan.length.max(), plan.length.min()]).tolist()
-    return replace(
-        plan, anchor=plan.anchor[:, :most], anchor_weight=plan.anchor_weight[:, :most],
-        length=None if most == least else plan.length,
-    )  # fmt: skip
