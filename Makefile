@@ -47,11 +47,16 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/vision_speed.py --settings others --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/vision_speed.py --settings ragged --batch 32 --execution packed --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/kv_speed.py --context 4096 --layers 4 --rounds 3 --steps 64
+	$(PY) benchmarks/visual_speed.py --rows 576 --tokens 64 --rounds 5 --out benchmarks/results/visual_speed.json
+	$(PY) benchmarks/visual_speed.py --rows 2916 --tokens 64 --rounds 1 --methods divprune:tokens=64 \
+		cdpruner:tokens=64 --out benchmarks/results/visual_speed_2916.json
 	$(PY) benchmarks/prefill_speed.py --context 4096 --layers 6 --rounds 3 --out benchmarks/results/prefill_speed.json
 	$(VENV)/bin/fewer bench --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
 	$(VENV)/bin/fewer bench --model smollm2-135m --out runs/smollm2
 	cp runs/smollm2/results.jsonl benchmarks/results/smollm2.jsonl
+	$(VENV)/bin/fewer bench --model llava-scenes --out runs/llava-scenes
+	cp runs/llava-scenes/results.jsonl benchmarks/results/llava_scenes.jsonl
 	$(VENV)/bin/fewer bench --model bert-eras --out runs/bert-eras
 	cp runs/bert-eras/results.jsonl benchmarks/results/bert_eras.jsonl
 	$(VENV)/bin/fewer train minilm-r8 --out runs/minilm-r8

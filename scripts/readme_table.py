@@ -21,6 +21,8 @@ UNMEASURED = "*Not measured yet.*\n"
 
 # The first screen: a merger, a pruner that needs no training, one that was trained; the first row of each.
 METHODS = ("tome", "evit", "dynamicvit")
+SEEN = ("random", "pool", "fastervlm", "visionzip", "vispruner", "divprune", "dart", "oracle")
+SEEN_HEADS = ("method", "answers right", "change", "vs random", "presence", "count", "recall", "speed-up", "ceiling")
 HEADS = ("method", "tokens", "acc.", "accuracy", "change", "speed-up", "ceiling", "of it", "own", "peak")
 
 
@@ -73,6 +75,17 @@ def whole(name: str) -> str:
     return markdown(rows, rows, None) if rows else UNMEASURED
 
 
+def seen() -> str:
+    """The first screen of the vision-language table: a quarter of the visual tokens, by method."""
+    rows = table.measured(list(Journal(RESULTS / "llava_scenes.jsonl").rows.values()))
+    if not rows:
+        return UNMEASURED
+    most = rows[0].tokens
+    quarter = [r for r in rows if abs(r.tokens / most - 0.25) < 0.02 and r.name in SEEN]
+    control = [r for r in rows if r.name in (UNREDUCED, "no-image")]
+    return markdown([*control, *sorted(quarter, key=lambda r: SEEN.index(r.name))], rows, SEEN_HEADS)
+
+
 def small(name: str, columns: dict[str, str]) -> str:
     """A table of one of the small benchmarks. columns: title -> cell, a format string over the fields of a row."""
     file = RESULTS / f"{name}.json"
@@ -107,6 +120,12 @@ PREFILL = {
     "method": "`{method}`", "speed-up": "{speedup[0]:.2f}x [{speedup[1]:.2f}, {speedup[2]:.2f}]",
     "ceiling": "{ceiling:.2f}x", "achieved": "{of_ceiling:.2f}", "own (% time)": "{own_percent:.2f}",
 }  # fmt: skip
+VISUAL = {
+    "method": "`{method}`", "visual tokens left": "{rows:g}",
+    "speed-up": "{speedup[0]:.2f}x [{speedup[1]:.2f}, {speedup[2]:.2f}]", "ceiling": "{ceiling:.2f}x",
+    "achieved": "{of_ceiling:.2f}", "own (% time)": "{own_percent:.2f}",
+    "own (% of the unreduced)": "{own_of_unreduced_percent:.2f}",
+}  # fmt: skip
 MEMORY = {"what": "{case}", "peak (MB)": "{peak_mb:.0f}", "limit (MB)": "{limit_mb}"}
 IMPORT = {"what": "{what}", "CPU (ms)": "{cpu}", "wall (ms)": "{wall}", "limit (ms)": "{limit}", "repeats": "{repeats}"}
 
@@ -116,6 +135,9 @@ def filled(page: str) -> str:
     text = (ROOT / page).read_text()
     blocks = {
         "bench": lambda: bench(first_screen=page == "README.md"),
+        "visual": lambda: seen() if page == "README.md" else whole("llava_scenes"),
+        "visual speed": lambda: small("visual_speed", VISUAL),
+        "visual tiles": lambda: small("visual_speed_2916", VISUAL),
         "language": lambda: whole("smollm2"),
         "encoder": lambda: whole("bert_eras"),
         "minilm": lambda: whole("minilm_r8"),

@@ -12,7 +12,7 @@ from fewer.evaluation.record import Row
 from fewer.evaluation.settings import RANDOM, UNREDUCED
 
 from .style import ACCENT, FAINT, INK, QUIET
-from .table import RAW, frontier, marks, measured, of_language
+from .table import RAW, frontier, marks, measured, of_language, of_seeing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,9 +39,13 @@ SPEED = Axis("measured speed-up  (more is better)", lambda row: row.speedup.valu
 CACHE = Axis("keys and values once the context is read, MB  (less is better)", lambda row: row.kv_read / 1e6, "left")
 
 
+SEEN = Axis("visual tokens a block reads, mean  (fewer is better)", lambda row: row.tokens, "left")
+
+
 def cost(rows: Sequence[Row]) -> Axis:
-    """What these rows are paid with: bytes of the cache for language models, else operations."""
-    return CACHE if of_language(rows) else COST
+    """What these rows are paid with: bytes of the cache for language models, visual tokens where there are such, else
+    operations."""
+    return SEEN if of_seeing(rows) else CACHE if of_language(rows) else COST
 
 
 def pareto(rows: Sequence[Row]) -> str:

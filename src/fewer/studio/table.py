@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fewer.evaluation import visual
 from fewer.evaluation.bench import against_random
 from fewer.evaluation.language.tasks import TASKS
 from fewer.evaluation.record import Row, Score
@@ -68,8 +69,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("peak", "MB", "tensors alive at once in one batch, without weights and input",
                lambda r: f"{r.peak / 1e6:.1f}" if r.peak else NONE),
     ]  # fmt: skip
-    if of_language(rows):
-        every = [WORDED.get(column.head, lambda c: c)(column) for column in every]
+    words = SEEN if of_seeing(rows) else WORDED if of_language(rows) else {}
+    every = [words.get(column.head, lambda c: c)(column) for column in every]
     good = [row for row in rows if not row.error]
     return [column for column in every if column.head == "method" or any(column.cell(r) != NONE for r in good)]
 
@@ -87,12 +88,24 @@ WORDED: dict[str, Callable[[Column], Column]] = {
     "": lambda c: replace(c, unit="last", help="rows of the last layer"),
     "agree": lambda c: replace(c, help="next words of the book that are the unreduced model's"),
 }
+# The same where it is one of vision and language.
+SEEN: dict[str, Callable[[Column], Column]] = {
+    "tokens": lambda c: replace(c, help="visual tokens of a picture that a block of the language model reads, mean"),
+    "": lambda c: replace(c, help="visual tokens of a picture behind the last block"),
+    "agree": lambda c: replace(c, help="questions answered as the unreduced model does"),
+    "GFLOPs": lambda c: replace(c, help="multiply-adds of one prompt in the language model, the method's own included"),
+}
 NATS = "mean negative log-likelihood of the right answer's tokens"
 
 
 def of_language(rows: Sequence[Row]) -> bool:
-    """Whether these are rows of a language model."""
-    return any(row.scores or row.kv_read for row in rows)
+    """Whether these are rows of a language model that reads text only."""
+    return any(row.scores or row.kv_read for row in rows) and not of_seeing(rows)
+
+
+def of_seeing(rows: Sequence[Row]) -> bool:
+    """Whether these are rows of a vision-language model."""
+    return any(score.task in visual.TASKS for row in rows for score in row.scores)
 
 
 def _language(rows: Sequence[Row]) -> list[Column]:
@@ -118,7 +131,7 @@ def _task(task: str) -> Column:
     name, nats, _ = task.partition(" nats")
     if nats:
         return Column(name, "nats", NATS, lambda r: _scored(r, task, lambda s: _plain(s.value, 2)))
-    says = WRITING.get(task) or TASKS[task]
+    says = WRITING.get(task) or TASKS.get(task) or visual.TASKS[task]
     plain = task == "perplexity"
     return Column(task, UNITS.get(task, "%"), says,
                   lambda r: _scored(r, task, lambda s: _plain(s.value, 2) if plain else percent(s.value)))  # fmt: skip

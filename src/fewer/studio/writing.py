@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, TextStreamer
 
 from fewer.evaluation.language.subject import Held
+from fewer.looking import Looking
 
 from .style import count
 
@@ -43,15 +45,18 @@ def prompt_ids(model: nn.Module, tokenizer: Any, text: str, chat: bool | None) -
 class Pen:
     """Writes greedily, or samples, and tells what it costs: live in a terminal, else plainly at the end."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, console: Console) -> None:
-        self.model, self.tokenizer, self.console = model, tokenizer, console
-        self.text = ""
+    def __init__(self, model: nn.Module, tokenizer: Any, console: Console, session: Any = None) -> None:
+        self.model, self.tokenizer, self.console, self.session = model, tokenizer, console, session
+        self.text, self.seen = "", ""  # seen: the visual rows of the prompt and what is left of them
         self._line = ""  # what is not printed yet
         self._live: Live | None = None
 
-    def write(self, ids: Tensor, most: int, seed: int | None = None) -> str:
-        """Go on from `ids` (1, N) by at most `most` tokens. seed: sample with it; None = greedily."""
-        self.text = self._line = ""
+    def write(self, prompt: Tensor | Mapping[str, Tensor], most: int, seed: int | None = None) -> str:
+        """Go on by at most `most` tokens. prompt: its ids, (1, N), or all that the model is called with.
+        seed: sample with it; None = greedily."""
+        given = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
+        ids = given["input_ids"]
+        self.text = self.seen = self._line = ""
         self.cache = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
         self.prompt, self.written, self.first, self.last = ids.shape[1], 0, 0.0, 0.0
         with ExitStack() as stack:
@@ -63,7 +68,7 @@ class Pen:
                 torch.manual_seed(seed)
             self.began = time.perf_counter()
             self.model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, max_new_tokens=most,
+                **{"attention_mask": torch.ones_like(ids)} | given, past_key_values=self.cache, max_new_tokens=most,
                 do_sample=seed is not None, streamer=_Stream(self), pad_token_id=self.tokenizer.pad_token_id or 0,
             )  # fmt: skip
             self._flush(end=True)
@@ -75,7 +80,8 @@ class Pen:
     def token(self) -> None:
         """A token is chosen."""
         self.last = time.perf_counter() - self.began
-        self.first = self.first or self.last
+        if not self.first:
+            self.first, self.seen = self.last, visual_rows(self.session)
         self.written += 1
 
     def words(self, text: str) -> None:
@@ -110,6 +116,8 @@ class Pen:
         table.add_column(style="dim")
         table.add_column()
         table.add_row("tokens", f"{self.prompt:,} read, {self.written:,} written")
+        if self.seen:
+            table.add_row("visual rows", self.seen)
         if any(held.rows):
             full = self._full(held)
             table.add_row("rows per layer", f"{_runs(held.rows)} of {held.seen:,}")
@@ -142,6 +150,14 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.pen.words(text)
+
+
+def visual_rows(session: Any) -> str:
+    """Of the last prompt of a session on a vision-language model: how many there were, and behind each block; "" where
+    there were none, or no method acts before or inside the language model."""
+    if not getattr(session, "inside", False) or not isinstance(session.last, Looking):
+        return ""
+    return f"{sum(session.layout.counts):,} -> {_runs(session.visual_counts)}"
 
 
 def _runs(rows: list[float]) -> str:
