@@ -16,6 +16,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,18 +29,19 @@ from torch import Tensor, nn
 
 from fewer.packaged import Package, PackageError, cache_folder, keep, read
 
-__all__ = ["NAMED", "ModelError", "Processor", "load_model"]
+__all__ = ["NAMED", "ModelError", "Processor", "load_clip", "load_model"]
 
 NAMED: Mapping[str, str] = {
     "vit-fashion": "ViT, 12 layers of width 96, 196 patches, Fashion-MNIST; in the package",
     "bert-eras": "BERT, 6 layers of width 128, 256 tokens: the era of a president's words; in the package",
+    "llava-scenes": "LLaVA, CLIP tower and Llama of width 160, 6 layers each, 144 visual tokens; in the package",
     "dinov2-small": "DINOv2 ViT-S/14, 12 layers of width 384, features only; facebook/dinov2-small or a packaged twin",
     "smollm2-135m": "SmolLM2 135M Instruct, Llama, 30 layers of width 576, 8k context; float32, chat template",
     "gemma3-270m": "Gemma 3 270M base, 18 layers of width 640 (15 slide over 512 tokens), 32k context; float32",
     "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
-EMBEDDED = ("vit-fashion", "bert-eras")
+EMBEDDED = ("vit-fashion", "bert-eras", "llava-scenes")
 """Those whose weights are in the package."""
 
 DINOV2_HUB = "facebook/dinov2-small"
@@ -188,8 +190,9 @@ def load_model(
     name: one of `NAMED`, a folder written by save_pretrained, a hub name (owner/name), or timm/<name>.
         Classifiers come with their head, causal language models with theirs, everything else bare.
     dtype: of the weights; default float32 for the named ones, else as stored. device: default the CPU.
-    Returns (model, processor): a `Processor` for vision, the tokenizer for text. A tokenizer can pad; that of a
-    causal model pads on the left, so that generation goes on from the last column.
+    Returns (model, processor): a `Processor` for vision, the tokenizer for text, the library's own processor for
+    models of images and text. A tokenizer can pad; that of a model that generates pads on the left, so that
+    generation goes on from the last column.
     Raises ModelError, naming the ways out, if there is no such model or it cannot be had.
     """
     name = os.fspath(name)
@@ -213,6 +216,40 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
+def load_clip(name: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, Any]:
+    """The image-text model that shares the vision tower of a vision-language model, and its tokenizer.
+
+    name: "llava-scenes", or a folder of `fewer train llava-scenes`: its subfolder clip has all but the tower.
+    model: what `load_model(name)` gave; the tower is not copied. Patches and texts meet in one space:
+
+        images = clip.visual_projection(clip.vision_model.post_layernorm(tower's last layer))
+        texts = clip.text_projection(clip.text_model(**tokenizer(words, ...)).pooler_output)
+
+    Raises ModelError where there is no such folder, or the model's tower is of another shape.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    name = os.fspath(name)
+    packaged = resources.files("fewer").joinpath(f"assets/{name}")
+    with resources.as_file(packaged) if name in EMBEDDED else nullcontext(Path(name)) as whole:
+        folder = whole / "clip"
+        if not (folder / "model.safetensors").is_file():
+            raise ModelError(f"{name} has no image-text model beside it; llava-scenes has")
+        config: Any = CLIPConfig.from_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    base: Any = getattr(model, "model", model)
+    tower = getattr(base, "vision_tower", None)
+    if tower is None or tower.config.hidden_size != config.vision_config.hidden_size:
+        raise ModelError(f"{type(model).__name__} does not have the vision tower that the texts of {name} belong to")
+    clip: Any = CLIPModel(config)
+    clip.vision_model = tower
+    clip.load_state_dict(weights, strict=False)
+    own = next(tower.parameters())
+    return clip.to(device=own.device, dtype=own.dtype).eval(), tokenizer
+
+
 def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any]:
     import transformers
     from transformers.models.auto.image_processing_auto import get_image_processor_config
@@ -226,6 +263,11 @@ def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any
             model = transformers.AutoModelForSequenceClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForCausalLM"):
             model = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=cached_only)
+        elif hasattr(config, "vision_config") and made_for.endswith("ForConditionalGeneration"):
+            model = transformers.AutoModelForImageTextToText.from_pretrained(name, local_files_only=cached_only)
+            processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=cached_only)
+            processor.tokenizer.padding_side = "left"
+            return model, processor
         else:
             model = transformers.AutoModel.from_pretrained(name, local_files_only=cached_only)
         settings = get_image_processor_config(name, local_files_only=cached_only)

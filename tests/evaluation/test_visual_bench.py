@@ -55,7 +55,8 @@ def test_table_report_and_pictures(measured: tuple) -> None:
     assert {"presence", "likely", "recall", "coverage", "flooded", "tokens"} <= set(heads)
     assert "KV end" not in heads
     page = report.write(rows, out).read_text()
-    assert "oracle:tokens=60" in page and "visual tokens a block reads" in page
+    assert "oracle:tokens=60" in page
+    assert "visual tokens a block reads" in page
     assert all((out / row.picture).is_file() for row in rows if row.method != visual.BLIND)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fewer.scenes import Split
 from fewer.spec import parse, text
@@ -89,9 +89,7 @@ def recipe_for(method: str) -> Recipe:
     return Projecting(method)
 
 
-def samples(
-    processor: Any, count: int, split: Split = "train", seed: int = 0
-) -> list[tuple[dict[str, Tensor], Tensor]]:
+def samples(processor: Any, count: int, split: Split = "train", seed: int = 0) -> list[exits.Sample]:
     """Prompts with their answers: (what one prompt is called with, (1,) long, the answer's id). The kinds in turn."""
     found: list[exits.Sample] = []
     for given in Scenes(processor, split, size=1, batches=count, seed=seed):
