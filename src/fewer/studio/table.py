@@ -9,7 +9,7 @@ from fewer.evaluation import visual
 from fewer.evaluation.bench import against_random
 from fewer.evaluation.language.tasks import TASKS
 from fewer.evaluation.record import Row, Score
-from fewer.evaluation.settings import UNREDUCED
+from fewer.evaluation.settings import RANDOM, UNREDUCED
 from fewer.evaluation.stats import Interval
 from fewer.trained import UNTRAINED
 
@@ -17,6 +17,7 @@ from .style import count
 
 NONE = "–"
 NEAR = 0.01  # the loss of accuracy a summary calls near
+BOUNDS = (visual.ORACLE, visual.BLIND)  # what a perfect ranking could do, and what words alone give away
 LOSES, EVEN, RAW = "▼", "≈", "*"
 
 FOOTNOTES = {
@@ -178,10 +179,10 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def frontier(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
-    """Rows no other row beats in both accuracy and cost (lower is better), cheapest first; untrained ones left out."""
-    ordered = sorted(
-        (r for r in measured(rows) if r.accuracy and r.trained != UNTRAINED), key=lambda r: (cost(r), -_accuracy(r))
-    )
+    """Rows no other row beats in both accuracy and cost (lower is better), cheapest first; untrained ones and `BOUNDS`
+    left out."""
+    able = [r for r in measured(rows) if r.accuracy and r.trained != UNTRAINED and r.name not in BOUNDS]
+    ordered = sorted(able, key=lambda r: (cost(r), -_accuracy(r)))
     best, front = -1.0, []
     for row in ordered:
         if _accuracy(row) > best:
@@ -191,9 +192,43 @@ def frontier(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What a reader in a hurry should know: the fastest method whose measured loss is within a point."""
+    """What a reader in a hurry should know: the fastest method whose measured loss is within a point; of a model that
+    sees, also what a quarter of the tokens does to what it imagines."""
+    return " ".join(filter(None, [_fastest(rows), _imagined(rows) if of_seeing(rows) else ""]))
+
+
+def _imagined(rows: Sequence[Row]) -> str:
+    """Whether any method is on or above the unreduced model, at a quarter of its visual tokens, in denying what is not
+    there but likely."""
+
+    def denied(row: Row) -> float | None:
+        return next((s.value.value for s in row.scores if s.task == "likely"), None)
+
     base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
-    tried = [r for r in measured(rows) if r.difference and r.speedup and r.trained != UNTRAINED]
+    known = None if base is None else denied(base)
+    if base is None or known is None:
+        return ""
+    tried = [
+        (share, r) for r in measured(rows)
+        if r.name not in (*RANDOM, *BOUNDS) and r.trained != UNTRAINED
+        and abs(r.tokens / base.tokens - 0.25) < 0.03 and (share := denied(r)) is not None
+    ]  # fmt: skip
+    if not tried:
+        return ""
+    above = [(share, r) for share, r in tried if share >= known]
+    start = f"At a quarter of the visual tokens {len(above) or 'none'} of {len(tried)} methods"
+    start += f" deny what is likely but absent as often as the unreduced model ({100 * known:.1f} %) or more often"
+    if not above:
+        return f"{start}."
+    share, best = max(above, key=lambda pair: (pair[0], _accuracy(pair[1])))
+    return f"{start}; {best.method} in {100 * share:.1f} %."
+
+
+def _fastest(rows: Sequence[Row]) -> str:
+    base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
+    tried = [
+        r for r in measured(rows) if r.difference and r.speedup and r.trained != UNTRAINED and r.name not in BOUNDS
+    ]  # fmt: skip
     if base is None or base.accuracy is None or not tried:
         return "Nothing to compare yet."
     start = (
