@@ -64,8 +64,11 @@ BLIND, ORACLE = "no-image", "oracle"
 SHARES = (0.5, 0.25, 0.11, 0.05)
 DRAWS = 3
 SIZE = 50  # questions in a batch
-BRIDGE = ("random:site=bridge", "grid:site=bridge", "pool:site=bridge", ORACLE, "fastervlm", "visionzip", "prumerge",
-          "vispruner", "holov", "vscan:window=4,shallow=1", "divprune", "cdpruner", "trim", "setok")  # fmt: skip
+BRIDGE = (
+    "random:site=bridge", "grid:site=bridge", "pool:site=bridge", ORACLE, "fastervlm", "visionzip", "prumerge",
+    "vispruner", "holov", "vscan:window=4,shallow=1", "divprune", "cdpruner", "cdpruner:negate=false", "trim",
+    "trim:negate=false", "setok",
+)  # fmt: skip
 INSIDE = ("fastv:k=1", "dart:layers=0", "topv:layer=1")
 
 
