@@ -97,7 +97,9 @@ def bench(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Images, balanced over the classes, 0 = all; or contexts of a book. Default: 1000; language: 2."
+            min=0,
+            help="Images, balanced over the classes, 0 = all; contexts of a book; or questions of a kind about scenes. "
+            "Default: 1000; language: 2; vision and language: 100.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -120,8 +122,10 @@ def bench(
     """Measure what each method costs and gains, against the same model with all its tokens.
 
     A causal language model is asked about texts: contexts are read with each method on, then questions are asked.
+    A vision-language model is asked about scenes whose objects' places are known.
     Every other model is asked which class an image or a text belongs to.
     """
+    from fewer import hosts
     from fewer.studio import report
 
     _quiet()
@@ -133,9 +137,18 @@ def bench(
         raise ValueError(f"execution={execution!r}: packed or padded")
     loaded = _load(model)
     writes = hasattr(loaded[0], "generate")
+    sees = writes and isinstance(hosts.find(loaded[0]), hosts.VisionLanguageHost)
+    if sees:
+        _only(language | vision, f"{model} is a vision-language model")
     _only(language if not writes else vision, f"{model} is {'a' if writes else 'no'} causal language model")
     with _Progress() as watch:
-        if writes:
+        if sees:
+            from fewer.evaluation import visual
+            from fewer.studio.asked import asked
+
+            settings_ = visual.Settings(**_given(shared))
+            rows = visual.run(settings_, out_, watch=watch, subject=visual.load(settings_, loaded), picture=asked)
+        elif writes:
             from fewer.evaluation.language import bench as texts
 
             chosen = texts.Settings(**_given(shared | language))
@@ -175,10 +188,20 @@ def _only(others: dict[str, Any], why: str) -> None:
 
 @app.command()
 def generate(
+    words: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to go on from, or the question about --file, --image.")
+    ] = None,
     model: Annotated[str, typer.Option(help=NAMES)] = "smollm2-135m",
-    method: Annotated[str, typer.Option(help="Text form such as snapkv:keep=0.5; none = the whole cache.")] = "",
-    prompt: Annotated[str | None, typer.Option(help="What to go on from, or the question about --file.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Text form such as snapkv:keep=0.5; join several by ';'. None = everything stays.")
+    ] = "",
+    prompt: Annotated[
+        str | None, typer.Option(help="The same, for texts that begin with a dash.", show_default=False)
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="A text to read first, in UTF-8.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="For a vision-language model: a file, or scenes:17; repeat for several.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="As a turn of a chat. Default: where the model has a template.")
@@ -186,13 +209,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; default: greedy.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0 = as torch has it.")] = 0,
 ) -> None:
-    """Write with a method on, and show live what the cache holds."""
+    """Write with a method on, and show live what the cache holds, and what is left of the images."""
+    from fewer.evaluation.settings import split_forms
     from fewer.studio.writing import Pen, prompt_ids
 
     _quiet()
-    said = "\n\n".join(part for part in (_text(file), prompt) if part)
+    if words and prompt:
+        raise ValueError("two prompts: give it as --prompt or by itself")
+    said = "\n\n".join(part for part in (_text(file), prompt or words) if part)
     if not said:
-        raise ValueError("nothing to go on from: give --prompt, --file, or both")
+        raise ValueError("nothing to go on from: give a prompt, --file, or both")
+    pictures = [_shown(name)[0] for name in image or ()]
     if threads:
         import torch
 
@@ -200,9 +227,45 @@ def generate(
     network, tokenizer = _load(model)
     if not hasattr(network, "generate"):
         raise ValueError(f"{model} writes no text; give a causal language model, such as smollm2-135m")
-    ids = prompt_ids(network, tokenizer, said, chat)
-    with _applied(network, [method])[0] if method else nullcontext():
-        Pen(network, tokenizer, out).write(ids, max_new_tokens, seed)
+    sees = _sees(network)
+    if pictures and not sees:
+        raise ValueError(f"{model} sees no images; leave --image out, or give a vision-language model: llava-scenes")
+    given: Any
+    if sees:
+        from fewer.studio.seen import prompted
+
+        given, tokenizer = prompted(network, tokenizer, said, pictures, chat), tokenizer.tokenizer  # type: ignore[attr-defined]
+    else:
+        given = prompt_ids(network, tokenizer, said, chat)
+    forms = split_forms([method])
+    guide = _guide(model, network) if sees else None
+    on: Any = _applied(network, forms, guide)[0] if forms else nullcontext()
+    with on as session:
+        if guide is not None and session is not None:
+            session.ask([said])
+        Pen(network, tokenizer, out, session).write(given, max_new_tokens, seed)
+
+
+def _sees(network: Any) -> bool:
+    """Whether a model is a vision-language model."""
+    from fewer import hosts
+
+    return isinstance(hosts.find(network), hosts.VisionLanguageHost)
+
+
+def _shown(name: str) -> tuple[Any, str]:
+    """A picture for a vision-language model, and the packaged question about it; "" for pictures from elsewhere."""
+    head, colon, number = name.partition(":")
+    if head != "scenes" or not colon or Path(name).exists():
+        return _image(name), ""
+    from PIL import Image
+
+    from fewer.studio.seen import example
+
+    if not number.isdigit():
+        raise ValueError(f"{name}: give a number, as in scenes:17")
+    question = example(int(number))
+    return Image.fromarray(question.scenes[0].pixels), question.text
 
 
 def _text(file: Path | None) -> str:
@@ -246,7 +309,7 @@ def show(method: Annotated[str, typer.Argument(help="A method's name or text for
     facts.add_column()
     for name, value in (
         ("paper", card.paper), ("acts by", card.acts), ("on", card.on), ("training", card.training),
-        ("where", reducer.site.value), ("blocks", _blocks(reducer)),
+        ("where", reducer.site.value), *_sights(reducer),
     ):  # fmt: skip
         facts.add_row(name, escape(value))
     out.print(facts)
@@ -264,9 +327,14 @@ def show(method: Annotated[str, typer.Argument(help="A method's name or text for
 
 @app.command()
 def viz(
-    image: Annotated[str, typer.Argument(help="An image file, or embedded:17 for a packaged one.")],
+    image: Annotated[
+        str, typer.Argument(help="An image file, or a packaged one: embedded:17; for llava-scenes scenes:17.")
+    ],
     method: Annotated[list[str], typer.Option("--method", help="Text form such as tome:r=8; repeat to stack.")],
     model: Model = "vit-fashion",
+    question: Annotated[
+        str | None, typer.Option(help="What a vision-language model is asked. Default: what a packaged scene asks.")
+    ] = None,
     out_: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("viz.png"),
     layers: Annotated[int, typer.Option(min=1, help="At most this many blocks are shown.")] = 5,
     size: Annotated[int, typer.Option(min=32, help="Pixels of one picture's longer edge.")] = 280,
@@ -279,8 +347,13 @@ def viz(
 
     _quiet()
     forms = split_forms(method)
-    picture = _image(image)
+    picture, asked = _shown(image)
     network, processor = _load(model)
+    if _sees(network):
+        _viz_asked(network, processor, picture, question or asked or ASKED, forms, out_, (model, image), layers, size)
+        return
+    if question is not None:
+        raise ValueError(f"--question does not apply: {model} is no vision-language model")
     fitted = processor.fit(picture) if hasattr(processor, "fit") else picture
     session, untrained = _applied(network, forms)
     with session, torch.inference_mode():
@@ -291,6 +364,47 @@ def viz(
     sheet(tiles, captions, title=" ".join(forms), note=note).save(out_)
     out.print(escape(session.report()))
     out.print(f"[dim]wrote[/] {escape(str(out_))}", soft_wrap=True)
+
+
+ASKED = "what is in the image ?"
+"""What viz asks where nobody says."""
+SHORT = 16
+"""Tokens of an answer in a picture."""
+
+
+def _viz_asked(
+    network: Any, processor: Any, picture: Any, question: str, forms: list[str], file: Path, names: tuple[str, str],
+    most: int, size: int,
+) -> None:  # fmt: skip
+    """`viz` on a vision-language model: the rows left of an image, and what it answers with and without the method."""
+    from fewer.studio.pictures import sheet
+    from fewer.studio.seen import as_seen, left, prompted
+
+    given = prompted(network, processor, question, [picture], None)
+
+    def answer() -> str:
+        ids = network.generate(**given, max_new_tokens=SHORT, do_sample=False)
+        return str(processor.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    before = answer()
+    guide = _guide(names[0], network)
+    session, untrained = _applied(network, forms, guide)
+    with session:
+        if guide is not None:
+            session.ask([question])
+        after = answer()
+        captions, tiles = left(session, as_seen(processor, given, picture), most=most, size=size)
+        report = session.report()
+    said = f"{question} {after}" + (f" (all tokens: {before})" if after != before else "")
+    note = f"{names[0]}; {Path(names[1]).name}; {said}" + ("; random modules" if untrained else "")
+    if any(method.card.acts in ("distill", "pool") for method in session.methods):
+        note += "; rows are made of several patches, and stand where one of them stood"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet([tiles], captions, title=" ".join(forms), note=note).save(file)
+    out.print(escape(report))
+    for what, words in (("question", question), ("answer", after), ("all tokens", before)):
+        out.print(f"[dim]{what}[/] {escape(words)}", soft_wrap=True)
+    out.print(f"[dim]wrote[/] {escape(str(file))}", soft_wrap=True)
 
 
 @app.command()
@@ -312,6 +426,11 @@ def doctor(
     table.add_column()
     for what, value in host.describe():
         table.add_row(what, escape(value))
+    if isinstance(host, hosts.VisionLanguageHost):
+        for what, value in _seen(network, processor):
+            table.add_row(what, escape(value))
+        out.print(table)
+        return
     args, inputs, plain = _sample(host, processor)
     with torch.inference_mode():
         before = _first(host.root(*args, **inputs))
@@ -330,7 +449,12 @@ def doctor(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="vit-fashion, bert-eras, minilm-r8, or a method: dynamicvit:keep=0.7.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, or a method: dynamicvit:keep=0.7, tokenpacker."
+        ),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Model whose method's modules are trained. Default: what the recipe is made for.")
     ] = None,
@@ -339,7 +463,7 @@ def train(
         list[str] | None, typer.Option("--set", help="A field of the recipe: --set steps=300; repeat.")
     ] = None,
 ) -> None:
-    """Train a packaged classifier, or a method's own modules on a model."""
+    """Train a packaged model, or a method's own modules on a model; find the settings of methods that have such."""
     _quiet()
     recipe, run = _recipe(name, model)
     recipe = _changed(recipe, dict(_assignment(item) for item in set_ or ()))
@@ -390,6 +514,15 @@ def distance(
 # -- helpers ----------------------------------------------------------------------------------------------------
 ENCODING = ("power_bert", "ltp", "length_adaptive", "pyramid_bert", "trbert", "leap")
 PROMPTING = ("sdtp", "dynamic_context_pruning")
+SEEING = ("dynamic_llava_decode", "voco_llama")  # their tokens are visual ones, though they act on the cache
+
+
+def _visual(name: str) -> bool:
+    """Whether a method acts on visual tokens of a vision-language model."""
+    from fewer import parse
+    from fewer.core import VisualReducer
+
+    return isinstance(parse(name), VisualReducer)
 
 
 def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], Any]]:
@@ -405,6 +538,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
 
         base = texts.Recipe() if name == "bert-eras" else texts.MINILM
         return base, lambda recipe, out: texts.train(out, recipe=recipe, log=_say)
+    if name == "llava-scenes":
+        from fewer.recipes import vlm
+
+        return vlm.Recipe(), lambda recipe, out: vlm.train(out, recipe=recipe, log=_say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 
@@ -418,6 +555,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import predict
 
         return predict.Prediction(method=name, **chosen), partial(predict.train, log=_say)
+    if method in SEEING or _visual(name):
+        from fewer.recipes import visual
+
+        return visual.recipe_for(name), partial(visual.train, log=_say, **chosen)
     if method in PROMPTING:
         from fewer.recipes import prompt
 
@@ -465,15 +606,58 @@ def _load(name: str) -> tuple[Any, Callable[..., Any]]:
     return load_model(name)
 
 
-def _applied(network: Any, forms: Sequence[str]) -> tuple[Any, bool]:
+def _applied(network: Any, forms: Sequence[str], guide: Any = None) -> tuple[Any, bool]:
     """A session, with random modules where the package has none for this model; and whether that was so."""
     import fewer
     from fewer.trained import UNTRAINED, ModulesError
 
     try:
-        return fewer.apply(network, list(forms)), False
+        return fewer.apply(network, list(forms), guide=guide), False
     except ModulesError:
-        return fewer.apply(network, list(forms), modules=UNTRAINED), True
+        return fewer.apply(network, list(forms), modules=UNTRAINED, guide=guide), True
+
+
+def _guide(name: str, network: Any) -> Any:
+    """The image-text model beside a vision-language model, for methods that compare patches with the question; None
+    where there is none."""
+    import fewer
+    from fewer import zoo
+
+    try:
+        return fewer.Guide(*zoo.load_clip(name, network))
+    except zoo.ModelError:
+        return None
+
+
+def _seen(network: Any, processor: Any) -> list[tuple[str, str]]:
+    """Whether a vision-language model's images are found in its prompts, and whether all is as it was without them."""
+    import torch
+    from PIL import Image
+
+    import fewer
+    from fewer.studio.seen import prompted
+
+    image = Image.radial_gradient("L").convert("RGB")
+    given = prompted(network, processor, ASKED, [image], None)
+    plain, half = "random:site=bridge,keep=1", "random:site=bridge,keep=0.5"
+    with torch.inference_mode():
+        before = network(**given, use_cache=False).logits
+        with fewer.apply(network, plain) as session:
+            during = network(**given, use_cache=False).logits
+            layout = session.layout  # type: ignore[attr-defined]
+        with fewer.apply(network, half) as session:
+            network(**given, use_cache=False)
+            left = int(session.seen().sum())  # type: ignore[attr-defined]
+        after = network(**given, use_cache=False).logits
+    rows, grid = sum(layout.counts), layout.grid
+    shown = "" if grid is None else f", {grid[0]} x {grid[1]}"
+    pictures = "" if len(layout.counts) == 1 else f" in {len(layout.counts)} pictures"
+    return [
+        ("image", f"{rows} visual rows{pictures}{shown}, of {given['input_ids'].shape[1]} tokens of a prompt"),
+        ("half removed", f"{left} rows reach the last block"),
+        ("nothing removed", _difference(before, during)),
+        ("session taken off", _difference(before, after)),
+    ]
 
 
 PLAIN = {"decoder": "lazyllm:keep=1", "state space": "utrc:keep=1"}
@@ -520,13 +704,28 @@ def _image(name: str) -> Any:
 
 
 def _where(cls: type[Reducer]) -> str:
-    from fewer.core import Reducer
+    from fewer.core import Reducer, Site
 
+    if cls.site is Site.BRIDGE:
+        return cls.site.value
     layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
     blocks = None if layers is None else layers.default
     site = cls.site.value if hasattr(cls.site, "value") else "depends on the setting"
     every = "every block" if cls.acts_at is Reducer.acts_at else "blocks by depth"
     return f"{site}, {every}" if blocks is None else f"{site}, blocks {_plus(blocks)}"
+
+
+def _sights(reducer: Reducer) -> list[tuple[str, str]]:
+    """The blocks a method acts at; for methods on visual tokens, what its budget counts and what it looks at."""
+    from fewer.core import Site, VisualReducer
+
+    facts = [] if reducer.site is Site.BRIDGE else [("blocks", _blocks(reducer))]
+    if isinstance(reducer, VisualReducer):
+        facts.append(("budget of", "each image or video" if reducer.scope == "image" else "each prompt"))
+        if reducer.looks_at:
+            tower = ("the one whose output is used" if b is None else str(b) for b in reducer.looks_at)
+            facts.append(("looks at", f"attention of the vision tower's blocks: {', '.join(tower)}"))
+    return facts
 
 
 def _blocks(reducer: Reducer) -> str:
@@ -546,27 +745,12 @@ def _plus(numbers: Sequence[int]) -> str:
 
 def _parameters(cls: type[Reducer]) -> list[tuple[str, str, str]]:
     """(name, default as one types it, what the class says about it) of each parameter."""
-    import inspect
-    import re
     from dataclasses import fields
 
-    said: dict[str, str] = {}
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    last = None
-    lines = (inspect.getdoc(cls) or "").splitlines()[1:]
-    for line in (part for whole in lines for part in re.split(r"(?<=[.;]) (?=\w+: )", whole)):
-        start = re.match(r"([a-z_]+(?:, [a-z_]+)*):? +(.*)", line)
-        if start and all(part in names for part in start[1].split(", ")):
-            last = start[1].split(", ")
-            said |= dict.fromkeys(last, start[2])
-        elif last and line.strip():
-            said |= {name: f"{said[name]} {line.strip()}" for name in last}
-        elif not line.strip():
-            last = None
-    inherited = {"layers": "0-based blocks where it acts; none = every block",
-                 "proportional": "later blocks add log(size) to their attention logits",
-                 "fidelity": "paper, or code where the authors' code differs"}  # fmt: skip
-    return [(f.name, _typed(f.default), said.get(f.name, inherited.get(f.name, ""))) for f in fields(cls)]  # type: ignore[arg-type]
+    from fewer.studio.explained import explained
+
+    _, said = explained(cls)
+    return [(f.name, _typed(f.default), said.get(f.name, "")) for f in fields(cls)]  # type: ignore[arg-type]
 
 
 TYPED = {"ratio": "keep", "value": "threshold", "share": "mass"}  # fields of budgets, as the text form calls them

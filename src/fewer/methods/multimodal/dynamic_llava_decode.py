@@ -57,7 +57,7 @@ class DynamicLLaVADecode(CacheReducer):
     k: layers that remember everything; by default a sixteenth of the depth (2 of 32), at least one. width: of the
     predictor. It reads what enters the attention of layer k, behind that layer's norm (the authors' reads what enters
     the layer). learning: set while it is trained (`fewer.recipes.exits.train_output`); decisions are then sampled and
-    weigh as keys, without a cache.
+    weigh as keys, without a cache. decodes: whether it decides at every step; it is about nothing else.
 
     Counts are read from the device once per layer and step, as wherever rows leave a cache by themselves.
     """

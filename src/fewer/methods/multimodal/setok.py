@@ -60,7 +60,8 @@ class SeTok(VisualReducer):
     neighbours: tokens the density is taken over. normalise: bring every feature vector to mean 0 and variance 1 first,
         so that one threshold serves towers whose features differ in scale; the paper's code takes them as they are.
     trained: False averages the projected tokens of a cluster. True is the paper's tokenizer: a transformer within each
-        cluster, its mean, one between the clusters, a linear layer; `heads` and `depth` are theirs.
+        cluster, its mean, one between the clusters, a linear layer.
+    heads, depth: of these transformers.
 
     sees: "tower", the features that enter the projector; "projected", the visual rows themselves, for models whose
         tower shows nothing for each row: videos of LLaVA-OneVision, whose frames are pooled behind the projector.
