@@ -287,3 +287,36 @@ def test_bad_input_is_told() -> None:
     with fewer.apply(model, "random:site=bridge,tokens=500") as session:
         model(**inputs)  # more than there are: all stay
         assert session.visual_counts == [16.0] * 4
+
+
+def test_a_static_cache_is_refused() -> None:
+    from transformers import StaticCache
+
+    from fewer.cache import CacheError
+
+    model = tiny_vlm("llava")
+    inputs = prompts(model, [1])
+    with fewer.apply(model, FEW):
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        with pytest.raises(CacheError, match="StaticCache|static"):
+            model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_deep_features_reach_the_rows_that_are_left() -> None:
+    """Qwen3-VL adds features behind blocks 0 and 1; rows leave behind block 0. Masked rows are the oracle, and features
+    that went to other rows would show."""
+    model = tiny_vlm("qwen3_vl")
+    inputs = prompts(model, [1, 2])
+    with fewer.apply(model, "fastv:keep=0.4,k=1") as session, torch.no_grad():
+        dropped = model(**inputs, use_cache=False).logits
+        stays = inputs["attention_mask"].bool() & (~session.layout.visual | session.seen())
+        last = session.last
+        shifted = last.sight.deep_index.roll(1, 1)
+    with fewer.apply(model, "fastv:keep=0.4,k=1", execution="masked"), torch.no_grad():
+        masked = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(dropped[stays], masked[stays], atol=2e-5, rtol=2e-5)
+    x = torch.zeros(2, inputs["input_ids"].shape[1], 32)
+    place = torch.arange(x.shape[1]).expand(2, -1)
+    right = last.sight.deepened(0, x, place)
+    last.sight.deep_index = shifted
+    assert not torch.equal(right, last.sight.deepened(0, x, place))
