@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -116,7 +116,7 @@ class SeeingSession(CacheSession):
             assert self._tower_host is not None
             self.tower = session.Session(host.tower_module, inside, "padded", self._tower_host, modules)
 
-    @property
+    @cached_property
     def _tower_host(self) -> Host | None:
         family = self.host.tower_family
         if family is None:
