@@ -9,15 +9,20 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from enum import Enum
 from inspect import cleandoc, getmodule
 from pathlib import Path
+from typing import Any
 
 import fewer
 from fewer import Reducer, Site, hosts, texts, zoo
+from fewer.core import VisualReducer
 from fewer.core.cached import CacheReducer
 from fewer.hosts import Family
+from fewer.hosts.vision_language import ROWS
+from fewer.studio.explained import explained
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, TESTS, ASSETS = ROOT / "docs", ROOT / "tests", ROOT / "src" / "fewer" / "assets"
@@ -32,6 +37,10 @@ SHARED = (  # tests of many methods of one kind
     "tests/cache/test_exact.py",
     "tests/methods/test_encoder_methods.py",
     "tests/methods/test_encoder_methods_on_models.py",
+    "tests/visual/test_inside.py",
+    "tests/visual/test_projectors_on_models.py",
+    "tests/visual/test_resamplers_on_models.py",
+    "tests/visual/test_crossmodal_hosts.py",
 )
 DEPTH = 12  # blocks of the model that "by depth" is shown for
 
@@ -40,6 +49,20 @@ GROUPS: dict[str, tuple[str, str]] = {
     "vision": (
         "Vision transformers",
         "On pictures. They run in text encoders too, and those that only prune in decoders.",
+    ),
+    "bridge": (
+        "Vision-language models: before the language model",
+        "On the visual tokens of LLaVA, Qwen-VL and their kin, once, between vision tower and language model: all of "
+        "its layers and its cache hold fewer rows. `random`, `grid` and `pool` of the vision transformers act here too "
+        "with `site=bridge`. The [guide](vision-language.md) says what a budget counts.",
+    ),
+    "inside": (
+        "Vision-language models: inside the language model",
+        "Visual tokens leave at some of its layers, where attention shows what the prompt looks at.",
+    ),
+    "pairs": (
+        "Image-text encoders",
+        "BLIP and ViLT. `turbo` and `madtp` of the vision transformers are for BLIP's vision tower.",
     ),
     "encoder": (
         "Text encoders",
@@ -80,52 +103,37 @@ def cell(written: str) -> str:
 def in_python(method: Reducer) -> str:
     """A method as an expression for someone who wrote `import fewer` and nothing else."""
     own = [f.name for f in fields(method) if type(getattr(method, f.name)).__name__ not in PUBLIC_OR_PLAIN]  # type: ignore[arg-type]
-    given = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields(method) if f.name not in own)  # type: ignore[arg-type]
+
+    def literal(value: Any) -> str:
+        return f"fewer.{type(value).__name__}.{value.name}" if isinstance(value, Enum) else repr(value)
+
+    given = ", ".join(f"{f.name}={literal(getattr(method, f.name))}" for f in fields(method) if f.name not in own)  # type: ignore[arg-type]
     return re.sub(r"\b(?=[A-Z]\w*\()", "fewer.", f"{type(method).__name__}({given})")
-
-
-def described(cls: type[Reducer]) -> tuple[list[str], dict[str, str]]:
-    """A method's docstring as paragraphs of prose and the meaning of its parameters.
-
-    A parameter's meaning is a line `name: meaning` or `name   meaning`, with the lines that follow it up to an empty
-    one; further parameters may begin after a full stop in the same line.
-    """
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    prose: list[str] = []
-    meanings: dict[str, str] = {}
-    target: str | None = None
-    for line in cleandoc(cls.__doc__ or "").splitlines()[1:]:
-        for part in re.split(r"(?<=[.;]) (?=\w+: )", line):
-            name, meaning = parameter(part)
-            if name in known:
-                target = name
-                meanings[name] = meaning
-            elif target and part.strip():
-                meanings[target] += " " + part.strip()
-            else:
-                target = None
-                prose.append(part)
-    for line in cleandoc(Reducer.__doc__ or "").splitlines():
-        name, meaning = parameter(line)
-        if name in known:
-            meanings.setdefault(name, meaning)
-    return re.split(r"\n{2,}", "\n".join(prose).strip()), meanings
-
-
-def parameter(line: str) -> tuple[str, str]:
-    """(name, meaning) of a line that may describe a parameter."""
-    found = re.fullmatch(r"(\w+)(?:: |\s{2,})(.*)", line)
-    return (found[1], found[2].strip()) if found else ("", "")
 
 
 def contract(name: str, cls: type[Reducer]) -> str:
     """The models on which the contract holds a method to what it promises; empty where there is none."""
     if cls.card.on == "vision":
         return "the contract (every method, every kind of host)"
-    tree = ast.parse((TESTS / "test_contract.py").read_text())
-    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "ON_TEXT")
-    kinds = [kind for kind, forms in ast.literal_eval(table).items() if any(f.partition(":")[0] == name for f in forms)]
+    if issubclass(cls, VisualReducer):
+        anywhere = named(name, table("test_contract_visual.py", "ANYWHERE"))
+        return f"the contract of visual tokens ({'every family' if anywhere else 'LLaVA'})"
+    kinds = [kind for kind, forms in table("test_contract.py", "ON_TEXT").items() if named(name, forms)]
     return f"the contract ({', '.join(kinds)})" if kinds else ""
+
+
+def table(file: str, name: str) -> Any:
+    """A table of literals that a test file assigns to a name."""
+    for node in ast.parse((TESTS / file).read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and ast.unparse(targets[0]) == name and node.value:  # type: ignore[arg-type]
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{file} has no table {name}")
+
+
+def named(name: str, forms: Iterable[str]) -> bool:
+    """Whether one of some text forms is of this method."""
+    return any(form.partition(":")[0] == name for form in forms)
 
 
 def names_it(file: str, name: str) -> bool:
@@ -135,7 +143,7 @@ def names_it(file: str, name: str) -> bool:
 
 def tested(name: str, cls: type[Reducer]) -> str:
     """What checks a method: the files that are there."""
-    goldens = sorted(TESTS.glob(f"goldens/{name}_*.npz"))
+    goldens = sorted({*TESTS.glob(f"goldens/{name}_*.npz"), *TESTS.glob(f"goldens/{name}.npz")})
     own = sorted(TESTS.rglob(f"test_{name}.py"))
     parts = [part for part in [contract(name, cls)] if part]
     parts += [f"its own tests (`{path.relative_to(ROOT)}`)" for path in own]
@@ -150,8 +158,11 @@ def tested(name: str, cls: type[Reducer]) -> str:
 
 def group(name: str, cls: type[Reducer]) -> str:
     """The key of GROUPS a method stands under."""
-    if cls().site is Site.KV_CACHE:
+    default = cls()
+    if default.site is Site.KV_CACHE:
         return "kv-cache"
+    if cls.card.on == "multimodal":
+        return "bridge" if default.site is Site.BRIDGE else "inside" if issubclass(cls, VisualReducer) else "pairs"
     return LANGUAGE.get(name, "prompt") if cls.card.on == "language" else cls.card.on
 
 
@@ -165,6 +176,17 @@ def where(default: Reducer) -> str:
     return f"by depth; of {DEPTH}: {', '.join(map(str, blocks))} (0-based)"
 
 
+def sights(default: Reducer) -> list[str]:
+    """Lines of a page's table: where a method acts; on visual tokens also what its budget counts, what it looks at."""
+    lines = [] if default.site is Site.BRIDGE else [f"| layers | {where(default)} |"]
+    if isinstance(default, VisualReducer):
+        lines.append(f"| budget of | {'each image or video' if default.scope == 'image' else 'each prompt'} |")
+        blocks = ["the one whose output is used" if block is None else str(block) for block in default.looks_at]
+        if blocks:
+            lines.append(f"| looks at | attention of the vision tower's blocks: {', '.join(blocks)} |")
+    return lines
+
+
 def shipped(name: str) -> str:
     """The trained modules the package has for a method."""
     files = sorted(file for file in ASSETS.glob("*/*.safetensors") if re.fullmatch(rf"{name}(-.+)?", file.stem))
@@ -175,10 +197,11 @@ def shipped(name: str) -> str:
 def method_page(name: str, cls: type[Reducer]) -> str:
     """The page of one method."""
     card, default, none = cls.card, cls(), CacheReducer.predictors
-    prose, meanings = described(cls)
+    prose, meanings = explained(cls)
     module = getmodule(cls)
     source = cleandoc((module.__doc__ if module else None) or "").splitlines()[0]
     own = cls.modules is not Reducer.modules or getattr(cls, "predictors", none) is not none
+    own = own or (issubclass(cls, VisualReducer) and cls.parts is not VisualReducer.parts)
     handed = "its modules are handed to `apply` as `modules=`" if own else ""
     training = (TRAINING.get(card.training, card.training), handed, shipped(name))
     lines = [
@@ -199,7 +222,7 @@ def method_page(name: str, cls: type[Reducer]) -> str:
         f"| on | {card.on} |",
         f"| training | {'; '.join(filter(None, training))} |",
         f"| site | {default.site.value} |",
-        f"| layers | {where(default)} |",
+        *sights(default),
         f"| checked by | {cell(tested(name, cls))} |\n",
         "## Parameters\n",
         "| name | default | meaning |",
@@ -265,10 +288,31 @@ def families(title: str, says: str, members: list[Family], heads: str, more: Cal
     return [f"## {title}\n", f"{says}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows, ""]
 
 
+def seeing() -> list[str]:
+    """The part of the hosts page on vision-language models."""
+    rows = [
+        f"| {row.name} | `{row.root}` | `{row.tower}`, `{row.projector}`, `{row.language}` | "
+        f"{'patches joined before it' if row.joins else 'each patch'} | {'yes' if row.videos else 'no'} |"
+        for row in ROWS
+    ]
+    return [
+        "## Vision-language models\n",
+        "A vision tower, a projector, a decoder. What the vision transformers' methods do inside the tower, and the "
+        "decoders' inside the language model and on its cache, they do here too; methods on visual tokens see these "
+        "alone ([guide](vision-language.md)). A tower of a family above can be looked into; of another one, the "
+        "projected tokens are all that methods see. A known architecture may hold any of the decoders above.\n",
+        "| family | found by | tower, projector, language model | what is projected | videos |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
 def hosts_page() -> str:
     """The tables of model families, one for each kind."""
     every = hosts.FAMILIES
-    inside = "; ".join(s.value for s in Site if s is not Site.KV_CACHE)
+    inside = "; ".join(s.value for s in Site if s not in (Site.KV_CACHE, Site.BRIDGE))
+    paired = ("BLIP", "ViLT", "cross-attention")
     encoders = [f for f in every if f.text and f.library == "transformers"]
     return "\n".join(
         [
@@ -277,13 +321,13 @@ def hosts_page() -> str:
             "A host is one table row per architecture: where its blocks are and what their parts are called. A model "
             "is found by the class of its backbone, wherever that sits inside it, so a classifier, a segmenter or your "
             "own module around it works too. `fewer doctor MODEL` prints what was found in yours.\n",
-            f"Each offers these sites: {inside}. Decoders add one: {Site.KV_CACHE.value}. Fused attention stays on at "
-            "all of them.\n",
+            f"Each offers these sites: {inside}. Decoders add one: {Site.KV_CACHE.value}; vision-language models "
+            f"another: {Site.BRIDGE.value}. Fused attention stays on at all of them.\n",
             *families(
                 "Vision transformers",
                 "Protected: class token, distillation token, registers. The model's output has fewer rows; "
                 "`session.restore` spreads them over the patches again.",
-                [f for f in every if not f.text],
+                [f for f in every if not f.text and f.library not in paired],
                 "library",
                 lambda f: f"{f.library} |",
             ),
@@ -309,6 +353,14 @@ def hosts_page() -> str:
             ),
             "Sliding-window layers (Gemma 3, Mistral) keep their window; methods act on what it holds. The attention "
             "implementation must be `sdpa` or `eager`.\n",
+            *seeing(),
+            *families(
+                "Image-text encoders",
+                "They read an image and a text together. Their attention is written out in the model, and stays so.",
+                [f for f in every if f.library in paired],
+                "",
+                lambda f: "",
+            ),
             *families(
                 "State-space models",
                 "No attention: a method that asks for it says so and stops. The state reads every row it is given, so "

@@ -101,8 +101,9 @@ class SeeingSession(CacheSession):
             raise SessionError(
                 f"{text(who)} looks at block {deep[0]} of the vision tower, which has {depth} (0 to {depth - 1})"
             )
-        if (inside or wanted) and self._tower_host is None:
-            who = inside[0] if inside else next(m for m in self.methods if getattr(m, "looks_at", ()))
+        curious = [*inside, *(m for m in self.methods if isinstance(m, VisualReducer) and (m.looks_at or m.taps(1)))]
+        if curious and self._tower_host is None:
+            who = curious[0]
             raise SessionError(
                 f"{text(who)} needs to look into the vision tower, a {type(host.tower_module).__name__}, which is no "
                 "known family; choose a method that looks at the projected tokens alone, such as divprune"

@@ -55,6 +55,11 @@ class Session:
                     f"{text(method)} ranks tokens by the class token's attention, and {host.family.name} has none; "
                     "choose a method that does without, such as tome or evit"
                 )
+            if method.across and host.family.library != "cross-attention":
+                raise SessionError(
+                    f"{text(method)} ranks what another sequence looks at, and {host.family.name} looks at itself; "
+                    "apply it to a text encoder with cross-attention, such as BLIP's model.text_encoder"
+                )
             if list(layers) != sorted(set(layers)):
                 raise SessionError(f"{text(method)}: name each block once, in ascending order, in layers=")
             if any(layer < 0 or layer >= depth for layer in layers):

@@ -276,3 +276,11 @@ def test_what_cross_attention_refuses() -> None:
 
 def test_run_helper_reads_the_pooled_features() -> None:
     assert run(tiny_vit("blip", depth=2), images()).shape == (2, 32)
+
+
+def test_cross_attention_methods_are_refused_where_there_is_none():
+    from fewer.session import SessionError
+    from fewer.testing.vision_language import tiny_vlm
+
+    with pytest.raises(SessionError, match="looks at itself"):
+        fewer.apply(tiny_vlm("llava"), "turbo_cross")

@@ -43,6 +43,7 @@ class Reducer:
     needs_cls     whether it ranks by a class token and has no answer without one
     revives       whether a decoder keeps what it drops while reading, and asks again at every step who takes part
     one_for_all   whether all its places share one set of trained modules
+    across        whether it ranks what another sequence looks at, in cross-attention
     extra         rows it adds to those the budget grants (what is dropped, fused into one)
     """
 
@@ -54,6 +55,7 @@ class Reducer:
     needs_cls: ClassVar[bool] = False
     revives: ClassVar[bool] = False
     one_for_all: ClassVar[bool] = False
+    across: ClassVar[bool] = False
 
     def acts_at(self, depth: int) -> tuple[int, ...]:
         """The blocks where it acts in a model of this depth: `layers`, or all of them."""

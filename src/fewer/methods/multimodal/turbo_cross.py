@@ -33,6 +33,7 @@ class TurboCross(Reducer):
     layers: tuple[int, ...] | None = None
     by: Literal["words", "cls"] = "words"
     site: ClassVar[Site] = Site.AFTER_BLOCK
+    across: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.by not in ("words", "cls"):
