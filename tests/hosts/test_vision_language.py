@@ -298,7 +298,7 @@ def test_a_static_cache_is_refused() -> None:
     inputs = prompts(model, [1])
     with fewer.apply(model, FEW):
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-        with pytest.raises(CacheError, match="StaticCache|static"):
+        with pytest.raises(CacheError, match=r"StaticCache|static"):
             model(**inputs, past_key_values=cache, use_cache=True)
 
 
