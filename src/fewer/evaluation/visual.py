@@ -248,7 +248,7 @@ def parsed(form: str) -> Reducer:
     name, _, rest = form.partition(":")
     if name != ORACLE:
         return parse(form)
-    return parse(Oracle(), **dict(pair.split("=") for pair in rest.split(",") if pair) | _tokens(rest))
+    return parse(Oracle(), **_tokens(rest))
 
 
 def _tokens(rest: str) -> dict[str, Any]:
@@ -283,6 +283,7 @@ class _Bench:
         self.host = host
         self.answers = torch.cat([torch.empty(0, dtype=torch.long)] + [b.answers for _, b in subject.prepared])
         self.order = [i for part, _ in subject.prepared for i in part]
+        self._raw = False  # whether the last session's modules are random
         self._plain: _Seen | None = None
         self._plain_flood: Tensor | None = None
         alone = self.threads == 1 and subject.device.type == "cpu"
@@ -320,9 +321,11 @@ class _Bench:
             return nullcontext()
         if any(f.name == "seed" for f in fields(method)):  # type: ignore[arg-type]
             method = replace(method, seed=draw)  # type: ignore[type-var]
+        self._raw = False
         try:
             return apply(self.subject.model, method, guide=self.subject.guide)
         except ModulesError:
+            self._raw = True
             return apply(self.subject.model, method, modules=UNTRAINED, guide=self.subject.guide)
 
     def _blind(self, row: Row) -> Row:
@@ -365,7 +368,7 @@ class _Bench:
                 session = stack.enter_context(self.session(method, draw))
                 if session is not None:
                     trained = len(list(session.modules.parameters())) > 0
-                    row.trained = "" if not trained else getattr(session, "provenance", UNTRAINED)
+                    row.trained = "" if not trained else UNTRAINED if self._raw else "packaged"
                 for part, given in subject.prepared:
                     mine = [k for k, i in enumerate(part) if i // per == draw]
                     if not mine:
