@@ -57,5 +57,6 @@ class Guide:
         return self._asked
 
     def patches(self, features: Tensor) -> Tensor:
-        """(R, N, C), what entered the projector, in the joint space: (R, N, J)."""
+        """(R, N, C), what entered the projector, in the joint space: (R, N, J), in the dtype of `clip`."""
+        features = features.to(self.clip.visual_projection.weight.dtype)
         return self.clip.visual_projection(self.clip.vision_model.post_layernorm(features))

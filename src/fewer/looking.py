@@ -79,6 +79,7 @@ class Looking(Reading):
         self.sight, self.embedded = sight, x
         self.standing = Standing.of(sight.layout)
         self._kwargs: dict[str, Any] = {}
+        self._renumbered: tuple[Tensor, Tensor] | None = None  # places of this block's rows, and their new positions
 
     # -- the sites ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Looking(Reading):
         return super().after(layer, self.sight.deepened(layer, x, self.tokens.place()), call)
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        self._kwargs = kwargs
+        self._kwargs, self._renumbered = kwargs, None
         moved = super().streams(layer, kwargs)
         old = self.layers[layer].shift if self.layers else None
         if not self.session.compact or not (self.steps or old is not None):  # type: ignore[attr-defined]
@@ -106,7 +107,9 @@ class Looking(Reading):
             entered = self.first.n if self.first.valid is None else self.first.valid.sum(-1)
             gone = entered - here
             self.layers[layer].shift = gone if old is None else old + gone
-        return at_positions(self.session, layer, moved, first + torch.arange(self.tokens.n, device=first.device))
+        at = first + torch.arange(self.tokens.n, device=first.device)
+        self._renumbered = self.tokens.place(), at
+        return at_positions(self.session, layer, moved, at)
 
     def _without_absent(self, x: Tensor) -> Tensor:
         """Rows whose patches were dropped inside the vision tower stand empty in the prompt: they go."""
@@ -161,7 +164,7 @@ class Looking(Reading):
         signals = Signals(
             shown.of(hidden), inner, replace(place, start=max(start), starts=starts), None, layout.grid,
             self.session.modules_of(method, place.stage), self.session.training, self.memory[method],
-            beside=self._beside(shown, hidden, tokens, place, seen),
+            beside=self._beside(shown, hidden, tokens, place, seen, reducer.site.sees_attention),
         )  # fmt: skip
         plan = reducer.plan(signals, inner)
         if isinstance(plan, Masked):
@@ -170,9 +173,7 @@ class Looking(Reading):
             return Plan.mask(policy[..., 0]), hidden
         anchors = plan if isinstance(plan, Hard) else Plan.keep(plan.position, plan.n, plan.lengths)
         whole = anchors
-        if (
-            reducer.adaptive
-        ):  # how many stay is known on the device only: one look, or the others would be carried along
+        if reducer.adaptive:  # the device alone knows how many stay: one look, or the others would be carried along
             anchors = anchors.trimmed()
         rows = None
         if isinstance(reducer, VisualReducer) and type(reducer).rows is not VisualReducer.rows:
@@ -186,17 +187,25 @@ class Looking(Reading):
         full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)
         return full, hidden
 
-    def _beside(self, shown: View, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None) -> Visual:
+    def _beside(
+        self, shown: View, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, behind: bool
+    ) -> Visual:
+        """behind: whether the site is behind its block's attention, so that the block ahead is the next one."""
         origin = tokens.place()
         text = self.sight.layout.text.gather(-1, origin)
         if tokens.valid is not None:
             text = text & tokens.valid
         if (answers := getattr(self.session, "answers", None)) is not None:
             text = text & ~answers.gather(-1, origin)
-        last = place.layer + 1 >= place.layers
+        ahead_known = behind and place.layer + 1 < place.layers
 
         def tables() -> tuple[Tensor, Tensor]:
-            cos, sin = (take(t.expand(len(origin), -1, -1), origin) for t in self._kwargs["position_embeddings"])
+            given = self._kwargs["position_embeddings"]
+            if self._renumbered is not None:
+                standing, at = self._renumbered
+                new = at.new_zeros(len(standing), self.first.n).scatter(-1, standing, at.expand_as(standing))
+                return self.session.rotary(place.layer).tables(new.gather(-1, origin), given[0].dtype)  # type: ignore[attr-defined]
+            cos, sin = (take(t.expand(len(origin), -1, -1), origin) for t in given)
             return cos, sin
 
         def peek(queries: Group) -> Tensor:
@@ -205,7 +214,7 @@ class Looking(Reading):
 
         return Visual(
             shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.sight.tower,
-            self.sight.guide(shown), place.spend, None if last else peek,
+            self.sight.guide(shown), place.spend, peek if ahead_known else None,
             tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
         )  # fmt: skip
 

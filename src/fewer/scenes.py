@@ -252,8 +252,8 @@ def ask(kind: str, scenes: Sequence[Scene], rng: np.random.Generator, form: str 
     """A question of this kind about the scenes (two for "compare", else one); None where they allow none.
 
     form: one of FORMS[kind]; None draws one, "presence" as often there as not. Training takes absent nouns evenly, so
-    leave "popular" and "adversarial" to tests. Raises DataError for an unknown kind or form, or
-    another number of scenes.
+    leave "popular" and "adversarial" to tests. Raises DataError for an unknown kind or form, or another number of
+    scenes.
     """
     if kind not in FORMS or (form is not None and form not in FORMS[kind]):
         raise DataError(f"no question {kind!r} of form {form!r}; there are {FORMS.get(kind, KINDS)}")
@@ -456,15 +456,16 @@ def batch(questions: Sequence[Question], processor: Any) -> Batch:
 def answered(
     model: nn.Module, processor: Any, questions: Sequence[Question], *, blind: bool = False, size: int = 50
 ) -> Tensor:
-    """(questions,) bool: whether the likeliest next token is the answer. blind: the images' tokens are hidden, the
-    words stay at their positions."""
+    """(questions,) bool on the CPU: whether the likeliest next token is the answer. blind: the images' tokens are
+    hidden, the words stay at their positions."""
     model.eval()
-    right = []
+    right, device = [], next(model.parameters()).device
     for first in range(0, len(questions), size):
         part = questions[first : first + size]
         given = batch(part, processor)
         inputs = given.inputs if not blind else _blinded(given, processor)
-        right.append(model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1) == given.answers)
+        said = model(**{name: x.to(device) for name, x in inputs.items()}, logits_to_keep=1).logits[:, -1].argmax(-1)
+        right.append(said.cpu() == given.answers)
     return torch.cat(right)
 
 

@@ -96,10 +96,11 @@ class SeeingSession(CacheSession):
                 f"{text(inside[0])} acts inside the vision tower, and {host.seer.name} joins patches of its output to "
                 "one row: which rows of the prompt would go is not defined; choose a method that acts behind the tower"
             )
-        if depth and (deep := [layer for layer in self._looks if not -depth <= layer < depth]):
-            who = next(m for m in self.methods if deep[0] in getattr(m, "looks_at", ()))
+        if depth and (deep := [layer for layer in (*self._looks, *self._taps) if not -depth <= layer < depth]):
+            seeing = (m for m in self.methods if isinstance(m, VisualReducer))
+            first = next(m for m in seeing if deep[0] in (*m.looks_at, *m.taps(depth)))
             raise SessionError(
-                f"{text(who)} looks at block {deep[0]} of the vision tower, which has {depth} (0 to {depth - 1})"
+                f"{text(first)} looks at block {deep[0]} of the vision tower, which has {depth} (0 to {depth - 1})"
             )
         curious = [*inside, *(m for m in self.methods if isinstance(m, VisualReducer) and (m.looks_at or m.taps(1)))]
         if curious and self._tower_host is None:
@@ -279,13 +280,21 @@ class SeeingSession(CacheSession):
         return args, kwargs
 
     def _sight(self, layout: Layout, calls: Sequence[Encoding]) -> Sight:
+        dropped = [c for c in calls if c.present is not None and (c.share is None or c.share[0] < c.share[1])]
+        if dropped and not layout.located:
+            assert self.tower is not None
+            raise SessionError(
+                f"{text(self.tower.methods[0])} drops rows inside the vision tower, and {self.host.seer.name} pools "
+                "the frames of a video behind it: which rows of the prompt would go is not defined; choose a method "
+                "that acts behind the tower, such as divprune"
+            )
         features = torch.cat([call.features.reshape(call.rows, -1) for call in self._joined(calls)])
         if len(calls) > 1:
             return Sight(layout, Tower(features, self._project, self.host.used))
-        call, tower = calls[0], self._tower_host
+        call, tower, prompts = calls[0], self._tower_host, layout.line.shape[0]
         if tower is None or self.host.joins:
             shown = Tower(features, self._project, self.host.used)
-            return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown))
+            return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
         depth, out = len(tower.blocks), call.outputs.get(self.host.used)
         seen = {**call.seen, **{layer - depth: one for layer, one in call.seen.items()}}
         levels = {t: call.outputs[t % depth][:, tower.prefix :].flatten(0, 1) for t in self._taps}
@@ -295,7 +304,7 @@ class SeeingSession(CacheSession):
             out[:, 0] if out is not None and tower.has_cls else None, levels,
             pixels if isinstance(pixels, Tensor) and pixels.dim() == 4 else None,
         )  # fmt: skip
-        return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown))
+        return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
 
     def _joined(self, calls: Sequence[Encoding]) -> list[Encoding]:
         """Where the projector itself joins patches: what entered it, joined."""
@@ -312,10 +321,13 @@ class SeeingSession(CacheSession):
             return projector.forward(flat).view(*rows.shape[:-1], -1)
         return projector.forward(rows)
 
-    def _guided(self, tower: Tower, shown: View) -> tuple[Tensor, Tensor] | None:
+    def _guided(self, tower: Tower, prompts: int, shown: View) -> tuple[Tensor, Tensor] | None:
         if self.guide is None or shown.source is None:
             return None
-        return self.guide.patches(tower.features[shown.source]), self.guide.question()[shown.sample]
+        asked = self.guide.question()
+        if len(asked) != prompts:
+            raise SessionError(f"{len(asked)} questions were asked for {prompts} prompts; ask one for each, in order")
+        return self.guide.patches(tower.features[shown.source]), asked[shown.sample]
 
     def ask(self, questions: Sequence[str] | Tensor) -> None:
         """What the next prompts ask, one question each, for methods that compare patches with it through a guide."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
 
 import fewer
 from fewer import hosts
+from fewer.core import Plan, Signals, Tokens, rotary
+from fewer.core.learned import Learned
+from fewer.guide import Guide
 from fewer.hosts import LayoutError
+from fewer.methods.multimodal.fastv import FastV
 from fewer.session import SessionError
 from fewer.testing.vision_language import IMAGE, MODELS, alone, prompts, tiny_vlm
 
@@ -162,6 +168,36 @@ def test_compact_positions_go_on_behind_the_prompt(method: str) -> None:
     torch.testing.assert_close(turned, at_once.logits[:, -1], atol=2e-5, rtol=2e-5)
 
 
+@dataclass(frozen=True)
+class Unrotated(FastV):
+    """Notes the keys of its block before rotary positions, as `tables` lets them be found."""
+
+    budget: Any = Learned()
+    layers: tuple[int, ...] | None = (1,)
+    noted: list = field(default_factory=list, compare=False)
+
+    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
+        visual = signals.visual
+        assert visual.seen is not None
+        assert visual.tables is not None
+        self.noted.append(rotary.unrotated(visual.seen, *visual.tables()).k)
+        return Plan.identity((tokens.batch,), tokens.n, signals.device)
+
+
+@pytest.mark.parametrize("positions", ["kept", "compact"])
+def test_methods_are_given_the_tables_that_turned_the_rows(positions: str) -> None:
+    model, method = tiny_vlm("llava"), Unrotated()
+    inputs = prompts(model, [2])
+    made: list[Tensor] = []
+    attention = hosts.find(model).blocks[1].self_attn  # type: ignore[union-attr]
+    hook = attention.k_proj.register_forward_hook(lambda module, args, output: made.append(output))
+    with fewer.apply(model, [FEW, method], positions=positions), torch.no_grad():  # type: ignore[arg-type]
+        model(**inputs)
+    hook.remove()
+    (keys,) = method.noted
+    torch.testing.assert_close(keys.transpose(1, 2).flatten(2), made[0], atol=1e-4, rtol=1e-4)
+
+
 def test_compact_positions_are_refused_where_rows_stand_in_space() -> None:
     with pytest.raises(hosts.HostError, match="time and space"):
         fewer.apply(tiny_vlm("qwen2_vl"), FEW, positions="compact")
@@ -228,6 +264,41 @@ def test_methods_act_inside_the_tower_too() -> None:
     assert torch.equal(model(**inputs).logits, plain)
     with pytest.raises(SessionError, match="joins patches"):
         fewer.apply(tiny_vlm("internvl"), "tome:r=4")
+    video = tiny_vlm("llava_onevision")
+    with fewer.apply(video, "tome:r=4"), pytest.raises(SessionError, match="pools the frames"):
+        video(**prompts(video, [1, 2], video=True))
+
+
+def test_blocks_that_the_tower_lacks_are_refused() -> None:
+    for method in ("tokenpacker:tokens=4,levels=9", "vscan:shallow=9"):
+        with pytest.raises(SessionError, match="block 9 of the vision tower"):
+            fewer.apply(tiny_vlm("llava"), method, modules="untrained")
+
+
+class Features(Guide):
+    """A joint space that is the tower's own."""
+
+    def patches(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_a_guide_needs_one_question_for_each_prompt() -> None:
+    model = tiny_vlm("llava")
+    inputs = prompts(model, [1, 2])
+    channels = model.config.vision_config.hidden_size  # type: ignore[union-attr]
+    with fewer.apply(model, "trim:tokens=4", guide=Features(nn.Identity())) as session, torch.no_grad():
+        session.ask(torch.ones(3, 1, channels))  # type: ignore[attr-defined]
+        with pytest.raises(SessionError, match="3 questions were asked for 2 prompts"):
+            model(**inputs)
+        session.ask(torch.ones(2, 1, channels))  # type: ignore[attr-defined]
+        model(**inputs)
+        assert session.visual_counts == [6.0] * 4  # type: ignore[attr-defined]  # 4 of each of 1 and 2 images
+
+
+def test_a_guide_reads_features_of_another_dtype() -> None:
+    small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    clip = CLIPModel(CLIPConfig(text_config={"vocab_size": 9, **small}, vision_config=small, projection_dim=4))
+    assert Guide(clip).patches(torch.randn(1, 3, 8).bfloat16()).dtype == torch.float32
 
 
 def test_beams_and_several_answers() -> None:

@@ -61,12 +61,12 @@ class Canvas:
         return self.sums((self.whole | self.cut).long(), self.view.tile)
 
     def sums(self, x: Tensor, tile: Tensor) -> Tensor:
-        """(R, N + 1): x (R, N), summed over the rows of each tile."""
-        return x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_add(-1, tile.clamp(max=x.shape[1]), x)
+        """(R, N + 1): x (R, N), zero at padding, summed over the rows of each tile."""
+        return x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_add(-1, tile.clamp(0, x.shape[1]), x)
 
     def of_tile(self, per_tile: Tensor) -> Tensor:
-        """(R, N + 1) -> (R, N): what belongs to each row's tile."""
-        return per_tile.gather(-1, self.view.tile.clamp(max=self.view.n))
+        """(R, N + 1) -> (R, N): what belongs to each row's tile; padding gets anything."""
+        return per_tile.gather(-1, self.view.tile.clamp(0, self.view.n))
 
     def mirrored(self, x: Tensor) -> Tensor:
         """(R, N): a map over the whole view, read at each row's place, interpolated between the four nearest cells."""

@@ -215,5 +215,6 @@ def mlp(channels: int, inner: int, width: int) -> nn.Sequential:
 
 
 def linear_flops(module: nn.Module, rows: int) -> int:
-    """Of a module's linear layers on so many rows, 2 per weight and row."""
-    return 2 * rows * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """Of a module's linear layers and convolutions on so many rows or cells, 2 per weight and row."""
+    weighed = (m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    return 2 * rows * sum(m.weight.numel() for m in weighed)

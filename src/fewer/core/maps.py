@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lattice import linear_flops
 from .signals import SignalError
 from .visual import Tower
 
@@ -88,10 +89,4 @@ class PixelEncoder(nn.Module):
 
     def flops(self, patches: int) -> int:
         """Of so many patches."""
-        return map_flops(self, patches * self.fine**2)
-
-
-def map_flops(module: nn.Module, cells: int) -> int:
-    """Of a module's convolutions and linear layers on so many cells, 2 per weight and cell."""
-    weighed = (m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-    return 2 * cells * sum(m.weight.numel() for m in weighed)
+        return linear_flops(self, patches * self.fine**2)

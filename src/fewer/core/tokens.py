@@ -131,6 +131,13 @@ class Tokens:
         return ~protected if self.valid is None else ~protected & self.valid
 
     @property
+    def unpadded(self) -> Tensor:
+        """(B, N) bool, True = no padding."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.batch, self.n, dtype=torch.bool, device=self.device)
+
+    @property
     def irregular(self) -> bool:
         """Whether the free tokens are anything else than all rows behind the prefix."""
         return self.guarded is not None or self.valid is not None

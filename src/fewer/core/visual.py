@@ -30,11 +30,11 @@ class View:
     """The visual rows of a batch of sequences, padded to N per line.
 
     sample              (R,) long, the sequence each line stands in
-    index               (R, N) long, places in that sequence, ascending; padding repeats the last
+    index               (R, N) long, places in that sequence, ascending; those of padding are other rows' places
     valid               (R, N) bool, False = padding; None = all real
     item                (R, N) long, number of the image or video in its sequence
     tile, time, row, column    (R, N) long: the crop of an image, the frame of a video, the cell in it. Rows and columns
-                        count within a tile
+                        count within a tile. Of padding they are anything, -1 included
     source              (R, N) long, the row of the vision tower's output (all tiles laid end to end, class tokens left
                         out) it was projected from; None where several share one
     crops               (R, 2) long, the rows and columns of crops (tiles 1 and up, in raster order) that an image was
@@ -120,7 +120,8 @@ class Visual:
     guide     ((R, N, J), (R, Q, J)): visual rows and pieces of the question in the joint space of an image-text model;
               None without one
     spend     called with FLOPs per sequence
-    peek      queries -> the attention (B, H, Q, S) they would pay in the block ahead; None behind the last
+    peek      queries -> the attention (B, H, Q, S) they would pay in the block ahead; None behind the last one and in
+              front of a block
     tables    gives the cosine and sine that rotated this block's queries and keys, half-split, (B or 1, S, d) each;
               None where positions are no rotation
     norm      the language model's norm behind its last block; None where it is not known
@@ -152,7 +153,7 @@ class Visual:
     def ahead(self, queries: Group) -> Tensor:
         """The same of the block ahead, whose queries and keys are computed for it: (R, H, Q, N) float32."""
         if self.peek is None:
-            raise SignalError("there is no block ahead of this site: act before the last one")
+            raise SignalError("no block is known ahead of this site: act behind a block that is not the last one")
         return self._columns(self.peek(queries))
 
     def _columns(self, paid: Tensor) -> Tensor:

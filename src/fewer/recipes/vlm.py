@@ -75,7 +75,7 @@ class Recipe:
     tower, steps: updates of the tower alone, then of the model on questions.
     keep, whole: patches kept while the tower learns, things before background, but for a last share of the updates.
     scenes: new ones per update. asked: questions per scene of each kind, in the order of KINDS; the last per pair.
-    pairs: every so manieth update compares pairs. blind: share of the questions that see no image.
+    pairs: one update in so many compares pairs. blind: share of the questions that see no image.
     lr, lr_rest: peak rates of Muon (matrices in the blocks) and AdamW (everything else); tower_lr: share of them the
         tower gets in the second stage, 0 leaves it as it is. aside: weight of the first stage's losses then.
     width, depth, heads, inner: the vision tower. lm_*: the language model. text_*: the mini CLIP's text tower; joint:

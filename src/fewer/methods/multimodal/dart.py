@@ -58,8 +58,7 @@ class DART(VisualReducer):
         count, most = select.allowed(self.budget, tokens, at=signals.at, device=signals.device)
         if tokens.valid is None and most == n and self.fidelity == "paper":
             return Plan.identity((tokens.batch,), n, signals.device)
-        real = torch.ones(tokens.batch, n, dtype=torch.bool, device=signals.device)
-        real = real if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         shown, sample = visual.keys.transpose(1, 2).flatten(2), visual.view.sample[:, None]
         where, worded = visual.words()
         assert visual.seen is not None

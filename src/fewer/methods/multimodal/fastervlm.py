@@ -7,8 +7,6 @@ from typing import ClassVar, Literal
 
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, VisualReducer, reducer, select
 
-MANY = 1 << 20  # more than the tiles of any image
-
 
 @reducer("fastervlm", paper="arXiv:2412.01818", acts="prune", on="multimodal", training="free")
 @dataclass(frozen=True)
@@ -38,5 +36,4 @@ class FasterVLM(VisualReducer):
         score = signals.visual.importance()
         if self.per == "image":
             return select.top(score, self.budget, tokens, at=signals.at)
-        view = signals.visual.view
-        return select.within(score, view.time * MANY + view.tile, self.budget, tokens, at=signals.at)
+        return select.within(score, signals.plane, self.budget, tokens, at=signals.at)

@@ -54,8 +54,7 @@ class FrameFusion(VisualReducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         at, visual, n = signals.at, signals.visual, tokens.n
-        real = torch.ones(tokens.batch, n, dtype=torch.bool, device=signals.device)
-        real = real if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         here = real.sum(-1)
         past = signals.memory.get("past")
         if past is None:
@@ -66,7 +65,7 @@ class FrameFusion(VisualReducer):
             past = Past(wanted * at.layers, torch.zeros_like(start), torch.zeros_like(start), -1)
         # Every block since the last site had as many tokens as are here now.
         spent = past.spent + here * (at.layer - past.layer)
-        left = torch.div(past.wanted - spent, at.layers - 1 - at.layer, rounding_mode="floor")
+        left = torch.div(past.wanted - spent, max(at.layers - 1 - at.layer, 1), rounding_mode="floor")
         surplus = (here - left.clamp(min=1)).clamp(min=0)  # tokens that must go now
         surplus = torch.minimum(surplus, (here - 1).clamp(min=0))
 

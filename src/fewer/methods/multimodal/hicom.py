@@ -230,7 +230,7 @@ class HICom(VisualReducer):
         if signals.visual.guide is None:
             raise SignalError(
                 "local=direct compares the picture with the question in an image-text model, and none is known here; "
-                "give one, or choose local=coarse"
+                "give apply guide=fewer.Guide(clip, tokenizer), or choose local=coarse"
             )
         joint, pieces = signals.visual.guide
         return joint, pieces.mean(1)

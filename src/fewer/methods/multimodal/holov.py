@@ -47,7 +47,7 @@ class HoloV(VisualReducer):
         if tokens.valid is None and most == n:
             return Plan.identity((tokens.batch,), n, signals.device)
         device = signals.device
-        real = torch.ones(tokens.batch, n, dtype=torch.bool, device=device) if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         paid = signals.visual.importance().masked_fill(~real, 0)
 
         # Runs: (R, G) starts and lengths, (R, G, W) places in the line.

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import lattice
-from fewer.core.maps import ChannelNorm, Positions, as_maps, map_flops
+from fewer.core.lattice import lattice, linear_flops
+from fewer.core.maps import ChannelNorm, Positions, as_maps
 from fewer.core.regions import Regions, granted, rectangle
 
 
@@ -58,7 +58,7 @@ class CAbstractor(nn.Module):
         return self.leave(self.behind(y).flatten(2).transpose(1, 2))
 
     def flops(self, n: int, m: int) -> int:
-        return map_flops(self.before, n) + map_flops(self.behind, m) + map_flops(self.leave, m)
+        return linear_flops(self.before, n) + linear_flops(self.behind, m) + linear_flops(self.leave, m)
 
 
 @reducer("honeybee_c", paper="arXiv:2312.06742", acts="distill", on="multimodal", training="required")

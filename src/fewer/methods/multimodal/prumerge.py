@@ -53,7 +53,7 @@ class PruMerge(VisualReducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         paid = signals.visual.class_attention(-1, wide=True)[:, 0]
-        real = torch.ones_like(paid, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         where = torch.arange(tokens.n, device=paid.device)
         if self.budget.adaptive:
             keep, most = self._outliers(paid, signals, tokens, real)

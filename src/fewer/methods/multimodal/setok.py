@@ -107,7 +107,7 @@ class SeTok(VisualReducer):
         n = tokens.n
         signals.at.spend(2 * n * n * x.shape[-1])
         with torch.no_grad():
-            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if tokens.valid is None else tokens.valid
+            real = tokens.unpadded
             d = cluster.squared_distance(x, real) / x.shape[-1]
             score = cluster.peaks(d, self.neighbours, real)
             count = (score > self._fence(score, real)).sum(-1)

@@ -39,7 +39,7 @@ def published(tokens: int, second: bool = False) -> KeepRatio:
 
     tokens: 192, 128, 96 or 64, what the authors call them by their mean over the layers. The true mean is higher (206
     for 192, 82 for 64): three blocks see everything, and recycled tokens are not counted. second: those of the second
-    version.
+    version, which has none for 96.
     """
     table = PUBLISHED_SECOND if second else PUBLISHED
     if tokens not in table:

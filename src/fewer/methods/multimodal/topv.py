@@ -77,8 +77,7 @@ class TopV(VisualReducer):
         count, most = select.allowed(self.budget, tokens, at=at, device=signals.device)
         if tokens.valid is None and most == tokens.n:
             return Plan.identity((tokens.batch,), tokens.n, signals.device)
-        real = torch.ones(tokens.batch, tokens.n, dtype=torch.bool, device=signals.device)
-        real = real if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         with torch.no_grad():
             cost = self._cost(signals, entered, real)
             mass = real / real.sum(-1, keepdim=True).clamp(min=1)

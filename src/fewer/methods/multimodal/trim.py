@@ -38,8 +38,7 @@ class TRIM(VisualReducer):
         score = score.softmax(-1).nan_to_num(0.0)
         if not self.aggregate:
             return select.top(score, self.budget, tokens, at=signals.at)
-        n, every = tokens.n, torch.ones(tokens.batch, tokens.n, dtype=torch.bool, device=signals.device)
-        real = every if tokens.valid is None else tokens.valid
+        n, real = tokens.n, tokens.unpadded
         if self.budget.adaptive:
             keep, most = select.top(score, self.budget, tokens, at=signals.at).row >= 0, n
         else:
@@ -48,7 +47,7 @@ class TRIM(VisualReducer):
                 return Plan.identity((tokens.batch,), n, signals.device)
             own = torch.where(count < real.sum(-1), count - 1, count)
             score = score.masked_fill(~real, -1)
-            keep = select.rank_within(score, torch.zeros_like(every, dtype=torch.long)) < own[:, None]
+            keep = select.rank_within(score, torch.zeros_like(real, dtype=torch.long)) < own[:, None]
         rest = real & ~keep
         home = rest.to(torch.int8).argmax(-1, keepdim=True)
         stays = keep.scatter(-1, home, keep.gather(-1, home) | rest.gather(-1, home)) & real

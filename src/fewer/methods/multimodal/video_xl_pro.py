@@ -158,7 +158,7 @@ class VideoXLPro(VisualReducer):
         size = lattice(signals, tokens)
         made, scores = self.made(signals, size)
         stay = self.count(made.shape[1], signals, tokens.n)
-        few = Tokens.plain(tokens.batch, made.shape[1])
+        few = Tokens.plain(tokens.batch, made.shape[1], device=signals.device)
         chosen = select.top(scores, Capacity(stay), few, at=replace(signals.at, note=lambda _: None))
         where = on_device(anchors(size), signals.device).expand(tokens.batch, -1)
         return Plan.keep(take(where, chosen.position), tokens.n)

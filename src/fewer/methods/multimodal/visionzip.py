@@ -49,8 +49,7 @@ class VisionZip(VisualReducer):
         count, most = select.allowed(self.budget, tokens, at=signals.at, device=signals.device)
         if tokens.valid is None and most == n:
             return Plan.identity((tokens.batch,), n, signals.device)
-        real = torch.ones(tokens.batch, n, dtype=torch.bool, device=signals.device)
-        real = real if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         length = real.sum(-1)
         with_class = int(self.class_token and visual.encoder().cls is not None)
         extra = torch.where(count < length, with_class, 0).clamp(max=count)  # whole lines get none

@@ -8,7 +8,7 @@ import torch
 
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, VisualReducer, match, reducer, select
 
-SIDE = 1 << 15  # more than the frames or tiles of anything, or the windows of a tile each way
+SIDE = 1 << 15  # more than the windows of a tile each way
 
 
 @reducer("vscan", paper="arXiv:2505.22654", acts="prune+merge", on="multimodal", training="free")
@@ -53,9 +53,9 @@ class VScan(VisualReducer):
         count, most = select.allowed(self.budget, tokens, at=signals.at, device=signals.device)
         if tokens.valid is None and most == n:
             return Plan.identity((tokens.batch,), n, signals.device)
-        real = torch.ones_like(view.tile, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        real = tokens.unpadded
         cell = (view.row // self.window) * SIDE + view.column // self.window
-        cell = ((view.time * SIDE + view.tile) * SIDE * SIDE + cell).masked_fill(~real, -1)
+        cell = (signals.plane * SIDE * SIDE + cell).masked_fill(~real, -1)
         ranked = select.rank_within(visual.importance(self.shallow), cell)
         windows = (real & (ranked == 0)).sum(-1)  # each has one token that is its first
         local = (count * (1 - self.overall) + 1e-6).floor().long()
