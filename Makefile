@@ -47,7 +47,9 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/vision_speed.py --settings others --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/vision_speed.py --settings ragged --batch 32 --execution packed --out benchmarks/results/vision_speed.json
 	$(PY) benchmarks/kv_speed.py --context 4096 --layers 4 --rounds 3 --steps 64
-	$(PY) benchmarks/visual_speed.py --rows 576 --tokens 64 --rounds 5 --out benchmarks/results/visual_speed.json
+	$(PY) benchmarks/visual_speed.py --rows 576 --tokens 64 --rounds 4 --out benchmarks/results/visual_speed.json
+	$(PY) benchmarks/visual_speed.py --rows 576 --tokens 64 --rounds 3 --shape 360m \
+		--out benchmarks/results/visual_speed_360m.json
 	$(PY) benchmarks/visual_speed.py --rows 2916 --tokens 64 --rounds 1 --methods divprune:tokens=64 \
 		cdpruner:tokens=64 --out benchmarks/results/visual_speed_2916.json
 	$(PY) benchmarks/prefill_speed.py --context 4096 --layers 6 --rounds 3 --out benchmarks/results/prefill_speed.json

@@ -1,6 +1,6 @@
 """How much faster a picture and a question are read with fewer visual tokens, against what the remaining FLOPs promise.
 
-A random LLaVA whose language model has the shape of SmolLM2-135M, on one CPU thread in float32, fused attention on both
+A random LLaVA whose language model has the shape of SmolLM2-135M or 360M, on one CPU thread in float32, fused attention on both
 sides; timings do not depend on weights. Timed is the language model's prefill with everything the method does for it;
 the pictures are encoded before, once for all runs of a method. Seconds are this thread's CPU seconds. The unreduced
 model is run before and after each reduced run; medians of the ratios, with quartiles.
@@ -31,19 +31,24 @@ BRIDGE = ("random:site=bridge", "grid:site=bridge", "divprune", "fastervlm", "vi
           "trim", "cdpruner", "m3")  # fmt: skip
 INSIDE = ("fastv", "dart", "topv")
 WORDS = 40
+SHAPES = {  # of SmolLM2: width, inner width, layers, heads, KV heads
+    "135m": (576, 1536, 30, 9, 3),
+    "360m": (960, 2560, 32, 15, 5),
+}
 
 
-def llava(rows: int, layers: int) -> LlavaForConditionalGeneration:
-    """A small tower of so many patches before a language model of SmolLM2-135M's shape."""
+def llava(rows: int, shape: str) -> LlavaForConditionalGeneration:
+    """A small tower of so many patches before a language model of a SmolLM2's shape."""
     torch.manual_seed(0)
     side = math.isqrt(rows)
+    width, inner, layers, heads, kv_heads = SHAPES[shape]
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=14 * side,
         patch_size=14,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192,
+        vocab_size=1024, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192,
     )  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=7)
     return LlavaForConditionalGeneration(config).eval()
@@ -78,13 +83,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rows", type=int, default=576, help="visual tokens, a square number")
     arguments.add_argument("--tokens", type=int, default=64, help="that stay")
-    arguments.add_argument("--layers", type=int, default=30, help="of 30")
+    arguments.add_argument("--shape", choices=SHAPES, default="135m")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--methods", nargs="+")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    model = llava(given.rows, given.layers)
+    model = llava(given.rows, given.shape)
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(8, 1024, (1, WORDS), generator=generator)
     ids = torch.cat([words[:, :5], torch.full((1, given.rows), 7), words[:, 5:]], 1)
@@ -111,7 +116,7 @@ def main() -> None:
     if given.out:
         passport = {
             "against": "the same weights reading all visual tokens, fused attention, run before and after",
-            "rows": given.rows, "tokens": given.tokens, "layers": given.layers, "words": WORDS, "rounds": given.rounds,
+            "rows": given.rows, "tokens": given.tokens, "shape": given.shape, "words": WORDS, "rounds": given.rounds,
             "dtype": "float32", "threads": 1, "cpu": platform.machine(), "torch": torch.__version__,
             "commit": commit(), "when": now(),
         }  # fmt: skip

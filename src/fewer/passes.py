@@ -59,6 +59,7 @@ class Pass:
         self._starts = None if valid is None else (valid.sum(-1) - n + self.first.free_count).clamp(min=0)
         # To undo behind a block: steps before its plans, and tokens, masked rows and features as they were.
         self._around: list[tuple[int, Tokens, Hard | None, Tokens, Tensor]] = []
+        self._moved: dict[tuple[int, int], tuple[Any, Any, dict[str, Any]]] = {}  # what `streams` gave last
         self.steps: list[Step] = []
         self.packing: Packing | None = None
         self.live: Hard | None = None  # masked execution: the rows still there,
@@ -124,12 +125,16 @@ class Pass:
         """What travels beside a text's features, at the tokens that are left: rotary tables and position ids."""
         if not self.steps or not self.host.family.text:
             return kwargs
-        place, moved = self.tokens.place(), dict(kwargs)
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            moved["position_embeddings"] = tuple(take(t.expand(place.shape[0], -1, -1), place) for t in tables)
-        if (ids := kwargs.get("position_ids")) is not None:
-            moved["position_ids"] = ids.expand(place.shape[0], -1).gather(-1, place)
-        return moved
+        tables, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        tokens, _, moved = self._moved.get((id(tables), id(ids)), (None, None, {}))
+        if tokens is not self.tokens:  # blocks share their tables: they are gathered once after each plan
+            place, moved = self.tokens.place(), {}
+            if tables is not None:
+                moved["position_embeddings"] = tuple(take(t.expand(place.shape[0], -1, -1), place) for t in tables)
+            if ids is not None:
+                moved["position_ids"] = ids.expand(place.shape[0], -1).gather(-1, place)
+            self._moved[id(tables), id(ids)] = (self.tokens, (tables, ids), moved)
+        return {**kwargs, **moved}
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         x = self._at(Site.MID_BLOCK, layer, x, call.seen, call.branch)
@@ -373,7 +378,7 @@ class Pass:
     def fork(self) -> Pass:
         """A copy of the state as it is now, for running a block once more without touching this pass."""
         other = copy.copy(self)
-        other.steps, other.notes = list(self.steps), list(self.notes)
+        other.steps, other.notes, other._moved = list(self.steps), list(self.notes), {}
         other._cost, other._lengths = [list(c) for c in self._cost], [list(c) for c in self._lengths]
         other._out, other.counted = list(self._out), False
         other.memory = [dict(m) for m in self.memory]
