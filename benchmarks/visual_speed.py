@@ -1,9 +1,9 @@
 """How much faster a picture and a question are read with fewer visual tokens, against what the remaining FLOPs promise.
 
-A random LLaVA whose language model has the shape of SmolLM2-135M or 360M, on one CPU thread in float32, fused attention on both
-sides; timings do not depend on weights. Timed is the language model's prefill with everything the method does for it;
-the pictures are encoded before, once for all runs of a method. Seconds are this thread's CPU seconds. The unreduced
-model is run before and after each reduced run; medians of the ratios, with quartiles.
+A random LLaVA whose language model has the shape of SmolLM2-135M or 360M, on one CPU thread in float32, fused attention
+on both sides; timings do not depend on weights. Timed is the language model's prefill with everything the method does
+for it; the pictures are encoded before, once for all runs of a method. Seconds are this thread's CPU seconds. The
+unreduced model is run before and after each reduced run; medians of the ratios, with quartiles.
 
     python benchmarks/visual_speed.py --rows 576 --tokens 64 --rounds 5 [--methods ...] [--out results.json]
 """
