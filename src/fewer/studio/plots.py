@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fewer.evaluation.record import Row
 from fewer.evaluation.settings import RANDOM, UNREDUCED
+from fewer.evaluation.visual import BLIND, ORACLE
+from fewer.spec import BUDGET_KEYS
 
 from .style import ACCENT, FAINT, INK, QUIET
 from .table import RAW, frontier, marks, measured, of_language, of_seeing
@@ -83,6 +85,79 @@ def pareto(rows: Sequence[Row]) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _responsive(out.getvalue())
+
+
+def curves(rows: Sequence[Row]) -> str:
+    """What a vision-language model still knows at each number of visual tokens: right answers, and the denial of what
+    is likely but absent; a line per method, across its budgets.
+
+    Returns an SVG element with live text. Raises PlotError without matplotlib, ValueError without a method at two
+    budgets.
+    """
+    good = [row for row in measured(rows) if row.accuracy]
+    lines: dict[str, list[Row]] = {}
+    for row in good:
+        if row.method not in (UNREDUCED, BLIND):
+            lines.setdefault(_unbudgeted(row.method), []).append(row)
+    lines = {name: sorted(mine, key=lambda r: r.tokens) for name, mine in lines.items() if len(mine) > 1}
+    if not lines:
+        raise ValueError("nothing to plot: no method was measured at two budgets")
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError("plots need matplotlib: pip install 'fewer[report]'") from error
+    settings: dict[str, Any] = {"svg.fonttype": "none", "font.family": FONT, "font.size": 9, "svg.hashsalt": "fewer"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(11.6, 4.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(1, 2)
+        measures = ((good[0].score, None), ("likely but absent, denied", "likely"))
+        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for axes, (title, task) in zip(panels, measures, strict=True):
+            for i, (name, mine) in enumerate(lines.items()):
+                control = name.split(":")[0] in (*RANDOM, ORACLE)
+                axes.plot(
+                    [r.tokens for r in mine], [_share(r, task) for r in mine], label=name, marker="o", markersize=3.5,
+                    color=INK if control else colours[i % len(colours)], linewidth=1.3,
+                    linestyle={ORACLE: ":"}.get(name, "--") if control else "-",
+                )  # fmt: skip
+            for row in good:
+                if row.method in (UNREDUCED, BLIND):
+                    axes.axhline(_share(row, task), color=QUIET, linewidth=0.9, linestyle=":")
+                    axes.annotate(row.method, (1, _share(row, task)), xycoords=("axes fraction", "data"), color=QUIET,
+                                  ha="right", va="bottom", fontsize=8)  # fmt: skip
+            axes.set_xscale("log")
+            ticks = sorted({round(r.tokens) for mine in lines.values() for r in mine if "random" in r.method})
+            axes.set_xticks(ticks, [str(t) for t in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel(SEEN.title, color=INK)
+            axes.set_ylabel(f"{title} (%)", color=INK)
+            axes.grid(color=FAINT, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _responsive(out.getvalue())
+
+
+def _unbudgeted(method: str) -> str:
+    """A text form without what says how many stay.
+
+    >>> _unbudgeted("fastv:k=1,keep=0.4"), _unbudgeted("divprune:tokens=36")
+    ('fastv:k=1', 'divprune')
+    """
+    name, _, rest = method.partition(":")
+    kept = [part for part in rest.split(",") if part and part.partition("=")[0] not in BUDGET_KEYS]
+    return name + (":" + ",".join(kept) if kept else "")
+
+
+def _share(row: Row, task: str | None) -> float:
+    """A row's accuracy, or its score in a task, in per cent."""
+    if task is None:
+        return _percent(row)
+    return next((100 * s.value.value for s in row.scores if s.task == task), float("nan"))
 
 
 def _floor(rows: Sequence[Row]) -> tuple[float, list[Row]]:

@@ -12,9 +12,9 @@ from fewer.evaluation.record import Row
 from fewer.evaluation.settings import UNREDUCED
 
 from . import style
-from .plots import PlotError, cost, pareto
+from .plots import PlotError, cost, curves, pareto
 from .style import count
-from .table import columns, failed, footnotes, frontier, measured, of_language, summary
+from .table import columns, failed, footnotes, frontier, measured, of_language, of_seeing, summary
 
 FILE = "report.html"
 TENSORS = "tensor bytes alive at once in one batch; on CUDA the allocator's peak; weights and input left out"
@@ -97,8 +97,10 @@ def _plot(rows: Sequence[Row]) -> Any:
     from markupsafe import Markup
 
     try:
+        if of_seeing(rows):
+            return Markup(curves(rows))
         return Markup(pareto(rows)) if any(row.accuracy for row in rows) else ""
-    except PlotError as error:
+    except (PlotError, ValueError) as error:
         return str(error)
 
 
