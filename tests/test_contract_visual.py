@@ -264,7 +264,8 @@ class Closed(Honest):
 
 FAULTS = [
     (budget_is_met, Greedy()), (batch_changes_nobody, Sociable()), (repeats_itself, Fickle()),
-    (masked_equals_dropped, Shuffled()), (half_precision_runs, Overflowing()), (gradients_reach_its_modules, Closed()),
+    (text_stays, "lazyllm:keep=0.5"), (masked_equals_dropped, Shuffled()), (half_precision_runs, Overflowing()),
+    (gradients_reach_its_modules, Closed()),
 ]  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def test_the_honest_method_passes(check: Callable[[Case], None]) -> None:
 
 
 @pytest.mark.parametrize(("check", "method"), FAULTS, ids=lambda x: getattr(x, "__name__", type(x).__name__))
-def test_check_catches_its_fault(check: Callable[[Case], None], method: VisualReducer) -> None:
+def test_check_catches_its_fault(check: Callable[[Case], None], method: str | VisualReducer) -> None:
     with pytest.raises(AssertionError):
         check(Case(method))
 
