@@ -259,3 +259,25 @@ def test_causal_attention_is_refused() -> None:
     model, x = tiny_vit("timm"), images(1)
     with fewer.apply(model, "tome:r=3"), pytest.raises(HostError, match="is_causal=False"):
         model.forward_features(x, is_causal=True)
+
+
+def test_a_session_nobody_took_off_does_not_reach_other_models() -> None:
+    """A config of a model that is gone must not lend its place to a new one, whose removal would then do nothing."""
+    import gc
+
+    from fewer.hosts.transformers_vision import TransformersDriver
+    from fewer.testing.models import tiny_vit
+
+    before = len(TransformersDriver._configs)
+    forgotten = tiny_vit("vit")
+    fewer.apply(forgotten, "tome:r=2")
+    del forgotten
+    gc.collect()
+    held = list(TransformersDriver._configs.items())[before:]
+    assert held
+    assert all(id(config) == key for key, (*_, config) in held)
+    for _ in range(50):
+        model = tiny_vit("vit")
+        plain = model.config._attn_implementation
+        fewer.apply(model, "tome:r=2").remove()
+        assert model.config._attn_implementation == plain

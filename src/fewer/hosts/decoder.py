@@ -115,12 +115,13 @@ class DecoderDriver(TransformersDriver):
 
     name = NAME
     _users = 0
-    _configs: ClassVar[dict[int, tuple[str, int]]] = {}
+    _configs: ClassVar[dict[int, tuple[str, int, Any]]] = {}
 
     @classmethod
     def before(cls, config: Any) -> str:
         """The implementation a config named before the session."""
-        return cls._configs.get(id(config), ("sdpa", 0))[0]
+        before, *_ = cls._configs.get(id(config), ("sdpa",))
+        return before
 
     @classmethod
     def entries(cls) -> tuple[Callable, Callable]:

@@ -97,7 +97,9 @@ class TransformersDriver:
     name: ClassVar[str] = NAME
     _lock = threading.Lock()
     _users = 0
-    _configs: ClassVar[dict[int, tuple[str, int]]] = {}  # by id: the implementation before the first session, sessions
+    # By id: the implementation before the first session, sessions, and the config itself: no other may get its id while
+    # a session that nobody took off still counts here.
+    _configs: ClassVar[dict[int, tuple[str, int, Any]]] = {}
 
     def attach(self, host: Host, undo: ExitStack) -> None:
         modules = [attrgetter(host.family.attention)(block) for block in host.blocks]
@@ -113,15 +115,15 @@ class TransformersDriver:
     def _enter(self, config: Any) -> None:
         """Put our name into a config; models may share one, so sessions are counted."""
         with self._lock:
-            before, users = self._configs.get(id(config), (config._attn_implementation_internal, 0))
-            self._configs[id(config)] = (before, users + 1)
+            before, users, _ = self._configs.get(id(config), (config._attn_implementation_internal, 0, config))
+            self._configs[id(config)] = (before, users + 1, config)
             config._attn_implementation_internal = self.name
 
     def _leave(self, config: Any) -> None:
         with self._lock:
-            before, users = self._configs.pop(id(config))
+            before, users, _ = self._configs.pop(id(config))
             if users > 1:
-                self._configs[id(config)] = (before, users - 1)
+                self._configs[id(config)] = (before, users - 1, config)
             else:
                 config._attn_implementation_internal = before
 
@@ -130,7 +132,7 @@ class TransformersDriver:
         """The attention function a module would use without a session."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        before, _ = cls._configs.get(id(module.config), ("sdpa", 0))
+        before, *_ = cls._configs.get(id(module.config), ("sdpa",))
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
 
