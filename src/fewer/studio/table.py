@@ -17,6 +17,7 @@ from .style import count
 
 NONE = "–"
 NEAR = 0.01  # the loss of accuracy a summary calls near
+EVEN_CHOICES = ("grid", "pool")  # baselines that look at nothing
 BOUNDS = (visual.ORACLE, visual.BLIND)  # what a perfect ranking could do, and what words alone give away
 LOSES, EVEN, RAW = "▼", "≈", "*"
 
@@ -210,7 +211,7 @@ def _imagined(rows: Sequence[Row]) -> str:
         return ""
     tried = [
         (share, r) for r in measured(rows)
-        if r.name not in (*RANDOM, *BOUNDS) and r.trained != UNTRAINED
+        if r.name not in (*RANDOM, *EVEN_CHOICES, *BOUNDS) and r.trained != UNTRAINED
         and abs(r.tokens / base.tokens - 0.25) < 0.03 and (share := denied(r)) is not None
     ]  # fmt: skip
     if not tried:
