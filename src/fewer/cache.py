@@ -202,8 +202,8 @@ class ReducedLayer(DynamicLayer):
     # -- what the model asks ------------------------------------------------------------------------------------------
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` could bring an earlier state back: not once rows are gone."""
-        return not self.reduced and not self.is_sliding
+        """Whether `crop` takes the newest tokens back. Rows that went before they came stay away, as they should."""
+        return not self.is_sliding
 
     @property
     def reduced(self) -> bool:

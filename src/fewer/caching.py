@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import CacheError, Record, ReducedLayer, install
+from .compat import CACHE_NAMES, cached, given_cache, without_cache
 from .core import Hard, Reducer, Seen, Site
 from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
 from .core.place import Place
@@ -466,7 +467,7 @@ class CacheSession(Session):
         if kwargs.get("fewer") is not None:  # a pass of our own
             return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache: Any = given.get("past_key_values")
+        cache: Any = given_cache(given)
         use = given.get("use_cache")
         if use is None:
             use = getattr(root.config, "use_cache", False)
@@ -484,7 +485,8 @@ class CacheSession(Session):
             else:
                 from transformers import DynamicCache
 
-                cache = given["past_key_values"] = DynamicCache(config=root.config)  # type: ignore[arg-type]
+                cache = DynamicCache(config=root.config)  # type: ignore[arg-type]
+                given = without_cache(given) | cached(root, cache)
         if cache is not None:
             install(cache, len(self.host.blocks), self)
         if cache is None or cache.get_seq_length() == 0:
@@ -627,7 +629,14 @@ def _attend(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     run = kwargs.get("fewer")
     if isinstance(run, CachePass):
         hidden = args[0] if args else kwargs["hidden_states"]
-        run.attending = Attending(module, hidden, {k: v for k, v in kwargs.items() if k != "fewer"})
+        run.attending = Attending(module, hidden, _spoken(kwargs))
+
+
+def _spoken(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An attention module's arguments as presses of every age read them: the cache under each of its names."""
+    told = {k: v for k, v in kwargs.items() if k != "fewer"}
+    cache = given_cache(told)
+    return told if cache is None else dict.fromkeys(CACHE_NAMES, cache) | told
 
 
 def _enter(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

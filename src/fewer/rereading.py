@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .compat import cached
 from .core import Site
 from .core.cached import Rereader, Rows
 from .session import SessionError
@@ -80,7 +81,7 @@ def reread(run: CachePass, which: int, root: nn.Module, given: dict[str, Any]) -
         behind = torch.arange(length, device=tokens.device)[None] if asking is None else asking.cumsum(-1) - 1
         visit = Again(run, which, rows, (first, last), asking)
         root(**{
-            name: again, "past_key_values": run.cache, "use_cache": True, "position_ids": totals + behind.clamp(min=0),
+            name: again, **cached(root, run.cache), "use_cache": True, "position_ids": totals + behind.clamp(min=0),
             "attention_mask": None if asking is None or real is None else torch.cat([real, asking], 1).long(),
             "fewer": visit,
         })  # fmt: skip

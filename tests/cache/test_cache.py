@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 import fewer
 from decoders import COMMON, WINDOW, attention_of, decoder, prompt
 from fewer.cache import CacheError, ReducedLayer
+from fewer.compat import cached
 from fewer.core import Budget, KeepRatio, Place, Seen
 from fewer.core.budgets import BudgetError
 from fewer.core.cached import CacheSignals, Rotary, Rows
@@ -39,15 +40,15 @@ def test_beams_follow_their_cache(method):
         grown = torch.cat([mask.repeat_interleave(2, 0), torch.ones(4, 1, dtype=torch.long)], 1)
         first = [[3], [4], [9], [9]]
         place = (grown.cumsum(-1) - 1)[:, -1:]
-        model(torch.tensor(first), attention_mask=grown, position_ids=place, past_key_values=cache)
+        model(torch.tensor(first), attention_mask=grown, position_ids=place, **cached(model, cache))
         cache.reorder_cache(order)
         last = torch.cat([grown, torch.ones(4, 1, dtype=torch.long)], 1)[order]
-        got = model(words, attention_mask=last, position_ids=place[order] + 1, past_key_values=cache).logits
+        got = model(words, attention_mask=last, position_ids=place[order] + 1, **cached(model, cache)).logits
         for i, (source, word) in enumerate(zip(order.tolist(), words, strict=True)):
             n = int(mask[source // 2].sum())
             own = read(model, ids[source // 2 : source // 2 + 1, -n:])
-            model(torch.tensor([first[source]]), past_key_values=own)
-            alone = model(word[None], past_key_values=own).logits
+            model(torch.tensor([first[source]]), **cached(model, own))
+            alone = model(word[None], **cached(model, own)).logits
             assert_close(alone[0], got[i], atol=2e-4, rtol=2e-4)
 
 
@@ -85,12 +86,12 @@ def test_repeating_and_selecting_samples(method):
     word, grown = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     place = (grown.cumsum(-1) - 1)[:, -1:]
     with torch.no_grad(), fewer.apply(model, method):
-        wanted = model(word, attention_mask=grown, position_ids=place, past_key_values=read(model, ids, mask)).logits
+        wanted = model(word, attention_mask=grown, position_ids=place, **cached(model, read(model, ids, mask))).logits
         cache = read(model, ids, mask)
         cache.batch_repeat_interleave(3)
         cache.batch_select_indices(torch.tensor([4, 0]))
         got = model(
-            word.flip(0), attention_mask=grown.flip(0), position_ids=place.flip(0), past_key_values=cache
+            word.flip(0), attention_mask=grown.flip(0), position_ids=place.flip(0), **cached(model, cache)
         ).logits
     assert_close(got, wanted.flip(0), atol=1e-5, rtol=1e-5)
 
@@ -99,7 +100,7 @@ def read(model: nn.Module, ids, mask=None) -> DynamicCache:
     """A cache that has read these tokens."""
     cache = DynamicCache(config=model.config)
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-    model(ids, attention_mask=mask, position_ids=place, past_key_values=cache)
+    model(ids, attention_mask=mask, position_ids=place, **cached(model, cache))
     return cache
 
 
@@ -111,10 +112,10 @@ def test_chunked_prefill_and_turns_through_generate():
         assert torch.equal(plain, model.generate(ids, attention_mask=mask, prefill_chunk_size=10, **GREEDY))
     with fewer.apply(model, "snapkv:keep=0.4,window=4") as session:
         cache = DynamicCache(config=model.config)
-        first = model.generate(ids, attention_mask=mask, prefill_chunk_size=10, past_key_values=cache, **GREEDY)
+        first = model.generate(ids, attention_mask=mask, prefill_chunk_size=10, **cached(model, cache), **GREEDY)
         assert session.counts == [10 + 5] * 3  # 0.4 of 25, then the words; the last one was never fed back
         second = torch.cat([first, prompt(6, seed=2)[0]], 1)
-        out = model.generate(second, past_key_values=cache, **GREEDY)
+        out = model.generate(second, **cached(model, cache), **GREEDY)
         assert out.shape == (1, 37 + 6)
         assert session.counts == [int(0.4 * 37) + 5] * 3
         assert cache.get_seq_length() == 42
@@ -128,18 +129,18 @@ def test_cropping_takes_the_newest_back(method):
     with torch.no_grad(), fewer.apply(model, method) as session:
         cache = read(model, ids)
         before = session.kept(1)
-        wanted = model(words[:, :1], past_key_values=cache).logits
+        wanted = model(words[:, :1], **cached(model, cache)).logits
         for i in (1, 2):
-            model(words[:, i : i + 1], past_key_values=cache)
+            model(words[:, i : i + 1], **cached(model, cache))
         cache.crop(-3)
         assert cache.get_seq_length() == 25
         assert torch.equal(session.kept(1), before)
-        assert_close(model(words[:, :1], past_key_values=cache).logits, wanted)
+        assert_close(model(words[:, :1], **cached(model, cache)).logits, wanted)
         cache.crop(-10)  # into what was evicted from: heads are left with different numbers
         kept = session.kept(1)
         assert kept.max() < 16
         assert sorted(kept[0, 0][kept[0, 0] >= 0].tolist()) == [p for p in before[0, 0].tolist() if 0 <= p < 16]
-        model(words, past_key_values=cache)
+        model(words, **cached(model, cache))
         assert cache.get_seq_length() == 19
         with pytest.raises(CacheError, match="negative"):
             cache.crop(3)
@@ -152,13 +153,13 @@ def test_a_read_prompt_can_be_copied_and_used_twice():
     with torch.no_grad(), fewer.apply(model, HEADWISE):
         cache = read(model, ids)
         other = copy.deepcopy(cache)
-        a = model(word, past_key_values=cache).logits
-        model(word, past_key_values=cache)
-        assert_close(model(word, past_key_values=other).logits, a)
+        a = model(word, **cached(model, cache)).logits
+        model(word, **cached(model, cache))
+        assert_close(model(word, **cached(model, other)).logits, a)
         cache.reset()
         assert cache.get_seq_length() == 0
-        model(ids, past_key_values=cache)
-        assert_close(model(word, past_key_values=cache).logits, a)
+        model(ids, **cached(model, cache))
+        assert_close(model(word, **cached(model, cache)).logits, a)
 
 
 def test_a_plain_cache_with_a_prompt_in_it_is_taken_over():
@@ -167,11 +168,11 @@ def test_a_plain_cache_with_a_prompt_in_it_is_taken_over():
     with torch.no_grad():
         plain = read(model, ids[:, :20])
         with fewer.apply(model, "knorm:keep=1.0"):
-            mine = model(ids[:, 20:], past_key_values=plain).logits
-        assert_close(mine, model(ids[:, 20:], past_key_values=read(model, ids[:, :20])).logits)
+            mine = model(ids[:, 20:], **cached(model, plain)).logits
+        assert_close(mine, model(ids[:, 20:], **cached(model, read(model, ids[:, :20]))).logits)
         with fewer.apply(model, "knorm:keep=0.5") as session:
             plain = read(model, ids[:, :20])
-            model(ids[:, 20:], past_key_values=plain)
+            model(ids[:, 20:], **cached(model, plain))
             assert session.counts[1] == 15
 
 
@@ -192,7 +193,7 @@ def test_the_cache_is_as_large_as_the_budget_to_the_byte(method, rows):
         assert session.ledger.full_bytes == 3 * 25 * row
         assert session.counts == [rows] * 3
         assert session.ledger.logical == [25] * 3
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([[5]]), **cached(model, cache))
         assert session.ledger.bytes == 3 * row * (rows if "streaming" in method else rows + 1)
     if method == HEADWISE:
         lengths = {tuple((session.kept(layer)[0] >= 0).sum(-1).tolist()) for layer in range(3)}
@@ -276,7 +277,7 @@ def test_received_attention_adds_up_step_by_step():
     with torch.no_grad(), fewer.apply(model, "h2o:keep=1.0"):
         cache = DynamicCache(config=model.config)
         for a, b in ((0, 10), (10, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
-            model(ids[:, a:b], past_key_values=cache)
+            model(ids[:, a:b], **cached(model, cache))
     model.set_attn_implementation("eager")
     maps = model(ids, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
@@ -309,7 +310,7 @@ def test_sinks_travel_so_that_no_gap_is_left():
         with torch.no_grad(), fewer.apply(model, "streamingllm:tokens=10,sinks=3") as session:
             cache = read(model, ids[:, :20])
             for i in range(20, 29):
-                model(ids[:, i : i + 1], past_key_values=cache)
+                model(ids[:, i : i + 1], **cached(model, cache))
             rotary = session.rotary(1)
             keys, kept = cache.layers[1].keys, session.kept(1)
         assert kept[0, 0].tolist() == [0, 1, 2, *range(22, 29)]
@@ -326,7 +327,7 @@ def test_tova_evicts_the_row_the_newest_token_looks_at_least():
     with torch.no_grad(), fewer.apply(model, "tova:tokens=8") as session:
         cache = read(model, ids[:, :8])
         assert session.kept(0)[0, 0].tolist() == list(range(8))
-        model(ids[:, 8:9], past_key_values=cache)
+        model(ids[:, 8:9], **cached(model, cache))
         kept = session.kept(0)
     model.set_attn_implementation("eager")
     row = model(ids[:, :9], output_attentions=True).attentions[0][0, :, -1].mean(0)
@@ -374,11 +375,11 @@ def test_caches_that_cannot_shrink_are_refused():
             with pytest.raises(CacheError, match=r"offloaded|StaticCache"):
                 model.generate(ids, cache_implementation=kind, **GREEDY)
         with pytest.raises(CacheError, match="StaticCache"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+            model(ids, **cached(model, StaticCache(config=model.config, max_cache_len=20)))
         quantised = DynamicCache(config=model.config)
         quantised.layers[1] = type("QuantizedLayer", (type(quantised.layers[0]),), {})()
         with pytest.raises(CacheError, match="QuantizedLayer"):
-            model(ids, past_key_values=quantised)
+            model(ids, **cached(model, quantised))
         with pytest.raises(CacheError, match="4 dimensions"):
             model(ids, attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool).tril())
         with pytest.raises(CacheError, match="pad on the left"):
@@ -394,12 +395,12 @@ def test_a_reduced_cache_has_one_owner():
     with torch.no_grad():
         with fewer.apply(model, "knorm:keep=0.5"):
             cache, whole = read(model, ids), DynamicCache(config=model.config)
-            model(ids[:, :1], past_key_values=whole)
+            model(ids[:, :1], **cached(model, whole))
         with pytest.raises(CacheError, match="not on this model any more"):
-            model(word, past_key_values=cache)
+            model(word, **cached(model, cache))
         with fewer.apply(model, "snapkv:keep=0.5"), pytest.raises(CacheError, match="another session"):
-            model(word, past_key_values=cache)
-        assert model(word, past_key_values=whole).logits.shape == (
+            model(word, **cached(model, cache))
+        assert model(word, **cached(model, whole)).logits.shape == (
             1,
             1,
             61,
@@ -415,7 +416,7 @@ def test_an_unreduced_cache_lives_on_without_its_session():
         plain = read(model, ids[:, :20])
         for a, b in ((20, 21), (21, 30), (30, 31)):
             given = ids[:, a:b]
-            assert torch.equal(model(given, past_key_values=mine).logits, model(given, past_key_values=plain).logits)
+            assert torch.equal(model(given, **cached(model, mine)).logits, model(given, **cached(model, plain)).logits)
 
 
 def test_removal_in_the_middle_of_a_generation_is_said():

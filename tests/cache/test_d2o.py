@@ -11,12 +11,13 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import decoder, prompt
+from fewer.compat import cached
 
 
 def read(model, ids, mask=None) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-    model(ids, attention_mask=mask, position_ids=place, past_key_values=cache)
+    model(ids, attention_mask=mask, position_ids=place, **cached(model, cache))
     return cache
 
 

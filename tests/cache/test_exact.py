@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import FAMILIES, WINDOW, decoder, hiding, prompt
+from fewer.compat import cached
 from fewer.core import Site
 from fewer.core.cached import Rereader
 
@@ -93,12 +94,12 @@ def test_every_pass_equals_the_full_cache_with_the_evicted_keys_hidden(family, m
     with torch.no_grad(), fewer.apply(model, method) as session:
         for a, b in pairwise(cuts):
             given = dict(input_ids=ids[:, a:b], attention_mask=mask[:, :b], position_ids=place[:, a:b])
-            mine = model(**given, past_key_values=small).logits
+            mine = model(**given, **cached(model, small)).logits
             session_config = model.config._attn_implementation_internal
             model.config._attn_implementation_internal = "sdpa"
             hook = model.base_model._forward_pre_hooks.popitem()
             with hiding(model, gone):
-                twin = model(**given, past_key_values=full).logits
+                twin = model(**given, **cached(model, full)).logits
             model.base_model._forward_pre_hooks[hook[0]] = hook[1]
             model.config._attn_implementation_internal = session_config
             real = mask[:, a:b, None].bool()

@@ -13,6 +13,7 @@ import fewer
 from decoders import decoder, prompt
 from fewer import cache as caches
 from fewer.caching import CacheSession
+from fewer.compat import cached
 from fewer.core import Seen, attention
 from fewer.core.cached import _highest
 from fewer.core.ragged import Packing
@@ -32,9 +33,9 @@ def written(session, steps: int, *lengths: int) -> tuple[DynamicCache, list[torc
     place = (whole.cumsum(-1) - 1).clamp(min=0)
     n, out = ids.shape[1], []
     with torch.no_grad():
-        model(ids, attention_mask=mask, position_ids=place[:, :n], past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=place[:, :n], **cached(model, cache))
         for i in range(n, n + steps):
-            given = dict(attention_mask=whole[:, : i + 1], position_ids=place[:, i : i + 1], past_key_values=cache)
+            given = dict(attention_mask=whole[:, : i + 1], position_ids=place[:, i : i + 1], **cached(model, cache))
             out.append(model(words[:, i - n : i - n + 1], **given).logits)
     return cache, out
 
@@ -44,11 +45,11 @@ def test_a_step_copies_nothing_and_the_room_is_small():
     ids, _ = prompt(160)
     with torch.no_grad(), fewer.apply(model, "knorm:keep=0.5") as session:
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **cached(model, cache))
         assert session.ledger.bytes == 3 * 80 * ROW
         places = set()
         for step in range(1, 9):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cached(model, cache))
             rows = 80 + step
             assert session.counts == [rows] * 3
             assert 3 * rows * ROW <= session.ledger.bytes <= 3 * (rows + rows // 32) * ROW
@@ -75,14 +76,14 @@ def test_copies_of_a_growing_cache_go_their_own_way():
         cache, _ = written(session, 3, 160)
         other, word, second = copy.deepcopy(cache), torch.tensor([[5]]), torch.tensor([[9]])
         with torch.no_grad():
-            mine = model(word, past_key_values=cache).logits
-            model(second, past_key_values=other)
-            theirs = model(word, past_key_values=other).logits
+            mine = model(word, **cached(model, cache)).logits
+            model(second, **cached(model, other))
+            theirs = model(word, **cached(model, other)).logits
             fresh, _ = written(session, 3, 160)
-            assert_close(model(word, past_key_values=fresh).logits, mine)
+            assert_close(model(word, **cached(model, fresh)).logits, mine)
             fresh, _ = written(session, 3, 160)
-            model(second, past_key_values=fresh)
-            assert_close(model(word, past_key_values=fresh).logits, theirs)
+            model(second, **cached(model, fresh))
+            assert_close(model(word, **cached(model, fresh)).logits, theirs)
 
 
 def test_read_in_inference_mode_written_outside_of_it():
@@ -94,10 +95,10 @@ def test_read_in_inference_mode_written_outside_of_it():
             cache = DynamicCache(config=model.config)
             with mode():
                 for part in (ids, ids[:, :1]):
-                    model(part, past_key_values=cache)
+                    model(part, **cached(model, cache))
             with torch.no_grad():
-                logits.append(model(ids[:, 1:2], past_key_values=cache).logits)
-        assert model(ids[:, 2:3], past_key_values=cache).logits.requires_grad  # and with a gradient, by copies
+                logits.append(model(ids[:, 1:2], **cached(model, cache)).logits)
+        assert model(ids[:, 2:3], **cached(model, cache)).logits.requires_grad  # and with a gradient, by copies
     assert_close(*logits)
 
 
@@ -196,10 +197,10 @@ def test_a_step_at_the_budget_moves_nothing(form):
     ids, _ = prompt(60)
     with torch.no_grad(), fewer.apply(model, form) as session:
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **cached(model, cache))
         places = []
         for _ in range(5):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cached(model, cache))
             places.append([layer.keys.data_ptr() for layer in cache.layers])
             assert session.counts == [40] * 3
             assert session.ledger.bytes == 3 * 41 * ROW  # one spare row
@@ -217,13 +218,13 @@ def test_shuffled_rows_stand_in_order_for_all_that_comes_after(form, monkeypatch
         cache, _ = written(session, 7, 40, 40)
         other, third = copy.deepcopy(cache), copy.deepcopy(cache)
         with torch.no_grad():
-            out = [model(more, past_key_values=cache).logits]
+            out = [model(more, **cached(model, cache)).logits]
             other.reorder_cache(beams)
             for i in range(3):
-                out.append(model(more[beams, i : i + 1], past_key_values=other).logits)
+                out.append(model(more[beams, i : i + 1], **cached(model, other)).logits)
             third.crop(-2)
             assert not any(layer.shuffled for layer in third.layers)
-            out.append(model(more[:, :1], past_key_values=third).logits)
+            out.append(model(more[:, :1], **cached(model, third)).logits)
         return out
 
     with fewer.apply(model, form) as session:

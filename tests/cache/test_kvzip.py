@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import decoder, hiding, prompt
+from fewer.compat import cached
 from fewer.core import Place, Seen
 from fewer.core.cached import CacheSignals, Rows
 from fewer.spec import parse, text
@@ -20,7 +21,7 @@ GREEDY = dict(max_new_tokens=6, do_sample=False)
 def read(model, ids, mask=None, **more) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-    model(**more or dict(input_ids=ids), attention_mask=mask, position_ids=place, past_key_values=cache)
+    model(**more or dict(input_ids=ids), attention_mask=mask, position_ids=place, **cached(model, cache))
     return cache
 
 
@@ -77,7 +78,7 @@ def test_a_second_reading_leaves_no_trace(family):
         wanted = model(ids).logits
         with fewer.apply(model, "kvzip:keep=0.98,share=head,chunk=16,instruction=7+8") as session:
             cache = DynamicCache(config=model.config)
-            assert_close(model(ids, past_key_values=cache).logits, wanted, atol=1e-5, rtol=1e-5)
+            assert_close(model(ids, **cached(model, cache)).logits, wanted, atol=1e-5, rtol=1e-5)
             assert cache.get_seq_length() == 40
             assert session.counts == [39] * 3
             for index, layer in enumerate(cache.layers):
@@ -100,7 +101,7 @@ def test_the_budget_is_met_and_decoding_reads_what_was_kept(share, lengths):
     with torch.no_grad(), fewer.apply(model, f"kvzip:keep=0.4,share={share},chunk=16,overlap=3") as session:
         cache = read(model, ids, mask)
         kept = [session.kept(layer).expand(b, 2, -1) for layer in range(3)]
-        got = model(word, past_key_values=cache, **given).logits
+        got = model(word, **cached(model, cache), **given).logits
     counts = torch.stack([(k >= 0).sum(-1) for k in kept], 1)  # (B, L, G)
     want = torch.tensor([int(0.4 * n) for n in lengths])
     if share == "model":
@@ -122,9 +123,9 @@ def test_the_budget_is_met_and_decoding_reads_what_was_kept(share, lengths):
     plain = DynamicCache()
     with torch.no_grad():
         with hiding(model, [None] * 3):
-            model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=plain)
+            model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **cached(model, plain))
         with hiding(model, gone):
-            assert_close(model(word, past_key_values=plain, **given).logits, got, atol=1e-4, rtol=1e-4)
+            assert_close(model(word, **cached(model, plain), **given).logits, got, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["kvzip:keep=0.4,chunk=64", "kvzip:keep=0.4,chunk=64,share=head,instruction=9+7"])
@@ -162,7 +163,7 @@ def test_one_cache_serves_many_questions():
         held = session.kept(1)
         for seed in (1, 2):
             question = torch.cat([ids, prompt(7, seed=seed)[0]], 1)
-            out = model.generate(question, past_key_values=cache, **GREEDY)
+            out = model.generate(question, **cached(model, cache), **GREEDY)
             assert out.shape == (1, 53)
             assert session.counts == [20 + 7 + 5] * 3  # the context compressed, the question and the answer not
             assert any("later passes are kept whole" in note for note in session.ledger.notes)

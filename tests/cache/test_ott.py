@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import fewer
 from decoders import FAMILIES, decoder, prompt
 from fewer.cache import CacheError
+from fewer.compat import cached
 from fewer.core.codes import Codec, Codes, dequantise, pack, quantise, unpack
 from fewer.spec import parse, text
 
@@ -122,7 +123,7 @@ def test_padding_widens_no_range_and_takes_no_place_from_a_row():
 def read(model, ids, mask=None) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-    model(ids, attention_mask=mask, position_ids=place, past_key_values=cache)
+    model(ids, attention_mask=mask, position_ids=place, **cached(model, cache))
     return cache
 
 
@@ -158,14 +159,14 @@ def test_attention_reads_what_was_stored_and_the_ledger_weighs_it(bits):
         for index, layer in enumerate(cache.layers):
             k, v = layer.codes[0].decode()
             twin.update(torch.cat([k, layer.keys], -2), torch.cat([v, layer.values], -2), index)
-        got = model(word, past_key_values=cache).logits
+        got = model(word, **cached(model, cache)).logits
         assert cache.get_seq_length() == 46
         for _ in range(8):
-            model(word, past_key_values=cache)
+            model(word, **cached(model, cache))
         assert cache.layers[0].codes[0].rows == 48  # two groups more
         assert cache.layers[0].keys.shape[-2] == 6
     with torch.no_grad():
-        assert_close(model(word, past_key_values=twin).logits, got, atol=1e-5, rtol=1e-5)
+        assert_close(model(word, **cached(model, twin)).logits, got, atol=1e-5, rtol=1e-5)
 
 
 def test_more_bits_come_closer():
@@ -175,11 +176,11 @@ def test_more_bits_come_closer():
     grown = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     given = dict(attention_mask=grown, position_ids=(grown.cumsum(-1) - 1)[:, -1:])
     with torch.no_grad():
-        plain = model(word, past_key_values=read(model, ids, mask), **given).logits
+        plain = model(word, **cached(model, read(model, ids, mask)), **given).logits
         error = []
         for bits in (1, 2, 4, 8):
             with fewer.apply(model, f"ott:bits={bits},group=8,window=4,outliers=1,pool=2"):
-                got = model(word, past_key_values=read(model, ids, mask), **given).logits
+                got = model(word, **cached(model, read(model, ids, mask)), **given).logits
             error.append((got - plain).square().mean().item())
     assert error == sorted(error, reverse=True)
     assert error[-1] < error[0] / 100
@@ -193,7 +194,7 @@ def test_copies_crops_and_beams():
     def step(cache, i, which=slice(None)):
         whole = torch.cat([mask, torch.ones(2, i + 1, dtype=torch.long)], 1)[which]
         place = (whole.cumsum(-1) - 1)[:, -1:]
-        return model(words[which, i : i + 1], attention_mask=whole, position_ids=place, past_key_values=cache).logits
+        return model(words[which, i : i + 1], attention_mask=whole, position_ids=place, **cached(model, cache)).logits
 
     with torch.no_grad(), fewer.apply(model, "ott:group=8,window=6,outliers=2,pool=3") as session:
         cache = read(model, ids, mask)
@@ -212,7 +213,7 @@ def test_copies_crops_and_beams():
         assert cache.layers[0].keys.shape[-2] == 28
         step(other, 1, torch.tensor([1, 0, 1]))
         grown = torch.cat([mask[:, :28], torch.ones(2, 2, dtype=torch.long)], 1)
-        model(words, attention_mask=grown, past_key_values=cache)
+        model(words, attention_mask=grown, **cached(model, cache))
         assert cache.layers[0].codes[0].rows == 24
         assert model.generate(ids, attention_mask=mask, num_beams=3, **GREEDY).shape == (2, 55)
         assert model.generate(ids[:1], prompt_lookup_num_tokens=3, **GREEDY).shape == (1, 55)

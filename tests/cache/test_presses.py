@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 import fewer
 from decoders import decoder, prompt
+from fewer.compat import cache_of, cached
 from fewer.core.budgets import BudgetError
 from fewer.presses import Press, Pressed, PressError, adapt
 from kvgoldens import golden, specs, stays
@@ -77,7 +78,7 @@ def test_a_press_keeps_what_it_keeps_at_home(name, seed, ratio):
     with fewer.apply(model, press) as session, torch.no_grad():
         out = model(ids)
         kept = [stays(session.kept(layer), config["T"]) for layer in range(4)]
-        decoded = [model(question[:, i : i + 1], past_key_values=out.past_key_values).logits[:, 0] for i in range(4)]
+        decoded = [model(question[:, i : i + 1], **cached(model, cache_of(out))).logits[:, 0] for i in range(4)]
     for layer, mine in enumerate(kept):
         differs = mine != stays(arrays[f"{name}.r{ratio}.L{layer}.kept"], config["T"])
         near = (name, seed, ratio, layer) in {("snapkv", 1, 5, 2), ("knorm", 0, 7, 2)}  # near-ties at the cut
@@ -118,8 +119,8 @@ def test_padding_goes_first_and_later_turns_stay():
             assert_close(x[0], y[1], rtol=2e-4, atol=2e-4)
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(ids[:1], past_key_values=cache)
-            model(ids[:1, :9], past_key_values=cache)
+            model(ids[:1], **cached(model, cache))
+            model(ids[:1, :9], **cached(model, cache))
         assert session.counts == [18 + 9] * 3
 
 

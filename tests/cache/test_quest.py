@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import FAMILIES, WINDOW, decoder, hiding, prompt
+from fewer.compat import cached
 from fewer.core import Budget, Hard, KeepRatio, Place, Plan, Seen
 from fewer.core.cached import CacheReducer, CacheSignals, Rows
 from fewer.spec import parse
@@ -158,9 +159,9 @@ def test_rows_that_are_not_read_get_no_attention(family, lengths, ragged, attent
     first = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     plain = DynamicCache()
     with torch.no_grad(), hiding(model, [None] * 3):
-        model(ids, past_key_values=plain, **first)
+        model(ids, **cached(model, plain), **first)
     with torch.no_grad(), hiding(model, [None, lost, None]):
-        wanted = model(word, past_key_values=plain, **given).logits
+        wanted = model(word, **cached(model, plain), **given).logits
     method = Given(Plan.keep(index, n, lengths_read))
     type(method).card = parse("quest").card
     method.log[0].clear()
@@ -168,8 +169,8 @@ def test_rows_that_are_not_read_get_no_attention(family, lengths, ragged, attent
     try:
         with torch.no_grad(), fewer.apply(model, method) as session:
             cache = DynamicCache(config=model.config)
-            model(ids, past_key_values=cache, **first)
-            got = model(word, past_key_values=cache, **given).logits
+            model(ids, **cached(model, cache), **first)
+            got = model(word, **cached(model, cache), **given).logits
             assert session.ledger.read[1] == (12 if lengths_read is None else lengths_read.float().mean().item())
             assert session.ledger.stored[1] == n
     finally:
@@ -228,14 +229,14 @@ def test_beams_and_crops_carry_the_pages_along():
         for i in range(first, last):
             whole = torch.cat([mask, torch.ones(2, i + 1, dtype=torch.long)], 1)[which]
             place = (whole.cumsum(-1) - 1)[:, -1:]
-            out = model(some[:, i : i + 1], attention_mask=whole, position_ids=place, past_key_values=cache).logits
+            out = model(some[:, i : i + 1], attention_mask=whole, position_ids=place, **cached(model, cache)).logits
         return out
 
     with torch.no_grad(), fewer.apply(model, "quest:tokens=12,page=4,dense=1"):
         place = (mask.cumsum(-1) - 1).clamp(min=0)
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for cache in caches:
-            model(ids, attention_mask=mask, position_ids=place, past_key_values=cache)
+            model(ids, attention_mask=mask, position_ids=place, **cached(model, cache))
         wanted = steps(caches[0], words, slice(None), 0, 4)[order]
         steps(caches[1], words, slice(None), 0, 2)
         caches[1].reorder_cache(order)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import decoder, prompt
+from fewer.compat import cached
 from fewer.core.budgets import BudgetError
 
 FORM = "random_cache:keep=0.5,sinks=2,recent=3"
@@ -17,7 +18,7 @@ def kept(form: str, ids: torch.Tensor, mask: torch.Tensor | None = None, layer: 
     model = decoder("llama")
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), fewer.apply(model, form) as session:
-        model(ids, attention_mask=mask, position_ids=place, past_key_values=DynamicCache(config=model.config))
+        model(ids, attention_mask=mask, position_ids=place, **cached(model, DynamicCache(config=model.config)))
         return session.kept(layer)
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import fewer
 from evaluation.toys import llama, material, tokenizer
+from fewer.compat import cached
 from fewer.evaluation import stats
 from fewer.evaluation.bench import FILE, Watch, against_random
 from fewer.evaluation.language.bench import Settings, load, run
@@ -100,11 +101,11 @@ def test_a_row_tells_what_asking_by_hand_tells(rows: list[Row]) -> None:
         for context in s.contexts:
             probe = next((p for p in context.probes if p.task == "perplexity"), None)
             cache = DynamicCache(config=s.model.config)  # type: ignore[arg-type]
-            out = s.model(torch.tensor([context.ids]), past_key_values=cache).logits[0, -1:]
+            out = s.model(torch.tensor([context.ids]), **cached(s.model, cache)).logits[0, -1:]
             seen.append(session.ledger.bytes)
             if probe is not None:
                 (answer,) = probe.answers
-                more = s.model(torch.tensor([answer]), past_key_values=cache).logits[0, :-1]
+                more = s.model(torch.tensor([answer]), **cached(s.model, cache)).logits[0, :-1]
                 lost = torch.nn.functional.cross_entropy(torch.cat([out, more]), torch.tensor(answer))
                 nats.append(lost.item())
     assert score(rows[2], "perplexity").value.value == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-4)

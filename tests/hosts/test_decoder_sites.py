@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import VOCAB, decoder, hiding, prompt
+from fewer.compat import cached
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens
 from fewer.hosts import HostError
 from fewer.session import SessionError
@@ -81,7 +82,7 @@ def read(model: nn.Module, ids: Tensor, mask: Tensor, cache: DynamicCache | None
     """Logits of the tokens behind the first `seen`, which the cache has read."""
     use = cache is not None
     return model(
-        ids[:, seen:], attention_mask=mask, position_ids=places(mask)[:, seen:], past_key_values=cache, use_cache=use
+        ids[:, seen:], attention_mask=mask, position_ids=places(mask)[:, seen:], **cached(model, cache), use_cache=use
     ).logits
 
 
@@ -277,11 +278,11 @@ def test_chunks_and_turns_through_generate() -> None:
     ids, mask = prompt(25)
     with fewer.apply(model, Before()) as session:
         cache = DynamicCache(config=model.config)
-        first = model.generate(ids, attention_mask=mask, prefill_chunk_size=10, past_key_values=cache, **GREEDY)
+        first = model.generate(ids, attention_mask=mask, prefill_chunk_size=10, **cached(model, cache), **GREEDY)
         assert session.counts[0] == 25 + 3
         assert session.counts[2] < 16
         second = torch.cat([first, prompt(6, seed=2)[0]], 1)
-        out = model.generate(second, past_key_values=cache, **GREEDY)
+        out = model.generate(second, **cached(model, cache), **GREEDY)
         assert out.shape == (1, 29 + 6 + 4)
         assert cache.get_seq_length() == 38
 

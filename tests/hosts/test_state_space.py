@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import VOCAB, prompt
+from fewer.compat import cache_of, cached
 from fewer.core import Budget, KeepRatio, Reducer, SignalError, Site
 from fewer.hosts import HostError
 from fewer.session import SessionError
@@ -79,7 +80,7 @@ def test_later_blocks_are_the_models_own_on_the_rows_that_are_left(kind: str, me
         late = session.methods[0].site is Site.AFTER_BLOCK
         assert int(origin[-1]) == 20
         assert bool((origin.diff() > 0).all())
-        got = [model(words[:, i : i + 1], cache_params=out.cache_params, use_cache=True).logits for i in range(4)]
+        got = [model(words[:, i : i + 1], **cached(model, cache_of(out)), use_cache=True).logits for i in range(4)]
         got_more = torch.cat(got, 1)
     blocks = model.backbone.layers
     handles = []
@@ -92,7 +93,7 @@ def test_later_blocks_are_the_models_own_on_the_rows_that_are_left(kind: str, me
         want = model(ids, use_cache=True)
         for handle in handles:
             handle.remove()
-        more = [model(words[:, i : i + 1], cache_params=want.cache_params, use_cache=True).logits for i in range(4)]
+        more = [model(words[:, i : i + 1], **cached(model, cache_of(want)), use_cache=True).logits for i in range(4)]
     assert_close(out.logits[:, origin], want.logits, **CLOSE)
     assert_close(got_more, torch.cat(more, 1), **CLOSE)
 

@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import fewer
 from fewer import hosts
+from fewer.compat import cache_of, cached
 from fewer.core import Plan, Signals, Tokens, rotary
 from fewer.core.learned import Learned
 from fewer.guide import Guide
@@ -163,7 +164,7 @@ def test_compact_positions_go_on_behind_the_prompt(method: str) -> None:
         inputs = alone(model, [1, 0, 2], 0)
         first = model(**inputs, use_cache=True)
         more = torch.tensor([[7, 8, 9]])
-        turned = model(input_ids=more, past_key_values=first.past_key_values).logits[:, -1]
+        turned = model(input_ids=more, **cached(model, cache_of(first))).logits[:, -1]
         at_once = model(**{**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": None})
     torch.testing.assert_close(turned, at_once.logits[:, -1], atol=2e-5, rtol=2e-5)
 
@@ -370,7 +371,7 @@ def test_a_static_cache_is_refused() -> None:
     with fewer.apply(model, FEW):
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
         with pytest.raises(CacheError, match=r"StaticCache|static"):
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, **cached(model, cache), use_cache=True)
 
 
 def test_deep_features_reach_the_rows_that_are_left() -> None:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import COMMON, VOCAB, decoder, prompt
+from fewer.compat import cache_of, cached
 from fewer.core import KeepRatio, Place, Plan, Seen, Signals, Site, Tokens, select
 from fewer.methods.language.lazyllm import LazyLLM
 
@@ -49,7 +50,7 @@ def places(mask: Tensor) -> Tensor:
 
 
 def read(model: nn.Module, ids: Tensor, mask: Tensor, cache: DynamicCache, seen: int = 0) -> Tensor:
-    return model(ids[:, seen:], attention_mask=mask, position_ids=places(mask)[:, seen:], past_key_values=cache).logits
+    return model(ids[:, seen:], attention_mask=mask, position_ids=places(mask)[:, seen:], **cached(model, cache)).logits
 
 
 def with_words(ids: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -261,7 +262,7 @@ def test_masked_execution_does_not_generate() -> None:
     model = decoder("llama")
     ids, _ = prompt(15)
     with torch.no_grad(), fewer.apply(model, "lazyllm:keep=0.5,layers=1", execution="masked") as session:
-        assert model(ids).past_key_values is None
+        assert cache_of(model(ids)) is None
         with pytest.raises(fewer.SessionError, match="use_cache=False"):
             model.generate(ids, max_new_tokens=2, do_sample=False)
         assert "GFLOPs" in session.report()

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import COMMON, decoder, prompt
+from fewer.compat import cache_of, cached
 from fewer.core import KeepRatio, Place, Signals, Tokens
 from fewer.methods.language.sdtp import SDTP, Judge
 
@@ -125,11 +126,11 @@ def test_the_training_form_wants_the_whole_text_in_one_pass() -> None:
     model = decoder("llama")
     ids, _ = prompt(12)
     with on(model), torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         model.train()
         try:
             with pytest.raises(ValueError, match="one pass"):
-                model(ids, past_key_values=cache, use_cache=True)
+                model(ids, **cached(model, cache), use_cache=True)
         finally:
             model.eval()
 

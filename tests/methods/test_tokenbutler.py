@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import fewer
 from decoders import decoder, prompt
 from fewer import trained
+from fewer.compat import cache_of, cached
 from fewer.core.attention import grouped_product
 from fewer.methods.language.tokenbutler import Butler
 from fewer.trained import ModulesError
@@ -115,9 +116,9 @@ def test_a_step_reads_the_rows_the_predictor_names(family: str, monkeypatch: pyt
 
     monkeypatch.setattr(method, "read", noted)
     with session, torch.no_grad():
-        past = model(ids[:, :8]).past_key_values
+        past = cache_of(model(ids[:, :8]))
         for part in (ids[:, 8:11], ids[:, 11:14], ids[:, 14:]):
-            past = model(part, past_key_values=past).past_key_values
+            past = cache_of(model(part, **cached(model, past)))
         net = session.modules[0][0]["predictor"]
         table = model.get_input_embeddings()(ids)
         if family == "gpt2":
@@ -149,7 +150,7 @@ def test_a_padded_batch_is_its_samples_alone(family: str):
 def test_beams_and_cropped_tokens_take_the_memory_along():
     model, (ids, mask) = decoder("llama"), prompt(10, 7, seed=2)
     with applied("llama") as session, torch.no_grad():
-        cache = model(ids, attention_mask=mask).past_key_values
+        cache = cache_of(model(ids, attention_mask=mask))
         memory = cache.layers[0].memory[0]
         assert memory["keys"].shape[-2] == 10
         first = memory["keys"].clone()
@@ -157,12 +158,12 @@ def test_beams_and_cropped_tokens_take_the_memory_along():
         assert torch.equal(cache.layers[0].memory[0]["keys"], first.flip(0))
         cache.reorder_cache(torch.tensor([1, 0]))
         longer = torch.nn.functional.pad(mask, (0, 3), value=1)
-        model(ids[:, :3] + 1, attention_mask=longer, past_key_values=cache)
+        model(ids[:, :3] + 1, attention_mask=longer, **cached(model, cache))
         cache.crop(-3)
         assert torch.equal(cache.layers[0].memory[0]["keys"], first)
-        again = model(ids[:, 4:5], attention_mask=longer[:, :11], past_key_values=cache).logits
-        fresh = model(ids, attention_mask=mask).past_key_values
-        straight = model(ids[:, 4:5], attention_mask=longer[:, :11], past_key_values=fresh).logits
+        again = model(ids[:, 4:5], attention_mask=longer[:, :11], **cached(model, cache)).logits
+        fresh = cache_of(model(ids, attention_mask=mask))
+        straight = model(ids[:, 4:5], attention_mask=longer[:, :11], **cached(model, fresh)).logits
         assert_close(again, straight)
         assert model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=4).shape == (2, 14)
         assert session.ledger.logical[0] == 13
@@ -172,8 +173,8 @@ def test_beside_a_method_that_evicts_it_chooses_among_what_is_left():
     model, (ids, _) = decoder("llama"), prompt(20)
     with fewer.apply(model, ["knorm:tokens=12", "tokenbutler:tokens=6"], modules="untrained") as session:
         with torch.no_grad():
-            cache = model(ids).past_key_values
-            model(ids[:, :1], past_key_values=cache)
+            cache = cache_of(model(ids))
+            model(ids[:, :1], **cached(model, cache))
         assert session.ledger.stored == [13, 13, 13]
         assert session.ledger.read == [13, 6, 6]
 

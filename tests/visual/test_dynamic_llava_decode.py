@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import BUILD
+from fewer.compat import cache_of, cached
 from fewer.methods.multimodal.dynamic_llava_decode import DynamicLLaVADecode, OutputPredictor
 from fewer.recipes.exits import Predicting, train_output
 from llava import prompt, tiny_llava
@@ -30,9 +31,9 @@ def always(session, keep):
 def written(model, ids, start):
     """Logits from the prompt's last token on, one token at a time, and the cache."""
     out = model(ids[:, :start], use_cache=True)
-    logits, cache = [out.logits[:, -1]], out.past_key_values
+    logits, cache = [out.logits[:, -1]], cache_of(out)
     for i in range(start, ids.shape[1]):
-        logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1])
+        logits.append(model(ids[:, i : i + 1], **cached(model, cache)).logits[:, -1])
     return torch.stack(logits, 1), cache
 
 

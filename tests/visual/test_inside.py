@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import fewer
+from fewer.compat import cache_of, cached
 from llava import batched, prompt, tiny_llava
 
 FORMS = {
@@ -99,10 +100,10 @@ def test_writing_sees_the_set_chosen_at_the_prompt(model, modules, name):
     with fewer.apply(model, FORMS[name], modules=modules.get(name)) as session, torch.no_grad():
         out = model(**given, use_cache=True)
         chosen = rows(session)
-        cache, mask = out.past_key_values, given["attention_mask"]
+        cache, mask = cache_of(out), given["attention_mask"]
         for token in (9, 10):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache)
+            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, **cached(model, cache))
         assert [c + 2 for c in chosen] == [int(layer.keys.shape[2]) for layer in cache.layers]
         if name in ("vtw", "dynamic_llava"):  # what is written does not change their choice: one pass must say the same
             whole = prompt((5, 6, 7, 8, 9, 10))

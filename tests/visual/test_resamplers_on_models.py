@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import fewer
+from fewer.compat import cache_of, cached
 from fewer.core import SignalError
 from fewer.core.layout import Item
 from fewer.hosts import HostError
@@ -115,14 +116,14 @@ def test_a_model_reads_many_questions_from_what_voco_tokens_kept():
     front = {**given, "input_ids": torch.cat([given["input_ids"], voco], 1)}
     front["attention_mask"] = torch.ones_like(front["input_ids"])
     with fewer.apply(model, "voco_llama:tokens=2") as session, torch.no_grad():
-        cache = model(**front, use_cache=True).past_key_values
+        cache = cache_of(model(**front, use_cache=True))
         assert session.counts == [2] * len(session.counts)
         answers = []
         for word in (5, 6, 5):
             question = torch.cat([front["input_ids"], torch.tensor([[word, 7]])], 1)
             mine = copy.deepcopy(cache)
             found = model.generate(
-                input_ids=question, attention_mask=torch.ones_like(question), past_key_values=mine, max_new_tokens=3,
+                input_ids=question, attention_mask=torch.ones_like(question), **cached(model, mine), max_new_tokens=3,
                 min_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
             answers.append(torch.stack(found.logits))

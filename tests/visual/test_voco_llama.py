@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import VOCAB, decoder
+from fewer.compat import cache_of, cached
 from fewer.core import BudgetError
 from fewer.methods.multimodal.voco_llama import cut, visible
 
@@ -71,12 +72,12 @@ def test_one_masked_pass_equals_two_with_what_is_kept(family: str, m: int):
     x, voco, start = sequence(model, m)
     whole = model(inputs_embeds=x, attention_mask=visible(voco)).logits[:, start:]
     with fewer.apply(model, f"voco_llama:tokens={m}") as session:
-        cache = model(inputs_embeds=x[:, :start], use_cache=True).past_key_values
+        cache = cache_of(model(inputs_embeds=x[:, :start], use_cache=True))
         assert session.counts == [m] * 3
-        again = [model(inputs_embeds=x[:, start:], past_key_values=copy.deepcopy(cache)).logits for _ in range(2)]
+        again = [model(inputs_embeds=x[:, start:], **cached(model, copy.deepcopy(cache))).logits for _ in range(2)]
         for layer in range(3):
             assert session.kept(layer).unique().tolist() == list(range(10, 10 + m)) + list(range(start, start + 5))
-        shorter = model(inputs_embeds=x[:, start : start + 1], past_key_values=copy.deepcopy(cache)).logits
+        shorter = model(inputs_embeds=x[:, start : start + 1], **cached(model, copy.deepcopy(cache))).logits
     assert_close(again[0], whole, atol=1e-5, rtol=1e-4)
     assert torch.equal(*again)  # the compressed image is there for every question
     assert_close(shorter, whole[:, :1], atol=1e-5, rtol=1e-4)
@@ -90,14 +91,16 @@ def test_behind_the_voco_rows_the_image_may_be_anything():
     model = decoder("llama")
     x, voco, start = sequence(model, 2)
     whole = model(inputs_embeds=x, attention_mask=visible(voco), use_cache=True)
-    cache = whole.past_key_values
+    cache = cache_of(whole)
     cache.crop(start - x.shape[1])
     for layer in cache.layers:
         layer.keys[:, :, :10] = torch.randn_like(layer.keys[:, :, :10])
         layer.values[:, :, :10] = torch.randn_like(layer.values[:, :, :10])
     mask = visible(voco)[:, :, start:]
     positions = torch.arange(start, x.shape[1])[None]
-    other = model(inputs_embeds=x[:, start:], past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+    other = model(
+        inputs_embeds=x[:, start:], **cached(model, cache), attention_mask=mask, position_ids=positions
+    ).logits
     assert_close(other, whole.logits[:, start:], atol=1e-5, rtol=1e-4)
 
 
@@ -146,8 +149,8 @@ def pictures(model: nn.Module, n: int, seed: int) -> tuple[Tensor, Tensor, Tenso
 def two_steps(model: nn.Module, x: Tensor) -> Tensor:
     """Answers of a model that reads the question with what one voco token kept of the image. (n,) token ids."""
     with fewer.apply(model, "voco_llama:tokens=1"), torch.no_grad():
-        cache = model(inputs_embeds=x[:, :8], use_cache=True).past_key_values
-        return model(inputs_embeds=x[:, 8:], past_key_values=cache).logits[:, -1].argmax(-1)
+        cache = cache_of(model(inputs_embeds=x[:, :8], use_cache=True))
+        return model(inputs_embeds=x[:, 8:], **cached(model, cache)).logits[:, -1].argmax(-1)
 
 
 def test_tuned_with_the_mask_one_token_holds_the_image():

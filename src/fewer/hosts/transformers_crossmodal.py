@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewer.compat import given_cache
 from fewer.core import Group, Tokens
 
 from .base import Call, Driver, Family, Host, HostError, Visit
@@ -222,7 +223,7 @@ class CrossHost(Host):
 
     def run(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit) -> Tensor:
         """x: (B, T, C), the text; its mask hides padding. The visit's sites see the image tokens."""
-        if kwargs.get("past_key_values") is not None:
+        if given_cache(kwargs) is not None:
             raise HostError(
                 "a cache of cross-attention keeps all image tokens; generate with use_cache=False while a session is on"
             )

@@ -30,6 +30,7 @@ POSITIONS = 512  # of a learned table; rotary positions cost nothing and are kep
 FRAMES = 64  # of a spectrogram, where the model is made for one length
 WIDTH = 64  # of a model whose head width does not follow from its width
 WIDEST = 256  # of one where it does
+TIED = 128  # of one where it need not, but does
 HEAD = 512  # the widest head that is kept
 EXPERTS = 4
 
@@ -87,7 +88,7 @@ def _numbers(value: object) -> bool:
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 COUNT = re.compile(
-    r"^(num_hidden_layers|\w*(encoder|decoder)_layers|\w+_num_hidden_layers|n(um)?_layers?|[lrx]_layers|layers"
+    r"^(num_hidden_layers|num_blocks|\w*(encoder|decoder)_layers|\w+_num_hidden_layers|n(um)?_layers?|[lrx]_layers|layers"
     r"|(\w+_)?depth|num_(encoder|decoder|spatial|temporal)_layers|n_\w+_layers)$"
 )
 STAGES = ("depths", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers", "stage_numb_of_layers")
@@ -123,7 +124,14 @@ def _cut(config: PretrainedConfig, depth: int) -> None:
         return
     named = {standard.get(name, name): value for name, value in counts.items()}
     main = named.get("num_hidden_layers", max(counts.values()))
-    chosen = {layers: _chosen(values, layers, depth, main=layers == main) for layers in {main, *counts.values()}}
+    sections = [value for name, value in counts.items() if named.get("num_hidden_layers") != value and name != "depth"]
+    chosen = {layers: _chosen(values, range(layers), layers, depth, layers == main) for layers in counts.values()}
+    chosen.setdefault(main, _chosen(values, range(main), main, depth, True))
+    if len(sections) > 1 and sum(sections) == main:  # the stack is run in sections: each keeps its layers
+        starts = [sum(sections[:i]) for i in range(len(sections))]
+        cuts = [_chosen(values, range(a, a + n), main, depth, True) for a, n in zip(starts, sections, strict=True)]
+        chosen[main] = [layer for cut in cuts for layer in cut]
+        chosen.update({n: list(range(len(cut))) for n, cut in zip(sections, cuts, strict=True)})
     new: dict[str, Any] = {name: len(chosen[value]) for name, value in counts.items()}
     for name, value in values.items():
         if name in counts:
@@ -156,8 +164,11 @@ def _indices(value: Sequence[Any], layers: int) -> bool:
     return _numbers(value) and len(set(value)) == len(value) and 0 <= min(value) <= max(value) <= layers
 
 
-def _chosen(values: dict[str, Any], layers: int, depth: int, main: bool) -> list[int]:
-    """The layers that stay: the first of each kind, then as many of the others, from the front, as make up `depth`."""
+def _chosen(values: dict[str, Any], among: range, layers: int, depth: int, main: bool) -> list[int]:
+    """Which of some layers stay: the first of each kind, then others from the front, as many as make up `depth`.
+
+    layers: how many the whole stack has. main: whether it is the one that indices and periods are about.
+    """
     lists = {
         name: value
         for name, value in values.items()
@@ -169,6 +180,8 @@ def _chosen(values: dict[str, Any], layers: int, depth: int, main: bool) -> list
             for name, value in values.items()
             if _number(value) and 1 < value <= layers and PERIOD.search(name) and not (lists and WRITTEN.search(name))
         ]
+        if "block_types" in values and isinstance(values["block_types"], list | tuple):
+            periods.append(len(values["block_types"]))
         if periods:  # the class counts layers itself: only a beginning has the same kinds at the same places
             first = [v + 1 for name, v in values.items() if FIRST.match(name) and _number(v) and 0 < v < layers]
             return list(range(min(layers, max(depth, math.lcm(*periods), *first))))
@@ -187,10 +200,12 @@ def _chosen(values: dict[str, Any], layers: int, depth: int, main: bool) -> list
         return tuple(marks)
 
     seen: dict[tuple[str, ...], int] = {}
-    for layer in range(layers):
+    for layer in among:
         seen.setdefault(kind(layer), layer)
     kept = set(seen.values())
-    for layer in range(layers):
+    shared = [i for i in among if "hybrid" in (v[i] for v in lists.values())]
+    kept.update(shared[:2])  # these share weights: one alone shares nothing
+    for layer in among:
         if len(kept) >= depth:
             break
         kept.add(layer)
@@ -202,10 +217,15 @@ def _chosen(values: dict[str, Any], layers: int, depth: int, main: bool) -> list
 WIDE = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim", "emb_dim", "hidden_dim", "encoder_hidden_size")
 MANY = ("num_attention_heads", "encoder_attention_heads", "attention_heads", "num_heads", "n_heads", "n_head", "heads")
 SHARED = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_key_value_attention_heads", "num_query_groups")
+STATE = (
+    ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+    ("mamba_d_head", "mamba_head_dim", "mamba_headdim"),
+    ("mamba_d_ssm",),
+)
 EACH = ("head_dim", "d_kv", "dim_head", "attention_head_size", "d_head", "kv_channels", "attention_head_dim")
 WIDTHS = re.compile(
     r"(^|_)((hidden|intermediate|ffn|mlp|embed|embedding|emb|embd|inner|proj|project|projection|feedforward|model|pooler"
-    r"|adapter|output|out|ff|bottleneck)_(size|dim|channels|width)|dim|width|d_model|d_ff|d_inner|n_inner|n_embd|ffn_dim"
+    r"|adapter|output|out|ff|bottleneck)_(size|dim|channels|width)|dim|width|d_model|d_latents|d_ff|d_inner|n_inner|n_embd|ffn_dim"
     r"|mlp_dim|dim_feedforward|dim_ff|feed_forward_size|feedforward_dim|(lora_)?rank|lru_width|intermediate_size_mlp"
     r"|hidden_size_\w+|conv_channels|attention_channels|embed_dim|fpn_channels|share_expert_dim)$"
 )
@@ -213,7 +233,7 @@ NO_WIDTH = re.compile(
     r"head|rope|rotary|patch_dim|mel|input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
 )
 HEADS = re.compile(r"(^|_)(n|num|\w*attention|\w*attn|query|kv|mamba|mem)?_?(\w+_)?heads(_per_layer)?$")
-VOCABULARIES = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|num_buckets_of_words)$")
+VOCABULARIES = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|group_vocab)$")
 N_EXPERTS = re.compile(r"^(moe_)?(num|n)(_local|_routed)?_experts$|^(num|n)_routed_experts$|^zero_expert_num$")
 TOP_K = re.compile(r"^(num_experts_per_tok|num_experts_per_token|moe_(router_)?top_?k|moe_k|top_k|router_topk)$")
 GROUPS = re.compile(r"^(n_group|num_expert_group|n_groups_of_experts)$")
@@ -222,7 +242,7 @@ WINDOWS = re.compile(
     r"|chunk_size|mamba_chunk_size|local_attention_window_len|window_size|keep_window_size|local_radius|block_size)$"
 )
 PLACES = re.compile(
-    r"(^|_)(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_\w*position\w*)$"
+    r"(^|_)(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_(?!2d)\w*position\w*)$"
 )
 
 
@@ -247,7 +267,9 @@ class _Shape:
         derived = self.width // self.heads if self.heads and self.width % self.heads == 0 else 0
         self.each: int = self.values[each] if each else derived
         self.free = each is not None  # the head width is said, it need not follow from the width
-        self.tied = bool(self.width) and not self.staged and self.heads * self.each == self.width
+        ratio = self.heads * self.each / self.width if self.width and not self.staged else 0
+        self.ratio = int(ratio) if ratio in (1, 2) else 0  # all heads together are so many times the width
+        self.tied = self.ratio > 0
         self.small = self.small_heads = self.small_shared = 0
 
     def first(self, names: Sequence[str], lists: bool = True) -> str | None:
@@ -267,10 +289,10 @@ class _Shape:
             grouped = 1 < self.shared < self.heads
             self.small_heads = 4 if grouped else min(self.heads, 2)
             self.small_shared = 2 if grouped else 1 if self.shared == 1 else self.small_heads
-            self.small = self.small_heads * min(self.each, HEAD) if self.tied else WIDTH
-            if self.small > WIDEST:
+            self.small = self.small_heads * min(self.each, HEAD) // self.ratio if self.tied else WIDTH
+            if self.small > (TIED if self.free else WIDEST):
                 self.small = WIDTH if self.free else WIDEST
-                self.tied = self.tied and not self.free
+                self.tied = not self.free
             known = self.known.get(self.width)
             if known and known % self.small_heads == 0 and not (self.tied and self.free):
                 self.small = known
@@ -278,6 +300,7 @@ class _Shape:
             self.known.setdefault(self.width, self.small)
 
     def apply(self) -> None:
+        self.settle_state()
         for name, value in list(vars(self.config).items()):
             standard = self.standard.get(name, name)
             if name.startswith("_") or name in ("id2label", "label2id", "stage_names"):
@@ -289,12 +312,29 @@ class _Shape:
             for override in spec.per_layer_overrides.values():
                 override.update({name: self.narrow(self.standard.get(name, name), v) for name, v in override.items()})
 
+    def settle_state(self) -> None:
+        """The heads of a state-space mixer: together they are as wide as they were, counted in widths of the model."""
+        heads, each, inner = (self.first(names, lists=False) for names in STATE)
+        self.state: dict[str, int] = {}
+        if heads is None or each is None or self.many == heads:
+            return
+        whole = self.values[heads] * self.values[each]
+        dim = min(self.values[each], WIDTH)
+        if inner is not None and self.values[inner] == whole:
+            self.state = {heads: 2, each: dim, inner: 2 * dim}
+        elif self.width and whole % self.width == 0:
+            small = whole // self.width * self.small
+            dim = math.gcd(small // 2, dim) if small // 2 % dim else dim
+            self.state = {heads: small // dim, each: dim}
+
     def narrow(self, name: str, value: Any) -> Any:
         """The small value of one attribute. name: the standard one."""
         if isinstance(value, list | tuple):
             return self.narrow_list(name, value)
         if not _number(value) or value <= 0:
             return value
+        if name in self.state:
+            return self.state[name]
         if name in FIXED:
             return min(value, FIXED[name])
         if name == self.wide:
@@ -313,7 +353,7 @@ class _Shape:
             return min(value, 2)
         if WINDOWS.match(name):
             seeing = "patch_size" in self.values or "image_size" in self.values
-            return value if seeing and value > 64 else min(value, WINDOW // 2 if seeing else WINDOW)
+            return value if seeing and value > 64 else min(value, 2 if seeing else WINDOW)
         if PLACES.search(name):
             return value if self.turns() else min(value, POSITIONS)
         if name in ("image_size", "img_size"):
@@ -382,7 +422,7 @@ class _Shape:
         elif self.width % value == 0 and self.small % (self.width // value) == 0:
             small = self.small // (self.width // value)
         else:
-            small = max(16, math.ceil(value * self.small / self.width / 16) * 16)
+            small = min(max(16, math.ceil(value * self.small / self.width / 16) * 16), 2 * self.small)
         self.known[value] = small
         return small
 
@@ -390,7 +430,8 @@ class _Shape:
 FIXED: dict[str, int] = {
     "index_topk": SELECTED, "topk_group": 1, "max_source_positions": FRAMES // 2, "max_length": FRAMES,
     "global_block_size": 4, "type_vocab_size": 16, "n_shared_experts": 1, "moe_num_shared_experts": 1,
-    "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "codebook_size": 64,
+    "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "codebook_size": 64, "n_groups": 2, "mamba_n_groups": 2,
+    "num_frames": 4, "frames_per_clip": 4,
 }  # fmt: skip
 
 
@@ -447,7 +488,7 @@ def build(cls: type[nn.Module], config: PretrainedConfig, seed: int = 0) -> nn.M
     tried: list[str] = []
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for attention in ("sdpa", "eager"):
+        for attention in ("sdpa", "eager", None):
             try:
                 model = _construct(cls, copy.deepcopy(config), attention)
                 break
@@ -565,12 +606,23 @@ def example(model: nn.Module, batch: int = 2, length: int = 12, seed: int = 0) -
         given["input_ids"] = _words(config, batch, length, source)
         if "attention_mask" in taken:
             given["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
-    if main == "pixel_values":
+    if "pixel_values" in (main, *taken) and main not in ("input_ids", "decoder_input_ids"):
         given["pixel_values"] = _pixels(model, batch, source)
+    if main in ("pixel_values", "pixel_values_videos") and "pixel_values_videos" in taken:
+        given = {"pixel_values_videos": _pixels(model, batch, source)}
+    if "spatial_shapes" in taken and "pixel_values" in given:  # patches, already cut
+        patch, rows = _find(config, "patch_size"), torch.randn(batch, SIDE * SIDE, 1, generator=source)
+        width = (_find(config, "num_channels") or 3) * patch * patch
+        given["pixel_values"] = rows * torch.randn(width, generator=source) + torch.randn(width, generator=source)
+        given["spatial_shapes"] = torch.full((batch, 2), SIDE)
+        given["pixel_attention_mask"] = torch.ones(batch, SIDE * SIDE, dtype=torch.long)
+    if main == "inputs":
+        seen = "Image" in type(model).__name__
+        given["inputs"] = _pixels(model, batch, source) if seen else _words(config, batch, length, source)
     if main == "input_values":
         given["input_values"] = _sound(config, batch, length, source)
     if main in ("input_features", "audio_values"):
-        given[main] = _spectrogram(config, batch, length, source)
+        given[main] = _spectrogram(model, batch, length, source)
     if config.is_encoder_decoder and "decoder_input_ids" in taken:
         given["decoder_input_ids"] = _words(config, batch, length, source)
     if "bbox" in taken and "input_ids" in given:
@@ -620,9 +672,16 @@ def _sound(config: PretrainedConfig, batch: int, length: int, source: torch.Gene
     return torch.randn(batch, frames, generator=source)
 
 
-def _spectrogram(config: PretrainedConfig, batch: int, length: int, source: torch.Generator) -> Tensor:
+def _spectrogram(model: nn.Module, batch: int, length: int, source: torch.Generator) -> Tensor:
     """(batch, mels, frames) where the model is made for one length, (batch, frames, mels) otherwise."""
-    mels = _find(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim") or 80
+    config: Any = model.config
+    first = next(
+        (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None), None
+    )
+    if isinstance(first, nn.Linear | nn.LayerNorm):  # it is applied to each frame
+        mels = first.in_features if isinstance(first, nn.Linear) else first.normalized_shape[-1]
+        return torch.randn(batch, 4 * length, mels, generator=source)
+    mels = _find(config, "num_mel_bins", "input_feat_per_channel", "input_dim") or 80
     if (positions := _find(config, "max_source_positions")) and _find(config, "input_feat_per_channel") is None:
         return torch.randn(batch, mels, 2 * positions, generator=source)
     return torch.randn(batch, 4 * length, mels, generator=source)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer import hosts
+from fewer.compat import cached
 from fewer.entry import apply
 from fewer.spec import parse, text
 from fewer.texts import book
@@ -226,12 +227,12 @@ def continuation_loss(model: nn.Module, passage: Tensor, context: int) -> float:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    out = model(passage[:, :context], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    out = model(passage[:, :context], **cached(model, cache), logits_to_keep=1).logits[:, -1]
     nats = []
     for i in range(context, passage.shape[1]):
         nats.append(F.cross_entropy(out.float(), passage[:, i]).item())
         if i + 1 < passage.shape[1]:
-            out = model(passage[:, i : i + 1], past_key_values=cache).logits[:, -1]
+            out = model(passage[:, i : i + 1], **cached(model, cache)).logits[:, -1]
     return sum(nats) / len(nats)
 
 

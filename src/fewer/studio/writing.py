@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import DynamicCache, TextStreamer
 
+from fewer.compat import cached
 from fewer.evaluation.language.subject import Held
 from fewer.looking import Looking
 
@@ -68,8 +69,8 @@ class Pen:
                 torch.manual_seed(seed)
             self.began = time.perf_counter()
             self.model.generate(  # type: ignore[operator]
-                **{"attention_mask": torch.ones_like(ids)} | given, past_key_values=self.cache, max_new_tokens=most,
-                do_sample=seed is not None, streamer=_Stream(self), pad_token_id=self.tokenizer.pad_token_id or 0,
+                **{"attention_mask": torch.ones_like(ids)} | given | cached(self.model, self.cache),
+                max_new_tokens=most, do_sample=seed is not None, streamer=_Stream(self), pad_token_id=self.tokenizer.pad_token_id or 0,
             )  # fmt: skip
             self._flush(end=True)
         self._live = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from fewer.compat import cached
 from fewer.evaluation.subject import twin_of
 
 from .tasks import Context, Ids, Outcome, Probe, judge
@@ -86,7 +87,7 @@ class LanguageSubject:
     def go_on(self, model: nn.Module, cache: DynamicCache, ids: Sequence[int], last: int) -> Tensor:
         """Read more tokens; the logits behind the last few of them, (last, vocabulary). The cache grows."""
         tokens = torch.tensor([list(ids)], device=self.device)
-        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0, -last:]
+        return model(tokens, **cached(model, cache), use_cache=True, logits_to_keep=last).logits[0, -last:]
 
     def ask(self, model: nn.Module, cache: DynamicCache, behind: Tensor, probe: Probe) -> Outcome:
         """A probe, asked on a copy of a cache. behind: the logits behind the context, (1, vocabulary).

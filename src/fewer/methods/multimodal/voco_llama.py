@@ -23,8 +23,8 @@ class VoCoLLaMA(CacheReducer):
     as many as there are voco tokens; then come the questions, as many as one likes, each with a copy of the cache.
 
         front, question = cut(ids, voco)
-        cache = model(front, pixel_values=pixels, use_cache=True).past_key_values
-        model.generate(ids, past_key_values=copy.deepcopy(cache))
+        cache = model(front, pixel_values=pixels, use_cache=True).cache
+        model.generate(ids, cache=copy.deepcopy(cache))
 
     budget: `tokens=`, the number of voco tokens the first pass ends with; 1 is the paper's headline, 2 its scripts'.
 

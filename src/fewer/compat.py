@@ -1,0 +1,72 @@
+"""What differs between releases of transformers, in one place. Nothing is asked of a version number: names of arguments
+and fields are asked of the model, or of transformers' own classes.
+
+Met so far, oldest first:
+
+    5.23   `past_key_values`, Mamba's `cache_params`
+    5.24   both are `cache`, in signatures and outputs; the old names warn
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+)  # of a forward's argument and an output's field, newest first
+
+
+@lru_cache(maxsize=1024)
+def _named(function: Any) -> str | None:
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a forward calls its cache; None where it takes none.
+
+    >>> def forward(self, input_ids, past_key_values=None): ...
+    >>> cache_argument(forward)
+    'past_key_values'
+    """
+    return _named(getattr(forward, "__func__", forward))
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, whatever the caller calls it; None where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments without its cache, under any name."""
+    return {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+
+
+def _inside(wrapper: Any) -> Any:
+    """What PEFT, torch.compile or DDP wrapped; None where nobody did."""
+    parts = vars(wrapper).get("_modules", {})
+    return next((parts[name] for name in ("base_model", "model", "_orig_mod", "module") if name in parts), None)
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a model, or its `generate`, a cache: `model(ids, **cached(model, cache))`.
+
+    Raises   TypeError where the model takes none.
+    """
+    name, inner = cache_argument(model.forward), model
+    while name is None and (inner := _inside(inner)) is not None:
+        name = cache_argument(inner.forward)
+    if name is None:
+        raise TypeError(f"{type(model).__name__} takes no cache: its forward names none of {', '.join(CACHE_NAMES)}")
+    return {name: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache a model's output holds; None where it holds none."""
+    fields: Any = getattr(output, "keys", tuple)()
+    return next((output[name] for name in CACHE_NAMES if name in fields), None)
