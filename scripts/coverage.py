@@ -7,6 +7,7 @@ limit and runs in a process that may die without ending the walk.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -22,7 +23,6 @@ from typing import Annotated, Any
 import typer
 
 LIMIT = 60.0  # seconds for one class
-DEPTH = 2
 
 KINDS = {  # kind -> the mappings whose classes it has
     "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
@@ -45,6 +45,19 @@ NO_TRANSFORMER = re.compile(
     r"^(bit|convnext|convnextv2|efficientnet|mobilenet_v1|mobilenet_v2|regnet|resnet|focalnet|hgnet_v2|textnet|uvdoc\w*"
     r"|rt_detr_resnet|pp_lcnet\w*|timm_backbone|timm_wrapper|poolformer|mobilevit\w*|swiftformer|vocos|univnet)$"
 )
+
+
+NOT_ALONE = {
+    "Gemma4AssistantForCausalLM": "reads the cache of another model",
+    "Gemma4UnifiedAssistantForCausalLM": "reads the cache of another model",
+    "DinatForImageClassification": "needs natten",
+    "DinatBackbone": "needs natten",
+    "LayoutLMv2Model": "needs detectron2",
+    "HiggsAudioV2TokenizerModel": "needs torchaudio",
+    "ShieldGemma2ForImageClassification": "an image-text model",
+    "VoxtralRealtimeTextModel": "not exported",
+    "FastSpeech2ConformerWithHifiGan": "makes sound",
+}
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -80,14 +93,16 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
 
     if NO_TRANSFORMER.match(row["type"]):
         return {**row, "ok": None, "why": "no transformer"}
+    if row["name"] in NOT_ALONE:
+        return {**row, "ok": None, "why": NOT_ALONE[row["name"]]}
     cls = getattr(transformers, row["name"])
+    if row["kind"] == "encoder" and (why := not_text(cls)):
+        return {**row, "ok": None, "why": why}
     config = default_config(cls, row["type"])
-    small = twin.shrink(config, depth=DEPTH)
+    small = twin.shrink(config, depth=row["depth"] or None)
     start = time.perf_counter()
     model = twin.build(cls, small)
     built = time.perf_counter() - start
-    if row["kind"] == "encoder" and model.main_input_name not in ("input_ids", "decoder_input_ids"):
-        return {**row, "ok": None, "why": f"takes {model.main_input_name}, not text"}
     inputs = twin.example(model)
     with torch.no_grad():
         out = model(**inputs)
@@ -108,16 +123,49 @@ SAID: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "glm_image_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "hunyuan_vl_text": {"head_dim": 128},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "glm4v_moe_text": {"head_dim": 128},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+        }
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
 }
+
+
+def not_text(cls: type) -> str:
+    """Why a class is no encoder or decoder of text alone; empty if it is."""
+    taken = inspect.signature(cls.forward).parameters
+    others = [
+        name for name in taken if re.match(r"pixel_|image|input_(features|values)|visual|audio|query_embeds", name)
+    ]
+    if "input_ids" not in taken:
+        return "takes no text"
+    return f"takes {others[0]} too" if others else ""
 
 
 def default_config(cls: type, model_type: str) -> Any:
@@ -126,7 +174,7 @@ def default_config(cls: type, model_type: str) -> Any:
 
     own = getattr(cls, "config_class", None)
     try:
-        config = AutoConfig.for_model(model_type, **SAID.get(model_type, {}))
+        config = AutoConfig.for_model(model_type, **SAID.get(cls.__name__, SAID.get(model_type, {})))
     except Exception:
         if own is None:
             raise
@@ -182,12 +230,13 @@ def walk(todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def main(
     only: Annotated[str, typer.Option(help="Classes whose name matches this expression.")] = "",
     kind: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}, timm.")] = "",
+    depth: Annotated[int, typer.Option(help="Layers to keep, and one of each kind at least; 0 for all.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file.")] = None,
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     todo = [row for row in rows() if re.search(only, row["name"]) and (not kind or row["kind"] == kind)]
     done = []
-    for row in walk(todo):
+    for row in walk([{**row, "depth": depth} for row in todo]):
         done.append(row)
         mark = {True: "ok", False: "FAILS", None: "-"}[row["ok"]]
         dull = " DULL" if row.get("lively") is False else ""

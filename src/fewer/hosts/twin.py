@@ -29,7 +29,7 @@ STAGED = 16  # the same in models that halve it from stage to stage
 POSITIONS = 512  # of a learned table; rotary positions cost nothing and are kept
 FRAMES = 64  # of a spectrogram, where the model is made for one length
 WIDTH = 64  # of a model whose head width does not follow from its width
-WIDEST = 256  # of one where it does
+WIDEST = 512  # of one where it does
 TIED = 128  # of one where it need not, but does
 HEAD = 512  # the widest head that is kept
 EXPERTS = 4
@@ -101,7 +101,9 @@ INDICES = re.compile(r"(indices|indexes|idxs?|layer_ids|_layers)$")
 PERIOD = re.compile(
     r"(period|interval|every_n_layers|pattern|sparse_step|layer_step|attention_frequency|layer_freq|layer_group_size)$"
 )
-WRITTEN = re.compile(r"sliding_window_pattern|attention_interval|rope_layer_interval|moe_layer_step|every_n_layers")
+WRITTEN = re.compile(
+    r"attn_layer_period|sliding_window_pattern|attention_interval|rope_layer_interval|moe_layer_step|every_n_layers"
+)
 
 
 def _cut(config: PretrainedConfig, depth: int) -> None:
@@ -136,14 +138,14 @@ def _cut(config: PretrainedConfig, depth: int) -> None:
     for name, value in values.items():
         if name in counts:
             continue
-        if isinstance(value, list | tuple) and INDICES.search(name) and _indices(value, main):
+        if isinstance(value, list | tuple) and INDICES.search(name) and "out_" not in name and _indices(value, main):
             new[name] = type(value)(i for i, layer in enumerate(chosen[main]) if layer in value)
         elif isinstance(value, list | tuple) and len(value) in chosen and len(value) > 1:
             new[name] = type(value)(value[i] for i in chosen[len(value)])
         elif name == "stage_names" and len(value) == main + 1:
             new[name] = value[: len(chosen[main]) + 1]
         elif name == "_out_indices" and value and len(values.get("stage_names") or ()) == main + 1:
-            new[name] = type(value)(sorted({sum(layer < i for layer in chosen[main]) for i in value}))
+            new[name] = type(value)(sorted({max(1, sum(layer < i for layer in chosen[main])) for i in value}))
         elif _number(value) and FIRST.match(name):
             new[name] = sum(layer < value for layer in chosen[main])
         elif _number(value) and LAST.match(name):
@@ -155,6 +157,9 @@ def _cut(config: PretrainedConfig, depth: int) -> None:
     if (spec := values.get("_heterogeneity_spec")) is not None:
         old = spec.per_layer_overrides
         spec.per_layer_overrides = {i: old[layer] for i, layer in enumerate(chosen[main]) if layer in old}
+    if (stack := values.get("num_layers_per_stack")) and main % stack == 0:  # the stacks are run several times over
+        new["num_layers_per_stack"] = min(stack, depth)
+        new["num_hidden_layers"] = main // stack * min(stack, depth)
     for name, value in new.items():
         setattr(config, name, value)
 
@@ -266,7 +271,7 @@ class _Shape:
         each = self.first(EACH, lists=False)
         derived = self.width // self.heads if self.heads and self.width % self.heads == 0 else 0
         self.each: int = self.values[each] if each else derived
-        self.free = each is not None  # the head width is said, it need not follow from the width
+        self.free = each is not None and config.model_type not in BOUND  # the head width need not follow from the width
         ratio = self.heads * self.each / self.width if self.width and not self.staged else 0
         self.ratio = int(ratio) if ratio in (1, 2) else 0  # all heads together are so many times the width
         self.tied = self.ratio > 0
@@ -287,7 +292,7 @@ class _Shape:
             self.small = self.width // self.heads if self.width and self.width % self.heads == 0 else self.width
         else:
             grouped = 1 < self.shared < self.heads
-            self.small_heads = 4 if grouped else min(self.heads, 2)
+            self.small_heads = 4 if grouped else min(self.heads, 3 if self.config.model_type in THIRDS else 2)
             self.small_shared = 2 if grouped else 1 if self.shared == 1 else self.small_heads
             self.small = self.small_heads * min(self.each, HEAD) // self.ratio if self.tied else WIDTH
             if self.small > (TIED if self.free else WIDEST):
@@ -339,6 +344,10 @@ class _Shape:
             return min(value, FIXED[name])
         if name == self.wide:
             return self.small
+        if name in ("coordinate_size", "shape_size"):  # four of the one and two of the other make the width
+            return self.small // (8 if name == "coordinate_size" else 4)
+        if name.endswith("groups") and value in self.known:
+            return self.known[value]
         if name in EACH or re.search(r"head_?dim|dim_head", name):
             return self.head(name, value)
         if HEADS.search(name):
@@ -422,11 +431,14 @@ class _Shape:
         elif self.width % value == 0 and self.small % (self.width // value) == 0:
             small = self.small // (self.width // value)
         else:
-            small = min(max(16, math.ceil(value * self.small / self.width / 16) * 16), 2 * self.small)
+            small = max(16, math.ceil(value * self.small / self.width / 16) * 16)
+            small = min(small, 2 * self.small if self.small <= TIED else self.small // 2)
         self.known[value] = small
         return small
 
 
+BOUND = ("helium",)  # a head width is said, and the width must be that of all heads nevertheless
+THIRDS = ("lilt",)  # the width is cut into six
 FIXED: dict[str, int] = {
     "index_topk": SELECTED, "topk_group": 1, "max_source_positions": FRAMES // 2, "max_length": FRAMES,
     "global_block_size": 4, "type_vocab_size": 16, "n_shared_experts": 1, "moe_num_shared_experts": 1,
@@ -603,31 +615,39 @@ def example(model: nn.Module, batch: int = 2, length: int = 12, seed: int = 0) -
     main = getattr(model, "main_input_name", "input_ids")
     given: dict[str, Tensor] = {}
     if main in ("input_ids", "decoder_input_ids") and "input_ids" in taken:
-        given["input_ids"] = _words(config, batch, length, source)
+        books = _find(config, "num_codebooks") if "musicgen" in config.model_type else None
+        given["input_ids"] = _words(config, batch * (books or 1), length, source)
         if "attention_mask" in taken:
             given["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
-    if "pixel_values" in (main, *taken) and main not in ("input_ids", "decoder_input_ids"):
-        given["pixel_values"] = _pixels(model, batch, source)
-    if main in ("pixel_values", "pixel_values_videos") and "pixel_values_videos" in taken:
-        given = {"pixel_values_videos": _pixels(model, batch, source)}
-    if "spatial_shapes" in taken and "pixel_values" in given:  # patches, already cut
-        patch, rows = _find(config, "patch_size"), torch.randn(batch, SIDE * SIDE, 1, generator=source)
-        width = (_find(config, "num_channels") or 3) * patch * patch
-        given["pixel_values"] = rows * torch.randn(width, generator=source) + torch.randn(width, generator=source)
-        given["spatial_shapes"] = torch.full((batch, 2), SIDE)
-        given["pixel_attention_mask"] = torch.ones(batch, SIDE * SIDE, dtype=torch.long)
-    if main == "inputs":
-        seen = "Image" in type(model).__name__
-        given["inputs"] = _pixels(model, batch, source) if seen else _words(config, batch, length, source)
+    seen = "Image" in type(model).__name__
+    if main == "inputs" and "input_values" in taken:
+        given["input_values"] = _sound(config, batch, length, source)
+    elif main == "inputs" and not seen:
+        given["inputs"] = _words(config, batch, length, source)
+    elif _sees(config, main, taken) and "spatial_shapes" in taken:
+        given |= _patches(config, batch, source)
+    elif _sees(config, main, taken):
+        name = "pixel_values" if "pixel_values" in taken else "pixel_values_videos"
+        given[name] = _pixels(config, batch, source, moving=not seen)
     if main == "input_values":
         given["input_values"] = _sound(config, batch, length, source)
     if main in ("input_features", "audio_values"):
         given[main] = _spectrogram(model, batch, length, source)
     if config.is_encoder_decoder and "decoder_input_ids" in taken:
-        given["decoder_input_ids"] = _words(config, batch, length, source)
+        books = _find(config, "num_channels") if config.model_type == "dia" else None
+        words = _words(config, batch, length * (books or 1), source)
+        given["decoder_input_ids"] = words.view(batch, length, books) if books else words
     if "bbox" in taken and "input_ids" in given:
-        given["bbox"] = _boxes(config, batch, length, source)
+        given["bbox"] = _boxes(batch, length, source)
     return given
+
+
+def _sees(config: PretrainedConfig, main: str, taken: set[str]) -> bool:
+    """Whether a model is to be given images: as its main input, or beside its text without a place in it."""
+    if not taken & {"pixel_values", "pixel_values_videos"}:
+        return False
+    placed = _find(config, "image_token_id", "image_token_index", "boi_token_id") is not None
+    return main not in ("input_ids", "decoder_input_ids") or not placed
 
 
 def _find(config: PretrainedConfig, *names: str) -> Any:
@@ -649,16 +669,25 @@ def _words(config: PretrainedConfig, batch: int, length: int, source: torch.Gene
     return plain[torch.randint(len(plain), (batch, length), generator=source)]
 
 
-def _pixels(model: nn.Module, batch: int, source: torch.Generator) -> Tensor:
-    """(batch, channels, height, width), or with frames before the channels for video."""
-    config: Any = model.config
+def _pixels(config: PretrainedConfig, batch: int, source: torch.Generator, moving: bool) -> Tensor:
+    """(batch, channels, height, width), or with frames before the channels for what is `moving` and counts them."""
     size = _find(config, "image_size", "img_size", "crop_size") or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = _find(config, "num_channels", "in_channels", "in_chans", "num_input_channels") or 3
     channels = channels if _number(channels) else 3
-    frames = _find(config, "num_frames", "frames_per_clip")
+    frames = _find(config, "num_frames", "frames_per_clip") if moving else None
     shape = (batch, frames, channels, height, width) if frames else (batch, channels, height, width)
     return torch.randn(shape, generator=source)
+
+
+def _patches(config: PretrainedConfig, batch: int, source: torch.Generator) -> dict[str, Tensor]:
+    """Images cut into flat patches (batch, patches, channels * patch * patch), with the shapes of their grids."""
+    flat = (_find(config, "num_channels") or 3) * _find(config, "patch_size") ** 2
+    return {
+        "pixel_values": torch.randn(batch, SIDE * SIDE, flat, generator=source),
+        "spatial_shapes": torch.full((batch, 2), SIDE),
+        "pixel_attention_mask": torch.ones(batch, SIDE * SIDE, dtype=torch.long),
+    }
 
 
 def _sound(config: PretrainedConfig, batch: int, length: int, source: torch.Generator) -> Tensor:
@@ -669,17 +698,19 @@ def _sound(config: PretrainedConfig, batch: int, length: int, source: torch.Gene
     strides, kernels = _find(config, "conv_stride") or (320,), _find(config, "conv_kernel") or (400,)
     for stride, kernel in zip(reversed(strides), reversed(kernels), strict=True):
         frames = (frames - 1) * stride + kernel
-    return torch.randn(batch, frames, generator=source)
+    shape = (batch, 1, frames) if config.model_type.startswith("omniasr") else (batch, frames)
+    return torch.randn(shape, generator=source)
 
 
 def _spectrogram(model: nn.Module, batch: int, length: int, source: torch.Generator) -> Tensor:
     """(batch, mels, frames) where the model is made for one length, (batch, frames, mels) otherwise."""
     config: Any = model.config
-    first = next(
-        (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None), None
-    )
-    if isinstance(first, nn.Linear | nn.LayerNorm):  # it is applied to each frame
+    leaves = (m for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd))
+    first = next(leaves, None)
+    mels = _find(config, "feature_projection_input_dim")
+    if mels is None and isinstance(first, nn.Linear | nn.LayerNorm):  # it is applied to each frame
         mels = first.in_features if isinstance(first, nn.Linear) else first.normalized_shape[-1]
+    if mels is not None:
         return torch.randn(batch, 4 * length, mels, generator=source)
     mels = _find(config, "num_mel_bins", "input_feat_per_channel", "input_dim") or 80
     if (positions := _find(config, "max_source_positions")) and _find(config, "input_feat_per_channel") is None:
@@ -687,7 +718,7 @@ def _spectrogram(model: nn.Module, batch: int, length: int, source: torch.Genera
     return torch.randn(batch, 4 * length, mels, generator=source)
 
 
-def _boxes(config: PretrainedConfig, batch: int, length: int, source: torch.Generator) -> Tensor:
+def _boxes(batch: int, length: int, source: torch.Generator) -> Tensor:
     """(batch, length, 4): left, top, right, bottom in thousandths."""
     corner = torch.randint(0, 400, (batch, length, 2), generator=source)
     return torch.cat([corner, corner + torch.randint(1, 400, (batch, length, 2), generator=source)], dim=-1)
