@@ -32,6 +32,7 @@ WIDTH = 64  # of a model whose head width does not follow from its width
 WIDEST = 512  # of one where it does
 TIED = 128  # of one where it need not, but does
 HEAD = 512  # the widest head that is kept
+BOUND_HEAD = 128  # the same where the width follows from it
 EXPERTS = 4
 
 
@@ -231,7 +232,7 @@ EACH = ("head_dim", "d_kv", "dim_head", "attention_head_size", "d_head", "kv_cha
 WIDTHS = re.compile(
     r"(^|_)((hidden|intermediate|ffn|mlp|embed|embedding|emb|embd|inner|proj|project|projection|feedforward|model|pooler"
     r"|adapter|output|out|ff|bottleneck)_(size|dim|channels|width)|dim|width|d_model|d_latents|d_ff|d_inner|n_inner|n_embd|ffn_dim"
-    r"|mlp_dim|dim_feedforward|dim_ff|feed_forward_size|feedforward_dim|(lora_)?rank|lru_width|intermediate_size_mlp"
+    r"|dff|mlp_dim|dim_feedforward|dim_ff|feed_forward_size|feedforward_dim|(lora_)?rank|lru_width|intermediate_size_mlp"
     r"|hidden_size_\w+|conv_channels|attention_channels|embed_dim|fpn_channels|share_expert_dim)$"
 )
 NO_WIDTH = re.compile(
@@ -274,7 +275,7 @@ class _Shape:
         self.free = each is not None and config.model_type not in BOUND  # the head width need not follow from the width
         ratio = self.heads * self.each / self.width if self.width and not self.staged else 0
         self.ratio = int(ratio) if ratio in (1, 2) else 0  # all heads together are so many times the width
-        self.tied = self.ratio > 0
+        self.tied = self.ratio > 0 and self.many is not None
         self.small = self.small_heads = self.small_shared = 0
 
     def first(self, names: Sequence[str], lists: bool = True) -> str | None:
@@ -294,7 +295,10 @@ class _Shape:
             grouped = 1 < self.shared < self.heads
             self.small_heads = 4 if grouped else min(self.heads, 3 if self.config.model_type in THIRDS else 2)
             self.small_shared = 2 if grouped else 1 if self.shared == 1 else self.small_heads
-            self.small = self.small_heads * min(self.each, HEAD) // self.ratio if self.tied else WIDTH
+            each = min(self.each, HEAD)
+            if not self.free and not self.sectioned():
+                each = min(self.each, BOUND_HEAD // 2 if grouped else BOUND_HEAD)
+            self.small = self.small_heads * each // self.ratio if self.tied else WIDTH
             if self.small > (TIED if self.free else WIDEST):
                 self.small = WIDTH if self.free else WIDEST
                 self.tied = not self.free
@@ -303,6 +307,11 @@ class _Shape:
                 self.small = known
         if self.width:
             self.known.setdefault(self.width, self.small)
+
+    def sectioned(self) -> bool:
+        """Whether rotary positions name parts of a head, which must then keep its width."""
+        rope = self.values.get("rope_parameters")
+        return isinstance(rope, dict) and any("section" in str(name) for name in rope)
 
     def apply(self) -> None:
         self.settle_state()
@@ -443,6 +452,7 @@ FIXED: dict[str, int] = {
     "index_topk": SELECTED, "topk_group": 1, "max_source_positions": FRAMES // 2, "max_length": FRAMES,
     "global_block_size": 4, "type_vocab_size": 16, "n_shared_experts": 1, "moe_num_shared_experts": 1,
     "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "codebook_size": 64, "n_groups": 2, "mamba_n_groups": 2,
+    "num_filters": 8,
     "num_frames": 4, "frames_per_clip": 4,
 }  # fmt: skip
 
@@ -547,6 +557,9 @@ def _quiet() -> Iterator[None]:
 
 
 SCALES = re.compile(r"scale|gamma|lambda|ls\d|gate|alpha|beta")
+SEEKS = re.compile(r"(^|[._])(q|k|wq|wk|[qk]_\w+|query|key|\w+_[qk]|(to|lin)_[qk])$|query_proj|key_proj")
+UNSCALED = re.compile(r"\w(Self|EncDec)?Attention\.q$|\battn\.attention\.q_proj$")  # no 1 / sqrt(d) follows
+SHARP, CALM, CONVOLVED = 2.0, 0.6, 1.4
 EMBEDS = re.compile(r"embed|token|pos|query|queries|table|latent|memory|mask|prompt|relative|special")
 
 
@@ -555,13 +568,14 @@ def _enliven(model: nn.Module, seed: int) -> None:
     """Make every parameter random: around the value it starts from if that is a constant, by its fan-in otherwise."""
     source = torch.Generator().manual_seed(seed)
     done: set[int] = set()
-    for module in model.modules():
+    first = sorted(model.named_modules(), key=lambda named: not isinstance(named[1], nn.Embedding))
+    for path, module in first:  # an embedding that is also the weight of a head is an embedding
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in done or not parameter.is_floating_point():
                 continue
             done.add(id(parameter))
             noise = torch.randn(parameter.shape, generator=source)
-            parameter.copy_(_lively(module, name, parameter, noise))
+            parameter.copy_(_lively(module, f"{path}.{name}", parameter, noise))
         for name, buffer in module.named_buffers(recurse=False):
             trained = name not in module._non_persistent_buffers_set and buffer.is_floating_point()
             if trained and buffer.numel() > 1 and _constant(buffer):  # statistics of a norm, biases of a router
@@ -572,22 +586,30 @@ def _constant(value: Tensor) -> bool:
     return value.numel() > 0 and bool((value == value.flatten()[0]).all())
 
 
-def _lively(module: nn.Module, name: str, start: Tensor, noise: Tensor) -> Tensor:
-    """A random value of a parameter. start: what the class made it; noise: standard normal, of its shape."""
+def _lively(module: nn.Module, path: str, start: Tensor, noise: Tensor) -> Tensor:
+    """A random value of a parameter. start: what the class made it; noise: standard normal, of its shape.
+
+    Queries and keys are large and the rest is small: else attention is flat, and all tokens become the same with depth.
+    """
+    place, name = path.rsplit(".", 1)
     if start.numel() == 0:
         return start
     if start.dim() > 1 and not (name == "weight" and "Norm" in type(module).__name__):
         if isinstance(module, nn.Embedding) or (name not in ("weight", "original1") and EMBEDS.search(name)):
             return 0.5 * noise
         if not (_constant(start) and (start.shape[:-1].numel() == 1 or SCALES.search(name))):
-            return noise / math.sqrt(_fan_in(module, start))
+            convolved = isinstance(module, nn.modules.conv._ConvNd)
+            gain = CONVOLVED if convolved else SHARP if SEEKS.search(place) else CALM
+            if UNSCALED.search(place):
+                gain /= 8
+            return gain * noise / math.sqrt(_fan_in(module, start))
     if not start.isfinite().all() or start.abs().max() > 100:
         start = torch.zeros_like(start)
     if not _constant(start):
         return start * (1 + 0.1 * noise)
     centre = float(start.flatten()[0])
     if abs(centre) < 0.1:
-        return 0.5 + 0.1 * noise if SCALES.search(name) and "bias" not in name else centre + 0.2 * noise
+        return 0.5 + 0.1 * noise if SCALES.search(name) and "bias" not in name else centre + 0.1 * noise
     return centre + 0.15 * min(abs(centre), 1.0) * noise
 
 
