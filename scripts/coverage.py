@@ -115,6 +115,13 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
             "built": round(built, 3)}  # fmt: skip
 
 
+QSA = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 # What a default config leaves open, although every published one of its type says it.
 SAID: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
@@ -134,22 +141,11 @@ SAID: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True},
     "glm4v_moe_text": {"head_dim": 128},
     "moonshine_streaming": {"num_key_value_heads": 8},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 256,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-    },
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 256,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        }
-    },
+    "qwen4_exp_text": QSA,
+    "Qwen4ExpForCausalLM": QSA,
+    "qwen4_exp": {"text_config": QSA},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512}},
+    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -173,14 +169,15 @@ def default_config(cls: type, model_type: str) -> Any:
     from transformers import AutoConfig
 
     own = getattr(cls, "config_class", None)
+    said = SAID.get(cls.__name__, SAID.get(model_type, {}))
     try:
-        config = AutoConfig.for_model(model_type, **SAID.get(cls.__name__, SAID.get(model_type, {})))
+        config = AutoConfig.for_model(model_type, **said)
     except Exception:
         if own is None:
             raise
-        return own()
+        return own(**said)
     if own is not None and not isinstance(config, own):
-        return own()
+        return own(**said)
     return config
 
 

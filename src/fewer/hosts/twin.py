@@ -293,11 +293,9 @@ class _Shape:
             self.small = self.width // self.heads if self.width and self.width % self.heads == 0 else self.width
         else:
             grouped = 1 < self.shared < self.heads
-            self.small_heads = 4 if grouped else min(self.heads, 3 if self.config.model_type in THIRDS else 2)
+            self.small_heads = 4 if grouped else min(self.heads, MULTIPLES.get(self.config.model_type, 2))
             self.small_shared = 2 if grouped else 1 if self.shared == 1 else self.small_heads
-            each = min(self.each, HEAD)
-            if not self.free and not self.sectioned():
-                each = min(self.each, BOUND_HEAD // 2 if grouped else BOUND_HEAD)
+            each = min(self.each, HEAD if self.free else BOUND_HEAD)
             self.small = self.small_heads * each // self.ratio if self.tied else WIDTH
             if self.small > (TIED if self.free else WIDEST):
                 self.small = WIDTH if self.free else WIDEST
@@ -307,11 +305,6 @@ class _Shape:
                 self.small = known
         if self.width:
             self.known.setdefault(self.width, self.small)
-
-    def sectioned(self) -> bool:
-        """Whether rotary positions name parts of a head, which must then keep its width."""
-        rope = self.values.get("rope_parameters")
-        return isinstance(rope, dict) and any("section" in str(name) for name in rope)
 
     def apply(self) -> None:
         self.settle_state()
@@ -447,7 +440,7 @@ class _Shape:
 
 
 BOUND = ("helium",)  # a head width is said, and the width must be that of all heads nevertheless
-THIRDS = ("lilt",)  # the width is cut into six
+MULTIPLES = {"lilt": 3, "codegen": 4}  # the width is cut into six; the heads into four
 FIXED: dict[str, int] = {
     "index_topk": SELECTED, "topk_group": 1, "max_source_positions": FRAMES // 2, "max_length": FRAMES,
     "global_block_size": 4, "type_vocab_size": 16, "n_shared_experts": 1, "moe_num_shared_experts": 1,
@@ -626,6 +619,9 @@ def _fan_in(module: nn.Module, weight: Tensor) -> int:
 # --- what it takes --------------------------------------------------------------------------------------------------
 
 
+CODES = ("musicgen", "musicgen_melody", "musicgen_decoder", "musicgen_melody_decoder")  # a row for each code book
+
+
 def example(model: nn.Module, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of one forward of a twin, every row different.
 
@@ -637,7 +633,7 @@ def example(model: nn.Module, batch: int = 2, length: int = 12, seed: int = 0) -
     main = getattr(model, "main_input_name", "input_ids")
     given: dict[str, Tensor] = {}
     if main in ("input_ids", "decoder_input_ids") and "input_ids" in taken:
-        books = _find(config, "num_codebooks") if "musicgen" in config.model_type else None
+        books = _find(config, "num_codebooks") if config.model_type in CODES else None
         given["input_ids"] = _words(config, batch * (books or 1), length, source)
         if "attention_mask" in taken:
             given["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
@@ -659,6 +655,8 @@ def example(model: nn.Module, batch: int = 2, length: int = 12, seed: int = 0) -
         books = _find(config, "num_channels") if config.model_type == "dia" else None
         words = _words(config, batch, length * (books or 1), source)
         given["decoder_input_ids"] = words.view(batch, length, books) if books else words
+    if not given and "input_ids" in taken:
+        given["input_ids"] = _words(config, batch, length, source)
     if "bbox" in taken and "input_ids" in given:
         given["bbox"] = _boxes(batch, length, source)
     return given
