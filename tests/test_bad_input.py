@@ -103,7 +103,7 @@ def test_what_is_no_model(model: Any) -> None:
 def test_a_method_that_ranks_by_the_class_token_needs_one() -> None:
     model = tiny_vit("siglip")
     before = snapshot(model)
-    with pytest.raises(fewer.SessionError, match=r"diffrate.* ranks tokens by the class token's attention, and SigLIP"):
+    with pytest.raises(fewer.SessionError, match=r"diffrate.* by the class token's attention, and SiglipVisionModel"):
         fewer.apply(model, "diffrate:tokens=5,layers=1")
     same_snapshot(before, snapshot(model), "a refused method")
 

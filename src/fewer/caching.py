@@ -20,8 +20,7 @@ from .core import Hard, Reducer, Seen, Site
 from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
 from .core.place import Place
 from .core.plan import take
-from .hosts import Call, DecoderHost, Visit
-from .hosts.decoder import DecoderDriver
+from .hosts import DecoderHost, Table, Visit, under
 from .ledger import Ledger
 from .passes import Pass
 from .presses import Pressed
@@ -90,7 +89,6 @@ class CachePass:
         self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
         self.sight: Sight | None = None  # the visual rows among them
         self.visit: Visit | None = None  # the same behind a prompt: dropped tokens may come back, or moved together
-        self.call: Call | None = None  # of the block under way
         self.position_ids = positions
         self.fresh = cache is not None and cache.get_seq_length() == 0
         self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
@@ -108,8 +106,11 @@ class CachePass:
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The model's own attention over the stored rows, then the method's turn. q (B, H, Q, d), k, v (B, G, S, d)."""
-        index, call = int(module.layer_idx), self.call  # type: ignore[arg-type]
-        self.call = None
+        index, call = self.session.host.index(module), under.call
+        if index is None:  # another model's attention, inside this one
+            return plain(module, q, k, v, mask, **kwargs)
+        if call is not None:
+            call.entered = True
         layer = self.layers[index] if self.layers else None
         if layer is not None and layer.headwise(q.shape[2]):
             out = layer.attention(q, _scale(q, kwargs), mask), None
@@ -435,7 +436,7 @@ class CacheSession(Session):
             rotary = self.rotary(0) if method.rotates or method.travelling else None
             if method.travelling and rotary is None:
                 raise SessionError(
-                    f"{text(method)} moves rows by turning their keys, but {host.family.name} learns its positions; "
+                    f"{text(method)} moves rows by turning their keys, but {host.name} learns its positions; "
                     "pass positions=original"
                 )
         #: Whether no method has to do with the rows of a decoding step.
@@ -448,14 +449,13 @@ class CacheSession(Session):
             self.host.open(self._open, undo)
             if self.inside:
                 self.host.replace(lambda layer: partial(self._block, layer), undo)
-            if any(isinstance(m, Rereader) for m in self.methods):
-                undo.callback(self.host.root.register_forward_hook(self._close, with_kwargs=True).remove)
+            undo.callback(self.host.root.register_forward_hook(self._close, with_kwargs=True, always_call=True).remove)
             if any(getattr(m, "attends", False) for m in self.methods):
-                for module in self.host.attentions:
+                for module in filter(None, self.host.attentions):
                     undo.callback(module.register_forward_pre_hook(_attend, with_kwargs=True).remove)
             for method in self.methods:
                 if isinstance(method, Pressed):
-                    method.attach(self.model, self.host.root, self.host.attentions, undo)
+                    method.attach(self.model, self.host.root, [m for m in self.host.attentions if m is not None], undo)
             if any(getattr(m, "enters", False) for m in self.methods):
                 undo.callback(self.host.blocks[0].register_forward_pre_hook(_enter, with_kwargs=True).remove)
             self._round(undo)
@@ -464,8 +464,12 @@ class CacheSession(Session):
     # -- called by the host and the pass ------------------------------------------------------------------------------
     def _open(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the decoder runs: find the cache of this pass, or make one, and send the pass along."""
-        if kwargs.get("fewer") is not None:  # a pass of our own
+        self.host.renew()
+        self._passes.append(under.run)
+        if self._inner is not None:  # a pass of our own
+            under.run, self._inner = self._inner, None
             return args, kwargs
+        under.run = None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache: Any = given_cache(given)
         use = given.get("use_cache")
@@ -494,13 +498,34 @@ class CacheSession(Session):
         self._records = [] if cache is None else [layer.record for layer in cache.layers]
         run = CachePass(self, cache, given.get("attention_mask"), _text_positions(given.get("position_ids")))
         self.seconds = 0.0
-        given["fewer"], self.remembered = run, run.memory
+        under.run, self.remembered = run, run.memory
         return (), given
 
+    @property
+    def _passes(self) -> list[Any]:
+        """What ran on this thread around the passes under way."""
+        passes: list[Any] = self._local.__dict__.setdefault("passes", [])
+        return passes
+
+    @property
+    def _inner(self) -> Any:
+        """What sees the attention of the next pass instead of a pass of its own: set by `inner`, for one pass."""
+        return getattr(self._local, "inner", None)
+
+    @_inner.setter
+    def _inner(self, run: Any) -> None:
+        self._local.inner = run
+
+    def inner(self, run: Any, root: nn.Module, **given: Any) -> None:
+        """A pass over the decoder that is part of another one: `run` sees its attention."""
+        self._inner = run
+        root(**given)
+
     def _close(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """After the decoder has run: the turn of methods that have the prompt read again."""
-        run = kwargs.get("fewer")
-        if not isinstance(run, CachePass) or not run.layers:
+        """After the decoder has run, or failed: the turn of methods that have the prompt read again."""
+        run = under.run
+        under.run = self._passes.pop() if self._passes else None
+        if output is None or not isinstance(run, CachePass) or not run.layers:
             return
         for which, method in enumerate(self.methods):
             if not isinstance(method, Rereader):
@@ -514,7 +539,8 @@ class CacheSession(Session):
 
     def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Visit | None:
         """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""
-        run: CachePass = kwargs["fewer"]
+        run = under.run
+        assert isinstance(run, CachePass)
         if layer == 0:
             valid = None if mask is None else run.real(x.shape[1])
             if x.shape[1] > 1:
@@ -526,7 +552,7 @@ class CacheSession(Session):
     @property
     def apart(self) -> bool:
         """Whether heads that keep different numbers may be read one by one: no other attention is asked for."""
-        return self.steady and not self.host.root.training and DecoderDriver.before(self.host.root.config) == "sdpa"
+        return self.steady and not self.host.root.training and Table.before(self.host.root.config) == "sdpa"
 
     @property
     def loose(self) -> bool:
@@ -538,7 +564,7 @@ class CacheSession(Session):
     def weighs(self) -> bool:
         """Whether a step's attention is computed here: a method needs its probabilities, and no other is asked for."""
         weighs = self.loose and any(getattr(m, "weighs", False) for m in self.methods)
-        return weighs and not self.host.root.training and DecoderDriver.before(self.host.root.config) == "sdpa"
+        return weighs and not self.host.root.training and Table.before(self.host.root.config) == "sdpa"
 
     def spend(self, flops: int) -> None:
         self._flops += flops
@@ -626,7 +652,7 @@ def _scale(q: Tensor, kwargs: dict[str, Any]) -> float:
 
 def _attend(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before an attention module: show the pass its call."""
-    run = kwargs.get("fewer")
+    run = under.run
     if isinstance(run, CachePass):
         hidden = args[0] if args else kwargs["hidden_states"]
         run.attending = Attending(module, hidden, _spoken(kwargs))
@@ -634,16 +660,14 @@ def _attend(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _spoken(kwargs: dict[str, Any]) -> dict[str, Any]:
     """An attention module's arguments as presses of every age read them: the cache under each of its names."""
-    told = {k: v for k, v in kwargs.items() if k != "fewer"}
-    cache = given_cache(told)
-    return told if cache is None else dict.fromkeys(CACHE_NAMES, cache) | told
+    cache = given_cache(kwargs)
+    return kwargs if cache is None else dict.fromkeys(CACHE_NAMES, cache) | kwargs
 
 
 def _enter(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before the first block: show the pass what enters it."""
-    run = kwargs.get("fewer")
-    if isinstance(run, CachePass):
-        run.entry = args[0] if args else kwargs["hidden_states"]
+    if isinstance(under.run, CachePass):
+        under.run.entry = args[0] if args else kwargs["hidden_states"]
 
 
 def start(

@@ -438,7 +438,7 @@ def doctor(
             during = _first(host.root(*args, **inputs))
             grid, tokens = session.last.grid, session.last.first.n
         after = _first(host.root(*args, **inputs))
-    if not host.family.text:
+    if not host.text:
         table.add_row("input", " x ".join(map(str, args[0].shape[1:])))
         table.add_row("grid", "unknown" if grid is None else f"{grid[0]} x {grid[1]} patches")
     table.add_row("tokens", str(tokens))
@@ -660,14 +660,14 @@ def _seen(network: Any, processor: Any) -> list[tuple[str, str]]:
     ]
 
 
-PLAIN = {"decoder": "lazyllm:keep=1", "state space": "utrc:keep=1"}
+PLAIN = {"decoder": "lazyllm:keep=1", "scan": "utrc:keep=1"}
 
 
 def _sample(host: Any, processor: Callable[..., Any]) -> tuple[tuple, dict[str, Any], str]:
     """Something to read for a model, as it wants it, and a method that removes nothing of it."""
-    if host.family.text:
+    if host.text:
         words = "Of the tokens of a text many carry nothing: " * 4
-        return (), dict(processor([words], return_tensors="pt")), PLAIN.get(host.family.library, "power_bert:keep=1")
+        return (), dict(processor([words], return_tensors="pt")), PLAIN.get(host.kind, "power_bert:keep=1")
     from PIL import Image
 
     return (processor([Image.radial_gradient("L").convert("RGB")]),), {}, "tome:r=0"

@@ -70,3 +70,14 @@ def cache_of(output: Any) -> Any:
     """The cache a model's output holds; None where it holds none."""
     fields: Any = getattr(output, "keys", tuple)()
     return next((output[name] for name in CACHE_NAMES if name in fields), None)
+
+
+def unchecked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's bound forward without the gradient checkpointing that transformers wraps around it: who runs the block
+    checkpoints it once, not twice."""
+    inner = getattr(forward, "__func__", None)
+    if inner is None or getattr(inner, "__code__", forward).co_name != "forward_with_checkpointing":  # type: ignore[union-attr]
+        return forward
+    while inner.__code__.co_name == "forward_with_checkpointing":
+        inner = inner.__wrapped__
+    return inner.__get__(forward.__self__)  # type: ignore[attr-defined, no-any-return]

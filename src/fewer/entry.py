@@ -60,10 +60,10 @@ def apply(
 
         return seeing.start(model, reducers, execution, modules, host, guide, positions)
     if guide is not None or positions != "kept":
-        raise SessionError(f"guide= and positions= are for vision-language models, and {host.family.name} is none")
+        raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
     if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
         raise hosts.HostError(
-            f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.family.name} is "
+            f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
             f"none; known ones: {', '.join(row.name for row in hosts.vision_language.ROWS)}"
         )
     if isinstance(host, hosts.DecoderHost):
@@ -72,7 +72,7 @@ def apply(
         return caching.start(model, reducers, execution, modules, host)
     if cached := [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]:
         raise hosts.HostError(
-            f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.family.name} keeps none; decoders: "
-            f"{', '.join(f.name for f in hosts.FAMILIES if f.library == 'decoder')}"
+            f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.name} keeps none; a model with a causal "
+            "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
         )
     return session.start(model, reducers, execution, modules, host)

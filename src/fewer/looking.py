@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .compat import without_cache
 from .core import (
     Group,
     Hard,
@@ -187,6 +188,11 @@ class Looking(Reading):
         full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)
         return full, hidden
 
+    def _given(self) -> dict[str, Any]:
+        """A block's arguments at the rows that are left, without a cache: to look at its attention before it runs."""
+        given = {**super().streams(0, without_cache(self._kwargs)), "attention_mask": None}
+        return {name: value for name, value in given.items() if name != "use_cache"}
+
     def _beside(
         self, shown: View, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, behind: bool
     ) -> Visual:
@@ -209,7 +215,8 @@ class Looking(Reading):
             return cos, sin
 
         def peek(queries: Group) -> Tensor:
-            ahead = self.host.peek(place.layer + 1, hidden, tables(), tokens.valid)  # type: ignore[attr-defined]
+            given = {**self._given(), "position_embeddings": tables()}
+            ahead = self.host.peek(place.layer + 1, hidden, given, tokens.valid)  # type: ignore[attr-defined]
             return attention.rows(ahead, queries)
 
         return Visual(
@@ -244,6 +251,9 @@ class Shifted:
         ids = kwargs.get("position_ids")
         ids = torch.arange(self.start, self.start + self.rows, device=shift.device)[None] if ids is None else ids
         return at_positions(self.session, layer, kwargs, ids - shift[:, None])
+
+    def splits(self, layer: int) -> bool:
+        return False
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         return x

@@ -16,7 +16,7 @@ from .core.attention import size_bias
 from .core.place import Place
 from .core.plan import take
 from .core.ragged import Packing
-from .hosts import Call, HostError
+from .hosts import Call, HostError, Stream, placed, reach
 from .ledger import Entry, Ledger
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Pass:
         self._starts = None if valid is None else (valid.sum(-1) - n + self.first.free_count).clamp(min=0)
         # To undo behind a block: steps before its plans, and tokens, masked rows and features as they were.
         self._around: list[tuple[int, Tokens, Hard | None, Tokens, Tensor]] = []
-        self._moved: dict[tuple[int, int], tuple[Any, Any, dict[str, Any]]] = {}  # what `streams` gave last
+        self._moved: dict[tuple[int, str, tuple], tuple[Any, Any, Any]] = {}  # what `streams` gave last
         self.steps: list[Step] = []
         self.packing: Packing | None = None
         self.live: Hard | None = None  # masked execution: the rows still there,
@@ -90,7 +90,7 @@ class Pass:
         if self.session.acting(Site.AROUND_BLOCK, layer):
             self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
             x = self._at(Site.AROUND_BLOCK, layer, x, None)
-        self._entry = x if self.host.family.text else None
+        self._entry = x if self.host.text else None
         self._cost[layer][0], self._lengths[layer][0] = self._count(), self._live_lengths()
         return x
 
@@ -106,35 +106,59 @@ class Pass:
         policy = tokens.policy
         eps = self.session.mask_eps if policy is not None and policy.requires_grad else 0.0
         split = None if self.packing is None else self.packing.attention
-        return Call(bias, policy, eps, self.session.watches(layer), split)
+        return Call(
+            bias,
+            policy,
+            eps,
+            self.session.watches(layer),
+            split,
+            fit=self._fit if self.host.layers[layer].inside else None,
+        )
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
         """The model's own (B or 1, 1 or H, N0, N0) bias at the tokens that are left: each row keeps its
         representative's. A text's mask that tells padding only is not needed once `call` hides it."""
         if full is None or not self.steps or full.shape[-1] == 1:
             return full
-        if self.host.family.text and not self.host.family.local(self.host.blocks[layer]):
+        if self.host.text and self.host.layers[layer].bare:
             return None
+        return self._fit(full)
+
+    def _fit(self, full: Tensor) -> Tensor:
+        """A bias between all tokens, (B or 1, 1 or H, N0 or 1, N0), between those that are left."""
+        if full.shape[-1] != self.first.n or not self.steps:
+            return full
         place = self.tokens.place()
         rows = full.expand(place.shape[0], *full.shape[1:])
-        index = place[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1])
-        rows = rows.gather(2, index)
-        return rows.gather(3, place[:, None, None, :].expand(-1, full.shape[1], place.shape[1], -1))
+        if full.shape[2] > 1:
+            index = place[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1])
+            rows = rows.gather(2, index)
+        return rows.gather(3, place[:, None, None, :].expand(-1, rows.shape[1], rows.shape[2], -1))
+
+    def splits(self, layer: int) -> bool:
+        """Whether a method acts between this block's attention and its MLP."""
+        return bool(self.session.acting(Site.MID_BLOCK, layer))
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What travels beside a text's features, at the tokens that are left: rotary tables and position ids."""
-        if not self.steps or not self.host.family.text:
+        """What travels beside the features, at the tokens that are left: rotary tables, position ids and the like."""
+        if not self.steps or not self.host.found.streams:
             return kwargs
-        tables, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        tokens, _, moved = self._moved.get((id(tables), id(ids)), (None, None, {}))
+        moved = dict(kwargs)
+        for stream in self.host.found.streams:
+            if kwargs.get(stream.name) is not None:
+                moved[stream.name] = self._at_rows(stream, moved[stream.name], kwargs[stream.name])
+        return moved
+
+    def _at_rows(self, stream: Stream, value: Any, own: Any) -> Any:
+        """An argument with one of its parts at the tokens that are left. own: as the block was given it."""
+        key = (id(own), stream.name, stream.path)
+        tokens, _, moved = self._moved.get(key, (None, None, None))
         if tokens is not self.tokens:  # blocks share their tables: they are gathered once after each plan
-            place, moved = self.tokens.place(), {}
-            if tables is not None:
-                moved["position_embeddings"] = tuple(take(t.expand(place.shape[0], -1, -1), place) for t in tables)
-            if ids is not None:
-                moved["position_ids"] = ids.expand(place.shape[0], -1).gather(-1, place)
-            self._moved[id(tables), id(ids)] = (self.tokens, (tables, ids), moved)
-        return {**kwargs, **moved}
+            part = reach(own, stream.path)
+            whole = part.shape[stream.axis] == self.first.n - stream.lacks if isinstance(part, Tensor) else False
+            moved = stream.at(part, self.tokens.place()) if whole else part
+            self._moved[key] = (self.tokens, own, moved)
+        return placed(value, stream.path, moved)
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         x = self._at(Site.MID_BLOCK, layer, x, call.seen, call.branch)
@@ -174,7 +198,7 @@ class Pass:
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
-        if self.host.family.text:
+        if self.host.text:
             x = self._spread(x)
         if self.counted:
             self.session.finished(self)
@@ -260,7 +284,7 @@ class Pass:
         plan, hidden = self._planned(method, hidden, tokens, place, seen, branch)
         self.proportional = self.proportional or reducer.proportional
         left = None
-        if self.host.family.text:
+        if self.host.text:
             left = self._entry if self._entry is not None and site is Site.MID_BLOCK else hidden
         self.steps.append(Step(layer, method, plan, left))
         self.leaving(reducer, plan, hidden, layer)

@@ -152,6 +152,9 @@ class Revival:
             )
         return moved
 
+    def splits(self, layer: int) -> bool:
+        return False
+
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         return x
 

@@ -28,7 +28,9 @@ class Again:
 
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        index, run = int(module.layer_idx), self.run  # type: ignore[arg-type]
+        index, run = self.run.session.host.index(module), self.run
+        if index is None:
+            return plain(module, q, k, v, mask, **kwargs)
         layer, method = run.layers[index], run.session.methods[self.which]
         assert isinstance(method, Rereader)
         out = plain(module, q, k, v, mask, **kwargs)
@@ -80,10 +82,9 @@ def reread(run: CachePass, which: int, root: nn.Module, given: dict[str, Any]) -
         asking = None if real is None else torch.cat([torch.ones_like(cue, dtype=torch.bool), real[:, span]], 1)
         behind = torch.arange(length, device=tokens.device)[None] if asking is None else asking.cumsum(-1) - 1
         visit = Again(run, which, rows, (first, last), asking)
-        root(**{
+        run.session.inner(visit, root, **{
             name: again, **cached(root, run.cache), "use_cache": True, "position_ids": totals + behind.clamp(min=0),
             "attention_mask": None if asking is None or real is None else torch.cat([real, asking], 1).long(),
-            "fewer": visit,
         })  # fmt: skip
         for layer in layers:
             layer.crop(-length)

@@ -19,7 +19,7 @@ from .core import Reducer, Seen, Site, Tower, View, VisualReducer
 from .core.layout import Layout
 from .core.visual import looks
 from .guide import Guide
-from .hosts import DRIVERS, Call, Host, VisionLanguageHost, Visit
+from .hosts import Call, Host, VisionLanguageHost, Visit, under
 from .hosts.vision_language import Encoding, LayoutError, coordinates
 from .looking import Looking, Shifted, Sight
 from .session import Execution, SessionError, check_free
@@ -45,6 +45,9 @@ class Watch:
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
+
+    def splits(self, layer: int) -> bool:
+        return False
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         return x
@@ -81,9 +84,7 @@ class SeeingSession(CacheSession):
         if self.compact and any(m.site is not Site.KV_CACHE and not looks(m) for m in self.methods):
             raise SessionError("positions='compact' numbers rows anew for methods on visual tokens only; leave it out")
         if self.compact and self.rotary(0) is None:
-            raise SessionError(
-                f"{host.family.name} learns its positions, so rows cannot be numbered anew; leave it out"
-            )
+            raise SessionError(f"{host.name} learns its positions, so rows cannot be numbered anew; leave it out")
         self.answers: Tensor | None = None  # (B, S) bool, text that is to be learned: no method may read it
         self.inside = self.inside or bool(inside)
         self.tower: session.Session | None = None  # of the methods inside the vision tower
@@ -120,11 +121,7 @@ class SeeingSession(CacheSession):
 
     @cached_property
     def _tower_host(self) -> Host | None:
-        family = self.host.tower_family
-        if family is None:
-            return None
-        root = next(m for m in self.host.tower_module.modules() if type(m).__name__ in family.root)
-        return Host(family, root, self.host.tower_path, DRIVERS[family.library])
+        return self.host.tower
 
     def _attach(self) -> None:
         super()._attach()
@@ -159,11 +156,8 @@ class SeeingSession(CacheSession):
         assert tower is not None
         depth = len(tower.blocks)
         self._looks = {layer % depth for layer in self._looks} | {self.host.used}
-        tower.driver.attach(tower, undo)
-        for layer in sorted(self._looks | {t % depth for t in self._taps}):
-            block = tower.blocks[layer]
-            block.__dict__["forward"] = partial(self._look, tower, layer)
-            undo.callback(block.__dict__.pop, "forward", None)
+        watched = self._looks | {t % depth for t in self._taps}
+        tower.attach(lambda layer: partial(self._look, tower, layer), undo, watched)
 
     # -- called by the model ------------------------------------------------------------------------------------------
     def _enter(self, whole: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -199,9 +193,9 @@ class SeeingSession(CacheSession):
     def _encoding(self) -> Encoding | None:
         return getattr(self._local, "encoding", None)
 
-    def _look(self, tower: Host, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _look(self, tower: Host, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
         kwargs |= dict(zip(tower.arguments, args, strict=False))
-        mask = kwargs.pop("attention_mask", None)
+        mask = None if tower.found.mask is None else kwargs.pop(tower.found.mask, None)
         encoding = self._encoding or Encoding("image", {})
         visit = Watch(encoding.seen, encoding.outputs, layer in self._looks)
         return tower.run(layer, x, mask, kwargs, visit)
@@ -258,7 +252,7 @@ class SeeingSession(CacheSession):
     def _open(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         deep, mask = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
         args, kwargs = super()._open(root, args, kwargs)
-        run, given = kwargs.get("fewer"), getattr(self._local, "given", None)
+        run, given = under.run, getattr(self._local, "given", None)
         if not isinstance(run, CachePass) or given is None or not self.inside or not self._local.encoded:
             return args, kwargs
         calls = list(self._local.encoded.values())
@@ -336,7 +330,8 @@ class SeeingSession(CacheSession):
         self.guide.ask(questions)
 
     def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Visit | None:
-        run: CachePass = kwargs["fewer"]
+        run = under.run
+        assert isinstance(run, CachePass)
         if layer == 0 and x.shape[1] > 1 and run.sight is not None:
             run.reading = Looking(self, x, run.layers, run.real(x.shape[1]), kwargs.get("position_ids"), run.sight)
             return run.reading

@@ -52,12 +52,12 @@ class Session:
             layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
             if method.needs_cls and not (host.tower_has_cls if looks(method) else host.has_cls):  # type: ignore[attr-defined]
                 raise SessionError(
-                    f"{text(method)} ranks tokens by the class token's attention, and {host.family.name} has none; "
+                    f"{text(method)} ranks tokens by the class token's attention, and {host.name} has none; "
                     "choose a method that does without, such as tome or evit"
                 )
-            if method.across and host.family.library != "cross-attention":
+            if method.across and host.kind != "cross":
                 raise SessionError(
-                    f"{text(method)} ranks what another sequence looks at, and {host.family.name} looks at itself; "
+                    f"{text(method)} ranks what another sequence looks at, and {host.name} looks at itself; "
                     "apply it to a text encoder with cross-attention, such as BLIP's model.text_encoder"
                 )
             if list(layers) != sorted(set(layers)):
@@ -93,7 +93,7 @@ class Session:
             return
         for block in self.host.blocks:
             for module in block.modules():
-                if type(module).__name__ in hosts.LINEAR:
+                if type(module).__name__ in hosts.MATRICES:
                     undo.callback(module.register_forward_pre_hook(partial(_rounded_input, bits)).remove)
 
     def remove(self) -> None:
@@ -110,38 +110,43 @@ class Session:
         self.remove()
 
     # -- called by the host --------------------------------------------------------------------------------------------
-    def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """Stands in for a block's forward."""
-        kwargs |= dict(zip(self.host.arguments, args, strict=False))
-        mask = kwargs.pop("attention_mask", kwargs.pop("attn_mask", None))
-        checkpoint = self.host.driver.checkpoint(self.host, layer)
-        visit, host = self._visit(layer, x, mask, kwargs), self.host
+        host = self.host
+        kwargs |= dict(zip(host.arguments, args, strict=False))
+        if layer == 0:
+            host.renew()
+        mask = None if host.found.mask is None else kwargs.pop(host.found.mask, None)
+        checkpoint = host.checkpoint(layer)
+        visit = self._visit(layer, x, mask, kwargs)
         if visit is None:
-            return type(host.blocks[layer]).forward(host.blocks[layer], x, attention_mask=mask, **kwargs)
-        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.family.text
+            out = host.own(layer)(x, **({} if host.found.mask is None else {host.found.mask: mask}), **kwargs)
+            return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
+        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.text
         if checkpoint is None:
-            x = self.host.run(layer, x, mask, kwargs, visit)
-            return self._filled(x) if last else x
+            x, rest = host.run(layer, x, mask, kwargs, visit)
+            return self._filled(x) if last else x, rest
         # The backward pass runs the block once more: from a copy of the state at its entry, leaving the trace alone.
-        entry, visits = visit.fork(), [visit]
+        entry, visits, under_way = visit.fork(), [visit], hosts.under.run
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Any:
             if visits and not torch.is_grad_enabled() and any(p.requires_grad for p in self.modules.parameters()):
                 raise SessionError(
                     "reentrant checkpointing loses the gradient of learned masks; call "
                     'gradient_checkpointing_enable({"use_reentrant": False})'
                 )
-            return self.host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
+            with hosts.running(under_way):
+                return host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
 
-        x = checkpoint(run, x)
-        return self._filled(x) if last else x
+        x, rest = checkpoint(run, x)
+        return self._filled(x) if last else x, rest
 
     def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.Visit | None:
         """The forward pass that reaches a block; None where no method acts in it."""
         if layer == 0:
             x, mask = self.host.entering(x, mask, kwargs)
-        if layer == 0 and self.host.family.text:
-            kind = Scan if self.host.family.library == "state space" else Pass
+        if layer == 0 and self.host.text:
+            kind = Scan if self.host.kind == "scan" else Pass
             self._local.current = kind(self, x, valid=None if mask is None else _seen_by_any(mask))
         elif layer == 0:
             self._local.current = Pass(self, x, getattr(self._local, "grid", None))
@@ -171,10 +176,9 @@ class Session:
         """An attention-pooling head looks at real rows only."""
         x = args[-1]
         real = self._real(x)
-        family = self.host.family
-        if real is None or family.pooler_mask is None:
+        if real is None:
             return None
-        mask = family.pooler_mask(real[:, -x.shape[1] :] > 0)
+        mask = self.host.pooler_mask(real[:, -x.shape[1] :] > 0)
         if not mask.keys() <= inspect.signature(module.forward).parameters.keys():
             raise hosts.HostError(
                 f"{type(module).__name__} pools all rows and takes no mask; use a budget that keeps the same number in "
@@ -290,10 +294,9 @@ def _seen_by_any(mask: Tensor) -> Tensor:
 
 def check_free(host: hosts.Host) -> None:
     """Raises SessionError where a session is on."""
-    if any("forward" in block.__dict__ for block in host.blocks):
+    if host.occupied:
         raise SessionError(
-            "this model already has a session on (or another library replaced its blocks' forward): call remove() "
-            "first, or give apply a list of methods"
+            "this model already has a session on it: call remove() first, or give apply a list of methods"
         )
 
 
@@ -303,14 +306,14 @@ def start(
 ) -> Session:  # fmt: skip
     """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
-    if execution == "packed" and (host.family.relative_bias is not None or any(map(host.family.local, host.blocks))):
-        raise SessionError(f"packed execution does not carry {host.family.name}'s bias; use execution='padded'")
-    if execution != "padded" and host.family.library == "state space":
+    if execution == "packed" and not all(layer.bare for layer in host.layers):
+        raise SessionError(f"packed execution does not carry {host.name}'s bias; use execution='padded'")
+    if execution != "padded" and host.kind == "scan":
         raise SessionError(
             f"a state-space model reads every row it is given, so execution={execution!r} would change its answers; "
             "use execution='padded'"
         )
-    if host.family.library == "state space" and (fused := [text(m) for m in methods if m.extra]):
+    if host.kind == "scan" and (fused := [text(m) for m in methods if m.extra]):
         raise SessionError(
             f"{', '.join(fused)} melts dropped tokens into one more row, which has no place among the words of a "
             "causal text; choose a method or a form that only prunes (fuse=false)"

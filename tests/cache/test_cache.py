@@ -438,7 +438,7 @@ def test_removal_in_the_middle_of_a_generation_is_said():
 
 def test_models_and_settings_that_do_not_fit():
     model = decoder("llama")
-    with pytest.raises(HostError, match="Llama"):
+    with pytest.raises(HostError, match="is not a model fewer knows"):
         fewer.apply(nn.Linear(2, 2), "knorm")
     with pytest.raises(fewer.SessionError, match="pass layers="):
         fewer.apply(model, "knorm:layers=0+7")
@@ -446,7 +446,7 @@ def test_models_and_settings_that_do_not_fit():
         fewer.apply(model, ["knorm", "keydiff"])
     with pytest.raises(fewer.SessionError, match="proportional"):
         fewer.apply(model, ["knorm", "tome"])
-    with fewer.apply(model, "knorm"), pytest.raises(HostError, match="already has a session"):
+    with fewer.apply(model, "knorm"), pytest.raises(fewer.SessionError, match="already has a session"):
         fewer.apply(model, "keydiff")
     own = model.config._attn_implementation_internal
     model.config._attn_implementation_internal = "flash_attention_2"

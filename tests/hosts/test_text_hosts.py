@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, select
+from fewer.hosts.attention import spying
 from fewer.session import SessionError
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
@@ -314,16 +315,8 @@ def test_a_window_is_one_of_places_not_of_rows() -> None:
 
     net, given = encoder("modernbert"), texts("modernbert", lengths=(18,))
     seen: list[Tensor] = []
-    with fewer.apply(net, Even()) as session:
-        bias = session.host.driver.attention
-
-        def look(module: nn.Module, x: Tensor, mask: Tensor | None, call: Any, kwargs: dict) -> Tensor:
-            seen.append(mask)
-            return bias(module, x, mask, call, kwargs)
-
-        session.host.driver.attention = look
+    with fewer.apply(net, Even()), spying(lambda module, q, k, v, mask, kwargs: seen.append(mask)):
         features(net, given)
-        del session.host.driver.attention
     local = seen[1]
     place = torch.arange(0, 18, 2)
     want = (place[:, None] - place).abs() <= 4

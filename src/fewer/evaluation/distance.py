@@ -183,7 +183,7 @@ def _host(model: nn.Module) -> DecoderHost:
     host = hosts.find(model)
     if not isinstance(host, DecoderHost) or host.rotary(0) is None:
         raise hosts.HostError(
-            f"{type(model).__name__}: the distance probe looks at rotary pairs, and {host.family.name} has none; give "
+            f"{type(model).__name__}: the distance probe looks at rotary pairs, and {host.name} has none; give "
             "a decoder with rotary positions"
         )
     return host

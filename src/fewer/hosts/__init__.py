@@ -1,74 +1,77 @@
-"""Hosts: which models a plan can be executed in. `find` binds a model to its row, or says what is supported."""
+"""Hosts: which models a plan can be executed in. `find` binds a model to what is discovered of it, or says what is
+missing."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from . import (
-    decoder,
-    state_space,
-    timm_vision,
-    transformers_crossmodal,
-    transformers_text,
-    transformers_vision,
-    vision_language,
-)
-from .base import LINEAR, Call, Driver, Family, Host, HostError, Visit
-from .decoder import DecoderDriver, DecoderHost
+from . import timm_vision, transformers_crossmodal, vision_language
+from .anatomy import Anatomy, Layer, Stack, Stream, anatomy, placed, reach, stacks
+from .attention import Call, HostError, Table, running, under
+from .base import Host, Visit
+from .decoder import DecoderHost
+from .state_space import StateSpaceHost
 from .vision_language import LayoutError, VisionLanguageHost
-
-DRIVERS: dict[str, Driver] = {
-    "transformers": transformers_vision.TransformersDriver(),
-    "timm": timm_vision.TimmDriver(),
-    "decoder": decoder.DecoderDriver(),
-    "state space": state_space.StateSpaceDriver(),
-    **dict.fromkeys(("BLIP", "ViLT", "cross-attention"), transformers_crossmodal.WrittenOutDriver()),
-}
-FAMILIES: tuple[Family, ...] = (
-    *transformers_vision.FAMILIES,
-    *timm_vision.FAMILIES,
-    *transformers_text.FAMILIES,
-    *transformers_crossmodal.FAMILIES,
-    *decoder.FAMILIES,
-    *state_space.FAMILIES,
-)
-BOUND: dict[str, type[Host]] = {
-    "decoder": DecoderHost,
-    "state space": state_space.StateSpaceHost,
-    "ViLT": transformers_crossmodal.ViltHost,
-    "cross-attention": transformers_crossmodal.CrossHost,
-}
+from .weights import PLAIN as MATRICES
 
 __all__ = [
-    "FAMILIES", "LINEAR", "Call", "DecoderHost", "Family", "Host", "HostError", "LayoutError", "VisionLanguageHost",
-    "Visit", "find",
+    "MATRICES", "Anatomy", "Call", "DecoderHost", "Host", "HostError", "Layer", "LayoutError", "Stack", "Stream",
+    "Table", "VisionLanguageHost", "Visit", "find", "placed", "reach", "running", "under",
 ]  # fmt: skip
 
 
 def find(model: nn.Module) -> Host:
-    """Bind a model to its family.
+    """Bind a model: find its blocks, and what they do with their tokens.
 
-    Raises   HostError if no row fits, naming what was found and what is supported.
+    Raises   HostError where there are none that can be entered, saying what was found, what is missing and what else
+             could be done.
     """
     if not isinstance(model, nn.Module):
         raise HostError(
             f"{model!r} is not a model but a {type(model).__name__}; load it first, then apply a method to it"
         )
-    driver = DRIVERS["decoder"]
-    assert isinstance(driver, DecoderDriver)
-    if (seeing := vision_language.find(model, FAMILIES, driver)) is not None:
+    if (seeing := vision_language.find(model)) is not None:
         return seeing
     for path, module in model.named_modules():
-        for family in FAMILIES:
-            if type(module).__name__ not in family.root:
-                continue
-            blocks = [m for m in module.modules() if type(m).__name__ == family.block]
-            if blocks:
-                host = BOUND.get(family.library, Host)
-                return host(family, module, path, DRIVERS[family.library])
-    supported = ", ".join(f.name for f in FAMILIES)
+        if type(module).__name__ == "BlipTextModel" and not _images(model):
+            return transformers_crossmodal.CrossHost(module, path)
+        if timm_vision.is_one(module):
+            return Host(timm_vision.anatomy_of(module), module, path)
+    why: list[str] = []
+    for stack in sorted(stacks(model), key=_rank):
+        try:
+            return bind(stack)
+        except HostError as error:
+            why.append(str(error))
+    if not why:
+        why.append("no run of blocks with attention inside, in a model of transformers or timm")
     raise HostError(
-        f"{type(model).__name__} is not a model fewer knows: no known encoder or decoder inside it. Supported: "
-        f"{supported}. "
-        "Window models (Swin) have no global token sequence to reduce. A family is one table row: see CONTRIBUTING.md"
+        f"{type(model).__name__} is not a model fewer knows: {'; '.join(dict.fromkeys(why))}. `fewer doctor MODEL` "
+        "shows what was found; an inner model (model.vision_model, model.encoder) may be one"
     )
+
+
+def bind(stack: Stack) -> Host:
+    """A stack of blocks as the host it is."""
+    found = anatomy(stack)
+    if found.kind == "decoder":
+        return DecoderHost(found, stack.root, stack.path)
+    if found.kind == "scan":
+        return StateSpaceHost(found, stack.root, stack.path)
+    if type(stack.root).__name__ == "ViltModel":
+        return transformers_crossmodal.ViltHost(found, stack.root, stack.path)
+    return Host(found, stack.root, stack.path)
+
+
+def _rank(stack: Stack) -> tuple[int, int]:
+    """Pictures before words where a model has both, encoders before decoders, then the deeper stack."""
+    config: Any = stack.root.config
+    pictures = "pixel" in str(getattr(stack.root, "main_input_name", ""))
+    decodes = bool(getattr(config, "is_decoder", False)) or "Decoder" in type(stack.root).__name__
+    return (0 if pictures else 2 if decodes else 1, -len(stack.blocks))
+
+
+def _images(model: nn.Module) -> bool:
+    return any(type(m).__name__ == "BlipVisionModel" for m in model.modules())

@@ -1,124 +1,28 @@
-"""Host: what knows one model family. A family is a table row; a host is that row bound to a model."""
+"""Host: a model whose blocks a session can act in, bound from what was discovered of its class."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from fewer.core import Seen, Tokens
-from fewer.core.attention import attend, masked_attention
-from fewer.core.cached import Rotary
+from fewer.compat import unchecked
+from fewer.core import Tokens
 
-LINEAR = ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")  # matrices that multiply each token once
+from .attention import Call, HostError, Table, entering, fused
+from .steps import stopping
+from .weights import multiplied
+from .written_out import entered
 
-
-class HostError(TypeError):
-    """A model no row of the tables describes."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: where its blocks are and what their parts are called.
-
-    root              class names of the module that owns the blocks
-    block             class name of a block
-    norm1, attention, norm2, mlp    path from the block to each part; norm2 and mlp None where a block has one branch
-    post_norm         whether a norm stands behind the residual addition (BERT) instead of before its branch
-    after_attention, after_mlp      what the branch passes through before the residual is added: modules are called,
-                                    parameters and numbers multiply
-    patch             path from the root to the convolution that cuts patches; its output shape is the grid; None: text
-    final_norm        path from the root to the norm after the last block, None where the model has none of its own
-    prefix            protected tokens in front, from the root module
-    has_cls           whether row 0 is a class token
-    pooler            path from the root to an attention module that pools all rows, where there is one
-    pooler_mask       (B, N) bool, True = a real row -> keyword arguments that make the pooler look at these only
-    pools_from        first row that pooling reads, from the root module; by default the first behind the prefix
-    relative_bias     (block, kwargs) -> additive attention bias of the full sequence, or None
-    local             (block) -> whether its own mask says more than which tokens are padding
-    rotary            (root, layer) -> the rotary embedding of a decoder's layer; None where positions are learned
-    library           which driver runs it, see `fewer.hosts.DRIVERS`
-    """
-
-    name: str
-    root: tuple[str, ...]
-    block: str
-    norm1: str
-    attention: str
-    norm2: str | None = None
-    mlp: str | None = None
-    patch: str | None = None
-    prefix: Callable[[Any], int] = lambda m: 0
-    has_cls: Callable[[Any], bool] = lambda m: False
-    post_norm: bool = False
-    after_attention: tuple[str, ...] = ()
-    after_mlp: tuple[str, ...] = ()
-    final_norm: str | None = None
-    pooler: str | None = None
-    pooler_mask: Callable[[Tensor], dict[str, Tensor]] | None = None
-    pools_from: Callable[[Any], int] | None = None
-    relative_bias: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
-    local: Callable[[Any], bool] = lambda block: False
-    rotary: Callable[[nn.Module, int], Rotary] | None = None
-    library: str = "transformers"
-
-    @property
-    def text(self) -> bool:
-        """Whether tokens are text: prompts are padded, and what reads the output wants one row per input token."""
-        return self.patch is None
-
-
-class Call:
-    """One attention call under way: what to add to it, and what it saw.
-
-    bias: (B, 1, 1, N) additive, float32, or None; policy: (B, N) learned mask, or None; watch: whether to remember
-    q, k, v;
-    split: where rows are packed, runs the kernel sample by sample.
-    """
-
-    def __init__(
-        self, bias: Tensor | None = None, policy: Tensor | None = None, eps: float = 1e-6, watch: bool = False,
-        split: Callable[..., Tensor] | None = None, whole: bool = False,
-    ) -> None:  # fmt: skip
-        self.bias, self.policy, self.eps, self.watch, self.split, self.whole = bias, policy, eps, watch, split, whole
-        self.kernel: Callable[..., Tensor] = attend  # what a library computes attention with
-        self.seen: Seen | None = None
-        self.real: Tensor | None = None  # (B, N) bool, for mixers without attention; None = as the mask says
-        self.branch: Tensor | None = None  # (B, N, C), what such a mixer gave
-        self.where: Tensor | None = None  # of whole: the input positions of the rows, (B or 1, 1, S)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
-        """q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own bias. Returns (B, H, N, d)."""
-        bias = _sum(mask, self.bias, v.dtype)
-        if self.watch:
-            shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
-            self.seen = Seen(q, k, v, scale, shown)
-        if self.policy is not None:
-            return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
-        if self.split is not None:
-            return self.split(q, k, v, scale, bias, dropout)
-        return self.kernel(q, k, v, scale, bias, dropout)
-
-
-def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    if mask is not None and bias is not None:
-        bias = mask + bias
-    total = mask if bias is None else bias
-    return None if total is None else total.to(dtype)
-
-
-def _dropped(policy: Tensor) -> Tensor:
-    """A learned mask as a bias for those who look: dropped keys get no attention. (B, N) -> (B, 1, 1, N), bool."""
-    return (policy > 0)[:, None, None, :]
+if TYPE_CHECKING:
+    from .anatomy import Anatomy, Layer
 
 
 class Visit(Protocol):
@@ -126,6 +30,7 @@ class Visit(Protocol):
 
     def before(self, layer: int, x: Tensor) -> Tensor: ...
     def call(self, layer: int) -> Call: ...
+    def splits(self, layer: int) -> bool: ...
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None: ...
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
@@ -133,40 +38,67 @@ class Visit(Protocol):
     def fork(self) -> Visit: ...
 
 
-class Driver(Protocol):
-    """How a library's attention is run with a Call in it, and what must be put on and taken off for that."""
+class Stand:
+    """Stands in for a block's forward while a session is on; afterwards it runs the block's own, if still called."""
 
-    def attach(self, host: Host, undo: ExitStack) -> None: ...
-    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor: ...
-    def shape(self, module: nn.Module) -> tuple[int, int]: ...
-    def checkpoint(self, host: Host, layer: int) -> Callable[..., Tensor] | None: ...
+    def __init__(self, own: Callable[..., Any], ours: Callable[..., Any]) -> None:
+        self.own, self.ours, self.on = own, ours, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ours(*args, **kwargs) if self.on else self.own(*args, **kwargs)
+
+
+_occupied: WeakSet[nn.Module] = WeakSet()  # roots somebody takes part in
+
+
+def _slot(block: nn.Module) -> str:
+    """Where a block's own forward stands: accelerate's hooks keep it aside and call it from there."""
+    return "_old_forward" if "_old_forward" in vars(block) else "forward"
 
 
 class Host:
-    """A family row bound to one model."""
+    """A stack of blocks, bound."""
 
-    def __init__(self, family: Family, root: nn.Module, path: str, driver: Driver) -> None:
-        self.family, self.root, self.path, self.driver = family, root, path, driver
-        self.blocks = [m for m in root.modules() if type(m).__name__ == family.block]
-        self.prefix, self.has_cls = family.prefix(root), family.has_cls(root)
-        self.pools_from = self.prefix if family.pools_from is None else family.pools_from(root)
-        self.heads, self.head_dim = driver.shape(self._part(self.blocks[0], family.attention))
+    def __init__(self, found: Anatomy, root: nn.Module, path: str) -> None:
+        self.found, self.root, self.path = found, root, path
+        self.blocks: list[nn.Module] = [self._part(root, layer.path) for layer in found.layers]
+        self.layers: Sequence[Layer] = found.layers
+        self.name, self.kind = found.name, found.kind
+        self.prefix, self.has_cls = found.prefix, found.has_cls
+        self.pools_from = found.prefix if found.pools_from is None else found.pools_from
+        self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
-        self._parts: list[tuple[Any, ...]] = [
-            tuple(None if name is None else self._part(block, name) for name in
-                  (family.norm1, family.attention, family.norm2, family.mlp))
-            for block in self.blocks
-        ]  # fmt: skip
-        self._after = [(self._steps(b, family.after_attention), self._steps(b, family.after_mlp)) for b in self.blocks]
 
     @staticmethod
     def _part(module: nn.Module, path: str) -> Any:
-        return attrgetter(path)(module)
+        return attrgetter(path)(module) if path else module
 
-    @staticmethod
-    def _steps(block: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...]:
-        parts = (attrgetter(name)(block) for name in names)
-        return tuple(p for p in parts if not isinstance(p, nn.Identity) and not isinstance(p, float))
+    def _heads(self) -> tuple[int, int]:
+        """Query heads of the first attention, and channels of each."""
+        config: Any = getattr(self.root, "config", None)
+        layer = next((i for i, one in enumerate(self.layers) if one.attention is not None), None)
+        if layer is None:
+            return 1, self.channels
+        parts = [self._part(self.blocks[layer], self.layers[layer].attention or ""), config]
+        names = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+        heads = next((h for part in parts for n in names if isinstance(h := getattr(part, n, None), int)), None)
+        if heads is None:
+            heads = max(self.channels // max(self.found.head_dim, 1), 1)
+        widths = (getattr(parts[0], n, None) for n in ("head_dim", "attention_head_size"))
+        width = next((w for w in widths if isinstance(w, int)), None)
+        return heads, width or self.found.head_dim or self.channels // heads
+
+    # -- what is known of it -------------------------------------------------------------------------------------------
+    @property
+    def text(self) -> bool:
+        """Whether tokens are no patches: inputs are padded, and what reads the output wants one row per input token."""
+        return self.kind != "vision"
+
+    @property
+    def acts(self) -> set[str]:
+        """What a block offers: "block" and, where attention and MLP can be told apart, "middle"; "attention" where it
+        can be looked at."""
+        return self.found.acts
 
     def opening(self, tokens: Tokens) -> Tokens:
         """The tokens that enter a pass, with what this host knows of them: modalities, what else must stay."""
@@ -176,10 +108,16 @@ class Host:
         """The rows that are reduced and the mask that tells their padding, from what the first block gets."""
         return x, mask
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Of the features that travel from block to block."""
-        return self.width
+        for part in (self.root, *self.blocks[:1]):
+            config = getattr(part, "config", None)
+            for name in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "width"):
+                if isinstance(value := getattr(config, name, None) or getattr(part, name, None), int):
+                    return value
+        norm = next((p for p in self.blocks[0].parameters() if p.dim() == 1), None)
+        return 0 if norm is None else int(norm.shape[0])
 
     @property
     def pair_width(self) -> int:
@@ -189,85 +127,212 @@ class Host:
     @property
     def patch(self) -> nn.Module | None:
         """The convolution that cuts patches; None for text."""
-        return None if self.family.patch is None else self._part(self.root, self.family.patch)
+        return None if self.found.patch is None else self._part(self.root, self.found.patch)
 
     @property
     def patches(self) -> int:
         """Tokens at the model's own image size, without the prefix; for text the most it was made for."""
-        if self.family.patch is None:
-            return int(self.root.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-        return int(self._part(self.root, f"{self.family.patch.rpartition('.')[0]}.num_patches"))
+        config: Any = getattr(self.root, "config", None)
+        if self.text:
+            most = getattr(config, "max_position_embeddings", None)
+            return int(most) if isinstance(most, int) else 0
+        holder = self.root if self.found.patch is None else self._part(self.root, self.found.patch.rpartition(".")[0])
+        if isinstance(count := getattr(holder, "num_patches", None), int):
+            return count
+        image, patch = (getattr(config, n, None) for n in ("image_size", "patch_size"))
+        image, patch = ((v, v) if isinstance(v, int) else v for v in (image, patch))
+        return 0 if image is None or patch is None else (image[0] // patch[0]) * (image[1] // patch[1])
 
     @property
     def final_norm(self) -> nn.Module | None:
-        return None if self.family.final_norm is None else self._part(self.root, self.family.final_norm)
+        return None if self.found.final_norm is None else self._part(self.root, self.found.final_norm)
 
     @property
     def pooler(self) -> nn.Module | None:
         """The attention module that pools all rows, None where the model has none."""
-        part: Any = None if self.family.pooler is None else self.root
-        for name in (self.family.pooler or "").split("."):
-            part = getattr(part, name, None)
-        return part
+        return None if self.found.pooler is None else self._part(self.root, self.found.pooler)
+
+    def pooler_mask(self, valid: Tensor) -> dict[str, Tensor]:
+        """What makes the pooler look at some rows only. valid: (B, N) bool, True = a real row."""
+        if isinstance(self.pooler, nn.MultiheadAttention):
+            return {"key_padding_mask": ~valid}
+        return {"attn_mask": valid[:, None, None, :]}
 
     def linear_weights(self, layer: int) -> tuple[int, int]:
-        """Weights multiplied once per token in attention and in the MLP of a block: MACs per token."""
+        """Weights multiplied once per token before the MLP and in it: MACs per token."""
+        block, steps = self.blocks[layer], self.layers[layer].steps
+        if steps is not None and steps.cut is not None:
+            first, second = ([self._part(block, p) for p in steps.parts(behind)] for behind in (False, True))
+            return sum(map(multiplied, first)), sum(map(multiplied, second))
+        attention = self.layers[layer].attention
+        mine = 0 if attention is None else multiplied(self._part(block, attention))
+        return mine, multiplied(block) - mine
 
-        def count(name: str | None, behind: tuple[str, ...]) -> int:
-            parts = [] if name is None else [self._part(self.blocks[layer], n) for n in (name, *behind)]
-            within = (m for part in parts if isinstance(part, nn.Module) for m in part.modules())
-            return sum(m.weight.numel() for m in within if type(m).__name__ in LINEAR)  # type: ignore[operator, union-attr, misc]
-
-        family = self.family
-        return count(family.attention, family.after_attention), count(family.mlp, family.after_mlp)
-
+    # -- a block's run -------------------------------------------------------------------------------------------------
     @cached_property
     def arguments(self) -> list[str]:
         """Names of what a block's forward takes besides the features, in order."""
         return list(inspect.signature(type(self.blocks[0]).forward).parameters)[2:]
 
-    def run(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit) -> Tensor:
-        """One block from its parts, with the visit's plans executed at its sites. x: (B, N, C)."""
-        family, block = self.family, self.blocks[layer]
-        norm1, attention, norm2, mlp = self._parts[layer]
+    def own(self, layer: int) -> Callable[..., Any]:
+        """A block's forward without us."""
+        block = self.blocks[layer]
+        held = vars(block).get(_slot(block))
+        if isinstance(held, Stand):
+            return held.own
+        return unchecked(type(block).forward.__get__(block) if held is None else held)
+
+    def attending(self, layer: int, call: Call, x: Tensor) -> AbstractContextManager[Any]:
+        """While this is open, the call takes part in the block's attention. x: (B, N, C), what enters the block."""
+        way = self.layers[layer].way
+        if way == "table":
+            return entering(call)
+        if way is None or not call.asks:
+            return nullcontext()
+        return fused(call) if way == "fused" else entered(call, batch=x.shape[0], keys=x.shape[1])
+
+    def run(
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """One block with the visit's plans executed at its sites. x: (B, N, C); mask: the model's own for the block's
+        attention; kwargs: the block's other arguments. Returns the features and what the block gives besides."""
+        if kwargs.get("is_causal"):
+            raise HostError("causal attention over patches is not supported; call the model with is_causal=False")
         x = visit.before(layer, x)
         call = visit.call(layer)
-        if family.relative_bias is not None:
-            own = family.relative_bias(block, kwargs)
-            mask = own if mask is None else mask if own is None else mask + own
-        mask, kwargs = visit.bias(layer, mask), visit.streams(layer, kwargs)
-        after_attention, after_mlp = self._after[layer]
-        y = self.driver.attention(attention, x if family.post_norm else norm1(x), mask, call, kwargs)
-        x = x + _through(after_attention, y)
-        x = visit.mid(layer, norm1(x) if family.post_norm else x, call)
-        if mlp is not None:
-            y = mlp(x if family.post_norm else norm2(x))
-            x = x + _through(after_mlp, y)
-            x = norm2(x) if family.post_norm else x
-        return visit.after(layer, x, call)
+        given = visit.streams(layer, kwargs)
+        mask = visit.bias(layer, mask)
+        if self.found.mask is not None:
+            given = {**given, self.found.mask: mask}
+        steps, block = self.layers[layer].steps, self.blocks[layer]
+        if visit.splits(layer):
+            assert steps is not None, "the session looked whether there is a way in between"
+            with self.attending(layer, call, x):
+                x, made = steps.first(block, self.own(layer), x, given)
+            self.reached(layer, call)
+            x = visit.mid(layer, x, call)
+            out = steps.second(block, x, visit.streams(layer, kwargs) if steps.late else given, made)
+        else:
+            with self.attending(layer, call, x):
+                left = self.own(layer)(x, **given)
+            self.reached(layer, call)
+            out = tuple(left) if isinstance(left, (tuple, list)) else (left,)
+            out = (visit.mid(layer, out[0], call), *out[1:])
+        rest = tuple(self._whole(part, given, kwargs) for part in out[1:])
+        if not rest and kwargs.get("output_attentions"):  # a block that was stopped has no maps to show
+            rest = (None,)
+        return visit.after(layer, out[0], call), rest
 
-    def attach(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
-        """Give every block the forward of its layer; what `undo` holds takes it off again."""
-        self.driver.attach(self, undo)
-        self.replace(forward, undo)
+    @staticmethod
+    def _whole(part: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """What a block hands on of its arguments, for all tokens again, as the next block expects it."""
+        name = next((name for name, value in given.items() if value is part and part is not None), None)
+        return part if name is None else kwargs.get(name, part)
 
-    def replace(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
-        """The same without what the driver needs."""
+    def reached(self, layer: int, call: Call) -> None:
+        """Raises HostError where a block's attention did not hear what its call asked."""
+        if call.asks and not call.entered:
+            raise HostError(
+                f"the attention of block {layer} ({type(self.blocks[layer]).__name__}) was not reached: its "
+                "implementation was changed to one that asks no attention table, or its forward was replaced"
+            )
+
+    @cached_property
+    def configs(self) -> list[Any]:
+        """What names the implementation of attention, for the root and each module that asks the table."""
+        asking = [
+            self._part(block, layer.attention)
+            for block, layer in zip(self.blocks, self.layers, strict=True)
+            if layer.way == "table" and layer.attention is not None
+        ]
+        found = [getattr(m, "config", None) for m in (self.root, *asking)] if asking else []
+        return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+
+    def enter(self, undo: ExitStack) -> None:
+        """Take part in the attention of the blocks; what `undo` holds ends it."""
+        _occupied.add(self.root)
+        undo.callback(_occupied.discard, self.root)
+        if self.configs:
+            Table.enter(self.configs, undo)
+
+    def attach(
+        self, forward: Callable[[int], Callable[..., Any]], undo: ExitStack, which: Collection[int] | None = None
+    ) -> None:
+        """The same, and give blocks, or some of them, the forward of their layer, which returns as `run` does."""
+        self.enter(undo)
+        self.replace(forward, undo, which)
+
+    def replace(
+        self, forward: Callable[[int], Callable[..., Any]], undo: ExitStack, which: Collection[int] | None = None
+    ) -> None:
+        """Give blocks the forward of their layer; what `undo` holds takes it off again."""
         for layer, block in enumerate(self.blocks):
-            block.__dict__["forward"] = forward(layer)
-            undo.callback(block.__dict__.pop, "forward", None)
+            if which is not None and layer not in which:
+                continue
+            slot = _slot(block)
+            before = vars(block).get(slot)
+            vars(block)[slot] = stand = Stand(self.own(layer), self._packed(forward(layer)))
+            undo.callback(_restore, block, stand, before)
+            steps = self.layers[layer].steps
+            if steps is not None and steps.catch is not None:
+                part, argument = steps.catch
+                stop = self._part(block, part).register_forward_pre_hook(stopping(argument), with_kwargs=True)
+                undo.callback(stop.remove)
+
+    def _packed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that gives what the block's own does."""
+
+        def packed(*args: Any, **kwargs: Any) -> Any:
+            x, rest = run(*args, **kwargs)
+            return (x, *rest) if rest or self.found.tuples else x
+
+        return packed
+
+    def renew(self) -> None:
+        """Take part again where another implementation of attention was chosen meanwhile."""
+        if self.configs:
+            Table.renew(self.configs)
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a session takes part already."""
+        return self.root in _occupied
+
+    def checkpoint(self, layer: int) -> Callable[..., Tensor] | None:
+        """The block's gradient-checkpointing function, if that is on and this is training."""
+        block = self.blocks[layer]
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            return block._gradient_checkpointing_func  # type: ignore[return-value]
+        if getattr(self.root, "grad_checkpointing", False) and self.root.training and torch.is_grad_enabled():
+            raise HostError("timm's gradient checkpointing hides recomputation; call set_grad_checkpointing(False)")
+        return None
 
     def describe(self) -> Iterator[tuple[str, str]]:
         """What was found, as (what, value) rows."""
-        yield "family", self.family.name
+        kinds = list(dict.fromkeys(type(b).__name__ for b in self.blocks))
+        yield "family", self.name
         yield "root", f"{self.path or '(the model itself)'}: {type(self.root).__name__}"
-        yield "blocks", f"{len(self.blocks)} x {self.family.block}"
+        yield "blocks", f"{len(self.blocks)} x {', '.join(kinds)}"
         yield "attention", f"{self.heads} heads x {self.head_dim} channels"
         yield "prefix tokens", f"{self.prefix}" + (", the first is the class token" if self.has_cls else "")
-        yield "sites", "before a block, around it, between attention and MLP, after it"
+        middle = ", between attention and MLP" if "middle" in self.acts else ""
+        yield "sites", f"before a block, around it{middle}, after it"
+        yield from self.found.remarks
 
 
-def _through(steps: tuple[Any, ...], y: Tensor) -> Tensor:
-    for step in steps:
-        y = step(y) if isinstance(step, nn.Module) else y * step
-    return y
+def _restore(block: nn.Module, stand: Stand, before: Any) -> None:
+    """Take our forward out from where it stands now; other libraries may have put theirs before it meanwhile."""
+    stand.on = False
+    held = vars(block)
+    for slot in ("forward", "_old_forward"):
+        if held.get(slot) is not stand:
+            continue
+        if before is not None:
+            held[slot] = before
+        elif slot == "forward":
+            del held[slot]
+        else:  # accelerate keeps a bound method there
+            held[slot] = type(block).forward.__get__(block)
+
+
+__all__ = ["Call", "Host", "HostError", "Stand", "Visit"]

@@ -1,68 +1,73 @@
-"""timm's VisionTransformer family: the table, and how its attention is run."""
+"""timm's vision transformers: no config tells how to build a small one, so a block is copied to see what it does.
+
+Everything else is known from the names that timm gives the parts of all its transformers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from .base import Call, Family, Host, HostError
+from .anatomy import Anatomy, Layer, way_in
+from .attention import HostError
+from .steps import record
 
-FAMILIES = (
-    Family(
-        "timm VisionTransformer", ("VisionTransformer", "VisionTransformerDistilled"), "Block", "norm1", "attn",
-        "norm2", "mlp", patch="patch_embed.proj", final_norm="norm",
-        pooler="attn_pool", pooler_mask=lambda valid: {"attn_mask": valid[:, None, None, :]},
-        pools_from=lambda m: 0 if m.pool_include_prefix else m.num_prefix_tokens,
-        after_attention=("ls1", "drop_path1"), after_mlp=("ls2", "drop_path2"),
-        prefix=lambda m: m.num_prefix_tokens, has_cls=lambda m: m.cls_token is not None, library="timm",
-    ),
-)  # fmt: skip
+BATCH, LENGTH = 3, 13
 
 
-class _Intercept(TorchFunctionMode):
-    """Hands the fused kernel's arguments to a Call while one attention module runs. Modes are per thread."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args
-        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-        return self.call(q, k, v, scale, kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0))
+def is_one(model: nn.Module) -> bool:
+    """Whether a module is one of timm's transformers: a stack of blocks behind a patch embedding."""
+    return all(hasattr(model, name) for name in ("blocks", "patch_embed", "num_prefix_tokens"))
 
 
-class TimmDriver:
-    """Runs timm attention modules as they are and steps in where they call the fused kernel."""
+def anatomy_of(model: Any) -> Anatomy:
+    """What is known of such a model.
 
-    def attach(self, host: Host, undo: ExitStack) -> None:
-        for block in host.blocks:
-            if not getattr(block.attn, "fused_attn", False):
-                raise HostError(
-                    f"{type(block.attn).__name__} does not use fused attention; set fused_attn=True on it "
-                    "(timm.layers.set_fused_attn) before applying a method"
-                )
+    Raises   HostError where its blocks do not hand on one sequence, or its attention cannot be entered.
+    """
+    name = type(model).__name__
+    layers = tuple(_layer(f"blocks.{i}", block) for i, block in enumerate(model.blocks))
+    shut = [layer.path for layer in layers if layer.way is None]
+    if shut:
+        block = model.blocks[int(shut[0].rpartition(".")[2])]
+        if not getattr(getattr(block, "attn", None), "fused_attn", True):
+            raise HostError(
+                f"{type(block.attn).__name__} does not use fused attention; set fused_attn=True on it "
+                "(timm.layers.set_fused_attn) before applying a method"
+            )
+        raise HostError(
+            f"{name}: the attention of {shut[0]} ({type(block).__name__}) is none over all tokens that could be entered"
+        )
+    prefix = int(model.num_prefix_tokens)
+    return Anatomy(
+        f"timm {name}", "vision", name, layers,
+        prefix=prefix, has_cls=getattr(model, "cls_token", None) is not None,
+        patch="patch_embed.proj" if isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) else None,
+        final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
+        pooler="attn_pool" if getattr(model, "attn_pool", None) is not None else None,
+        pools_from=0 if getattr(model, "pool_include_prefix", False) else prefix,
+    )  # fmt: skip
 
-    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
-        if kwargs.get("is_causal"):
-            raise HostError("causal attention over patches is not supported; call the model with is_causal=False")
-        with _Intercept(call):
-            return module(x, attn_mask=mask)
 
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        return int(module.num_heads), int(module.head_dim)  # type: ignore[arg-type]
+def _layer(path: str, block: nn.Module) -> Layer:
+    """A block's layer, from a random copy of it."""
+    twin: Any = copy.deepcopy(block).float().cpu().eval()
+    source = torch.Generator().manual_seed(0)
+    norm = next(p for p in twin.parameters() if p.dim() == 1)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=source) * scale + (parameter.dim() == 1))
+    x = torch.randn(BATCH, LENGTH, norm.shape[0], generator=source)
+    way = None
+    try:
+        way = way_in(twin, {"x": x})
+        return Layer(path, "attn", way, steps=record(twin, {"x": x}, "attn"))
+    except (RuntimeError, TypeError, AssertionError):
+        return Layer(path, "attn", way)
 
-    def checkpoint(self, host: Host, layer: int) -> Callable[..., Tensor] | None:
-        """timm checkpoints around its blocks, where a second run cannot be told from a new forward pass."""
-        if getattr(host.root, "grad_checkpointing", False) and host.root.training and torch.is_grad_enabled():
-            raise HostError("timm's gradient checkpointing hides recomputation; call set_grad_checkpointing(False)")
-        return None
+
+__all__ = ["anatomy_of", "is_one"]

@@ -1,115 +1,25 @@
-"""Image-text encoders of Hugging Face transformers that write their attention out: BLIP's two towers, and ViLT.
-
-These modules do not ask the attention table, so a session puts a forward of its own into each: the same projections,
-the same products in the same order (an unreduced pass gives the model's own bits), and our call in the middle.
-"""
+"""Image-text encoders of Hugging Face transformers that need a word besides what is discovered: ViLT, whose sequence
+holds words and patches, and BLIP's text encoder, whose tokens are those of the image it looks at."""
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.compat import given_cache
 from fewer.core import Group, Tokens
 
-from .base import Call, Driver, Family, Host, HostError, Visit
-from .transformers_vision import Carried, TransformersDriver
-
-FAMILIES = (
-    Family(
-        "BLIP vision", ("BlipVisionModel",), "BlipEncoderLayer", "layer_norm1", "self_attn", "layer_norm2", "mlp",
-        patch="embeddings.patch_embedding", final_norm="post_layernorm", prefix=lambda m: 1, has_cls=lambda m: True,
-        library="BLIP",
-    ),
-    Family(
-        "BLIP text (cross-attention to an image)", ("BlipTextModel",), "BlipTextLayer",
-        "crossattention.output.LayerNorm", "crossattention.self", library="cross-attention",
-    ),
-    Family(
-        "ViLT (words and patches in one sequence)", ("ViltModel",), "ViltLayer", "layernorm_before",
-        "attention.attention", "layernorm_after", "intermediate",
-        after_attention=("attention.output.dense", "attention.output.dropout"),
-        after_mlp=("output.dense", "output.dropout"), prefix=lambda m: 1, has_cls=lambda m: True, library="ViLT",
-    ),
-)  # fmt: skip
-
-
-# -- attention, written out -------------------------------------------------------------------------------------------
-def _product(
-    divides: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float
-) -> Tensor:
-    """Attention as these models compute it. divides: by the root of the width, where others multiply by its inverse:
-    the bits differ."""
-    logits = q @ k.transpose(-1, -2)
-    logits = logits / math.sqrt(q.shape[-1]) if divides else logits * scale
-    if bias is not None:
-        logits = logits + bias
-    return F.dropout(logits.softmax(-1), dropout) @ v
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H d) -> (B, H, N, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _attended(module: Any, q: Tensor, k: Tensor, v: Tensor, carried: Carried, divides: bool) -> Tensor:
-    """(B, N, H d): what a call makes of queries, keys and values, heads side by side again."""
-    carried.call.kernel = partial(_product, divides)
-    dropout = module.dropout.p if module.training else 0.0
-    y = carried.call(q, k, v, q.shape[-1] ** -0.5, carried.mask, dropout)
-    return y.transpose(1, 2).flatten(2)
-
-
-def _fused(module: Any, hidden_states: Tensor, attention_mask: Carried, **_: Any) -> tuple[Tensor, None]:
-    """BLIP's vision attention: one projection for queries, keys and values."""
-    parts = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, module.head_dim))
-    q, k, v = parts.permute(2, 0, 3, 1, 4)
-    return module.projection(_attended(module, q, k, v, attention_mask, False)), None
-
-
-def _apart(
-    module: Any, hidden_states: Tensor, attention_mask: Carried, encoder_hidden_states: Tensor | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """BERT's layout, of ViLT and of BLIP's cross-attention. encoder_hidden_states: what keys and values are made of."""
-    seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    q, k, v = (
-        _heads(part(x), module.num_attention_heads)
-        for part, x in ((module.query, hidden_states), (module.key, seen), (module.value, seen))
-    )
-    return _attended(module, q, k, v, attention_mask, True), None
-
-
-class WrittenOutDriver(TransformersDriver):
-    """Runs attention modules that no table reaches. Their forward is ours while a session is on."""
-
-    def attach(self, host: Host, undo: ExitStack) -> None:
-        for block in host.blocks:
-            module = attrgetter(host.family.attention)(block)
-            module.__dict__["forward"] = partial(_fused if hasattr(module, "qkv") else _apart, module)
-            undo.callback(module.__dict__.pop, "forward", None)
-
-    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Call, kwargs: dict) -> Tensor:
-        """kwargs: `images` where keys and values are made of something else than x."""
-        return module(x, attention_mask=Carried(call, mask), encoder_hidden_states=kwargs.get("images"))[0]
-
-    def checkpoint(self, host: Host, layer: int) -> Callable[..., Tensor] | None:
-        again = super().checkpoint(host, layer)
-        if again is not None and isinstance(host, CrossHost):
-            raise HostError(
-                "gradient checkpointing would run a block without the image tokens it had; call "
-                "gradient_checkpointing_disable() on the text encoder"
-            )
-        return again
+from .anatomy import Anatomy, Layer
+from .attention import Call, HostError
+from .base import Host, Visit
+from .weights import multiplied
+from .written_out import entered
 
 
 # -- ViLT --------------------------------------------------------------------------------------------------------------
@@ -120,26 +30,18 @@ class ViltHost(Host):
     go by place, such as pairing even with odd ones, take that order, as the model does. Fix torch's seed to repeat one.
     """
 
-    def __init__(self, family: Family, root: nn.Module, path: str, driver: Driver) -> None:
-        super().__init__(family, root, path, driver)
+    def __init__(self, found: Anatomy, root: nn.Module, path: str) -> None:
+        words = replace(found, kind="text", prefix=1, has_cls=True, patch=None)
+        super().__init__(words, root, path)
         self._local = threading.local()
 
-    def attach(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
+    def enter(self, undo: ExitStack) -> None:
         embeddings: Any = self.root.embeddings
         undo.callback(embeddings.text_embeddings.register_forward_hook(self._see_words).remove)
-        super().attach(forward, undo)
+        super().enter(undo)
 
     def _see_words(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self._local.words = output.shape[1]
-
-    def replace(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
-        """A ViLT block gives its rows in a tuple, and attention maps behind them, which a session does not have."""
-
-        def wrapped(layer: int) -> Callable[..., Any]:
-            run = forward(layer)
-            return lambda *args, **kwargs: (run(*args, **kwargs), None)
-
-        super().replace(wrapped, undo)
 
     def opening(self, tokens: Tokens) -> Tokens:
         """Words are modality 0, the image 1; its class token stays, as that of the text does."""
@@ -180,37 +82,49 @@ class CrossHost(Host):
     The ledger counts what depends on image tokens: the keys and values made of them.
     """
 
-    def __init__(self, family: Family, root: nn.Module, path: str, driver: Driver) -> None:
+    def __init__(self, root: nn.Module, path: str) -> None:
         if not getattr(root.config, "is_decoder", False):
             raise HostError(
                 f"this {type(root).__name__} has no cross-attention (is_decoder=False in its config), so it sees no "
                 "image tokens that could be reduced"
             )
-        super().__init__(family, root, path, driver)
+        blocks = [p for p, m in root.named_modules() if type(m).__name__ == "BlipTextLayer"]
+        layers = tuple(Layer(p, "crossattention.self", "written") for p in blocks)
+        name = "BlipTextModel, its cross-attention"
+        super().__init__(Anatomy(name, "cross", "BlipTextModel", layers, "attention_mask"), root, path)
         self._local = threading.local()
 
-    def replace(self, forward: Callable[[int], Callable[..., Tensor]], undo: ExitStack) -> None:
+    def replace(
+        self, forward: Callable[[int], Callable[..., Any]], undo: ExitStack, which: Collection[int] | None = None
+    ) -> None:
         """Without an image, a text runs as before."""
 
-        def wrapped(layer: int) -> Callable[..., Tensor]:
-            run, block = forward(layer), self.blocks[layer]
+        def either(layer: int) -> Callable[..., Any]:
+            run, own = forward(layer), self.own(layer)
 
-            def either(x: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
-                if encoder_hidden_states is None:
-                    return type(block).forward(block, x, None, **kwargs)
-                return run(x, encoder_hidden_states=encoder_hidden_states, **kwargs)
+            def chosen(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+                return (own(x, **given), ()) if given.get("encoder_hidden_states") is None else run(x, **given)
 
-            return either
+            return chosen
 
-        super().replace(wrapped, undo)
+        super().replace(either, undo, which)
+
+    def checkpoint(self, layer: int) -> Callable[..., Tensor] | None:
+        if super().checkpoint(layer) is not None:
+            raise HostError(
+                "gradient checkpointing would run a block without the image tokens it had; call "
+                "gradient_checkpointing_disable() on the text encoder"
+            )
+        return None
 
     def entering(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The image tokens. The model's own mask of them does not reach its cross-attention, so they all are real."""
         return kwargs["encoder_hidden_states"], None
 
     def linear_weights(self, layer: int) -> tuple[int, int]:
-        attention: Any = self._part(self.blocks[layer], self.family.attention)
-        return int(attention.key.weight.numel() + attention.value.weight.numel()), 0
+        attention: Any = self._part(self.blocks[layer], "crossattention.self")
+        return multiplied(attention.key) + multiplied(attention.value), 0
 
     @property
     def pair_width(self) -> int:
@@ -221,7 +135,9 @@ class CrossHost(Host):
         """An image has as many tokens as its tower gives."""
         return 0
 
-    def run(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit) -> Tensor:
+    def run(
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """x: (B, T, C), the text; its mask hides padding. The visit's sites see the image tokens."""
         if given_cache(kwargs) is not None:
             raise HostError(
@@ -232,7 +148,8 @@ class CrossHost(Host):
         x = block.attention(x, attention_mask=mask)[0]
         call = _of_keys(visit.call(layer))
         cross = block.crossattention
-        y = self.driver.attention(cross.self, x, None, call, {"images": images})
+        with entered(call, batch=x.shape[0], keys=images.shape[1]):
+            y = cross.self(x, encoder_hidden_states=images)[0]
         if call.seen is not None:
             q = call.seen.q
             if mask is not None:  # a padded word has no opinion: it looks at all alike
@@ -243,4 +160,4 @@ class CrossHost(Host):
         images = visit.mid(layer, images, call)
         x = block.feed_forward_chunk(x)
         self._local.images = visit.after(layer, images, call)
-        return x
+        return x, ()

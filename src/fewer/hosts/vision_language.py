@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from fewer.core import Seen, Shape
 from fewer.core.layout import Item, Layout
 
-from .base import Family, Host, HostError
-from .decoder import DecoderDriver, DecoderHost
+from .anatomy import Stack, anatomy, stacks
+from .attention import HostError
+from .base import Host
+from .decoder import DecoderHost
 
 
 class LayoutError(ValueError):
@@ -238,17 +240,15 @@ ROWS = (
 class VisionLanguageHost(DecoderHost):
     """The decoder of a vision-language model, with what stands before it."""
 
-    def __init__(self, seer: VisionLanguage, whole: nn.Module, path: str, decoder: Family, driver: DecoderDriver,
-                 families: Sequence[Family]) -> None:  # fmt: skip
-        language = attrgetter(seer.language)(whole)
-        super().__init__(decoder, language, f"{path}.{seer.language}".lstrip("."), driver)
+    def __init__(self, seer: VisionLanguage, whole: nn.Module, path: str, language: Stack) -> None:
+        at = f"{path}.{seer.language}".lstrip(".")
+        super().__init__(anatomy(language), language.root, f"{at}.{language.path}".rstrip("."))
         self.seer, self.whole = seer, whole
         self.tower_module: nn.Module = attrgetter(seer.tower)(whole)
         self.projector: nn.Module = attrgetter(seer.projector)(whole)
         self.tower_path = f"{path}.{seer.tower}".lstrip(".")
         config: Any = whole.config
         self.image_token, self.video_token = config.image_token_id, getattr(config, "video_token_id", None)
-        self.tower_family = _known(self.tower_module, families)
 
     @property
     def merge(self) -> int:
@@ -263,8 +263,19 @@ class VisionLanguageHost(DecoderHost):
     @property
     def tower_has_cls(self) -> bool:
         """Whether the vision tower has a class token whose attention ranks patches."""
-        family = self.tower_family
-        return family is not None and family.has_cls(self.tower_module)
+        return self.tower is not None and self.tower.has_cls
+
+    @cached_property
+    def tower(self) -> Host | None:
+        """The tower's blocks, bound; None where it hands on no sequence of one picture's patches."""
+        for stack in stacks(self.tower_module):
+            try:
+                found = anatomy(stack)
+            except HostError:
+                continue
+            if found.kind == "vision":
+                return Host(found, stack.root, f"{self.tower_path}.{stack.path}".rstrip("."))
+        return None
 
     @property
     def used(self) -> int:
@@ -339,23 +350,9 @@ class VisionLanguageHost(DecoderHost):
                 places.append(at)
         return Layout.of(shape, items, places, real, device) if items else None
 
-    def peek(self, layer: int, x: Tensor, tables: tuple[Tensor, Tensor], valid: Tensor | None) -> Seen:
-        """What a block would attend with, before it runs. x: (B, n, C), its input; tables: its rotary
-        tables, (B, n, d) each."""
-        norm, attention = self._parts[layer][0], self._parts[layer][1]
-        module: Any = sys.modules[type(attention).__module__]
-        y = norm(x)
-        heads = (*y.shape[:2], -1, attention.head_dim)
-        q, k = attention.q_proj(y).view(heads), attention.k_proj(y).view(heads)
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = module.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *tables)
-        bias = None if valid is None else valid[:, None, None, :]
-        return Seen(q, k, k, attention.scaling, bias, causal=True)
-
     def describe(self) -> Iterator[tuple[str, str]]:
         yield "vision-language model", self.seer.name
-        tower = "no known family" if self.tower_family is None else self.tower_family.name
+        tower = "its blocks cannot be entered" if self.tower is None else self.tower.name
         yield "vision tower", f"{type(self.tower_module).__name__} ({tower})"
         for what, value in super().describe():
             yield what, value if what != "sites" else f"{value}, the bridge between tower and language model"
@@ -387,24 +384,19 @@ def _placed(items: list[Item], marked: Tensor, kind: str) -> tuple[list[Item], l
     return items, list(where.split([len(item) for item in items]))
 
 
-def _known(tower: nn.Module, families: Sequence[Family]) -> Family | None:
-    names = {type(m).__name__ for m in tower.modules()}
-    return next((f for f in families if f.patch is not None and names & set(f.root) and f.block in names), None)
-
-
-def find(model: nn.Module, families: Sequence[Family], driver: DecoderDriver) -> VisionLanguageHost | None:
+def find(model: nn.Module) -> VisionLanguageHost | None:
     """Bind a vision-language model; None for any other model.
 
-    Raises   HostError where its language model is no known decoder."""
+    Raises   HostError where its language model is no decoder that can be entered."""
     for path, module in model.named_modules():
         for row in ROWS:
             if type(module).__name__ != row.root:
                 continue
             language = attrgetter(row.language)(module)
-            decoder = next((f for f in families if type(language).__name__ in f.root and f.library == "decoder"), None)
-            if decoder is None:
-                raise HostError(f"{row.name} with a {type(language).__name__} inside: not a decoder fewer knows")
-            return VisionLanguageHost(row, module, path, decoder, driver, families)
+            found = stacks(language)
+            if not found:
+                raise HostError(f"{row.name} with a {type(language).__name__} inside: no decoder fewer can enter")
+            return VisionLanguageHost(row, module, path, found[-1])
     return None
 
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fewer.core import Seen
 
-from .base import Call, HostError, _dropped, _sum
+from .attention import Call, HostError, _dropped, _sum
 
 PRODUCTS = {"matmul": ("input", "other"), "bmm": ("input", "mat2"), "baddbmm": ("input", "batch1", "batch2")}
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # the fused kernel's positional arguments
@@ -95,11 +95,11 @@ class _Entered(TorchFunctionMode):
         self.dropout = 0.0
         self.found = self.met = False  # its softmax, its values
         self.others = 0  # attentions besides
-        vars(call)["entered"] = False
+        call.entered = False
 
     def close(self) -> None:
         if self.met and not self.others:
-            vars(self.call)["entered"] = True
+            self.call.entered = True
             return
         self.call.seen = None
         if not self.acts:

@@ -110,7 +110,7 @@ def train(
     net, tokenizer = model or load_model(prediction.model)
     host = hosts.find(net)
     if not isinstance(host, DecoderHost):
-        raise hosts.HostError(f"{type(net).__name__} is {host.family.name}; TokenButler predicts a decoder's attention")
+        raise hosts.HostError(f"{type(net).__name__} is {host.name}; TokenButler predicts a decoder's attention")
     if ids is None:
         ids = torch.tensor(tokenizer(book(prediction.text), verbose=False)["input_ids"])
     device = next(net.parameters()).device

@@ -70,7 +70,8 @@ class Pen:
             self.began = time.perf_counter()
             self.model.generate(  # type: ignore[operator]
                 **{"attention_mask": torch.ones_like(ids)} | given | cached(self.model, self.cache),
-                max_new_tokens=most, do_sample=seed is not None, streamer=_Stream(self), pad_token_id=self.tokenizer.pad_token_id or 0,
+                max_new_tokens=most, do_sample=seed is not None, streamer=_Stream(self),
+                pad_token_id=self.tokenizer.pad_token_id or 0,
             )  # fmt: skip
             self._flush(end=True)
         self._live = None

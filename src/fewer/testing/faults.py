@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Group, Hard, Plan, Reducer, Remove, Signals, Threshold, Tokens, reducer, select
+from fewer.hosts import Call
 from fewer.session import Session
 
 from . import checks
@@ -148,27 +150,19 @@ class LooksAtTheLast(Honest):
         return select.top(score, self.budget, tokens, at=signals.at)
 
 
-class _Deaf:
-    """A driver whose attention does not hear which tokens are masked."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.driver, name)
-
-    def attention(self, module: nn.Module, x: Tensor, mask: Tensor | None, call: Any, kwargs: dict) -> Tensor:
-        call.policy = None
-        return self.driver.attention(module, x, mask, call, kwargs)
-
-
 @dataclass(frozen=True)
 class DeafHost(TinyHost):
     """Masked tokens are still attended to."""
 
     def session(self, model: nn.Module, method: Reducer, **options: Any) -> Session:
         session = super().session(model, method, **options)
-        session.host.driver = _Deaf(session.host.driver)
+        attending = session.host.attending
+
+        def deaf(layer: int, call: Call, x: Tensor) -> AbstractContextManager[Any]:
+            call.policy = None
+            return attending(layer, call, x)
+
+        session.host.attending = deaf  # type: ignore[method-assign]
         return session
 
 

@@ -1,0 +1,281 @@
+"""A block's attention, entered: what a session adds to it and sees of it, and the way there in transformers.
+
+Modules of transformers ask a table for their attention function. While sessions are on, our name stands in the configs
+and our function in the table; it runs the function the config named before. Who takes part in the call under way is
+known per thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fewer.core import Seen
+from fewer.core.attention import attend, masked_attention
+
+NAME = "fewer"  # our key in the attention tables while a session is on
+SUPPORTED = ("sdpa", "eager")  # implementations that take an additive mask
+
+
+class HostError(TypeError):
+    """A model, or a part of one, that a session cannot act in: what was found, what is missing, what else to do."""
+
+
+class Call:
+    """One attention call under way: what to add to it, and what it saw.
+
+    bias: (B, 1, 1, N) additive, float32, or None; policy: (B, N) learned mask, or None; watch: whether to remember
+    q, k, v; split: where rows are packed, runs the kernel sample by sample; whole: of a decoder, all cached rows are
+    looked at; fit: the model's own bias, made inside the block for all tokens, at the ones that are left.
+    """
+
+    def __init__(
+        self, bias: Tensor | None = None, policy: Tensor | None = None, eps: float = 1e-6, watch: bool = False,
+        split: Callable[..., Tensor] | None = None, whole: bool = False,
+        fit: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.bias, self.policy, self.eps, self.watch, self.split, self.whole = bias, policy, eps, watch, split, whole
+        self.fit = fit
+        self.kernel: Callable[..., Tensor] = attend  # what packed rows are computed with
+        self.entered = False  # whether an attention heard it
+        self.seen: Seen | None = None
+        self.real: Tensor | None = None  # (B, N) bool, for mixers without attention; None = as the mask says
+        self.branch: Tensor | None = None  # (B, N, C), what such a mixer gave
+        self.where: Tensor | None = None  # of whole: the input positions of the rows, (B or 1, 1, S)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it wants anything of the attention."""
+        return self.watch or self.bias is not None or self.policy is not None or self.split is not None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
+        """Attention with what this call adds. q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own. Returns
+        (B, H, N, d)."""
+        self.entered = True
+        bias = _sum(mask, self.bias, v.dtype)
+        bias = None if bias is None else _additive(bias, v.dtype)
+        self._look(q, k, v, scale, bias)
+        if self.policy is not None:
+            return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
+        return (self.kernel if self.split is None else self.split)(q, k, v, scale, bias, dropout)
+
+    def attend(
+        self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The same where transformers asks its table. plain: the model's own function, which runs where it can.
+        Returns (B, N, H, d) and the probabilities, where the model's own function gives them."""
+        if mask is not None and self.fit is not None:
+            mask = self.fit(mask)
+        scale = kwargs.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if self.policy is not None or self.split is not None:
+            out = self(q, k, v, scale, mask, kwargs.get("dropout", 0.0))
+            return out.transpose(1, 2).contiguous(), None
+        self.entered = True
+        bias = _sum(mask, self.bias, v.dtype)
+        self._look(q, k, v, scale, bias)
+        return plain(module, q, k, v, bias, **kwargs)
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> None:
+        if self.watch:
+            shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
+            self.seen = Seen(q, k, v, scale, shown)
+
+
+def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask and a bias as one; a mask alone stays as it is."""
+    if bias is None:
+        return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    added = _additive(bias, dtype)
+    return (added if mask is None else _additive(mask, dtype) + added).to(dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, bool with True = visible, as what is added to logits."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def _dropped(policy: Tensor) -> Tensor:
+    """A learned mask as a bias for those who look: dropped keys get no attention. (B, N) -> (B, 1, 1, N), bool."""
+    return (policy > 0)[:, None, None, :]
+
+
+class fused(TorchFunctionMode):
+    """While this is open, the fused kernel hears a call: of a module that asks torch for it, and no table."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("is_causal"):
+            return func(*args, **kwargs)
+        q, k, v = args
+        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        return self.call(q, k, v, scale, kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0))
+
+
+class AttentionRun(Protocol):
+    """What a session does with the attention calls of a pass over a decoder."""
+
+    def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+               kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+
+class _UnderWay(threading.local):
+    call: Call | None = None  # of the block that runs
+    run: AttentionRun | None = None  # of the decoder that runs
+    spy: Callable[..., None] | None = None  # of a discovery
+
+
+under = _UnderWay()
+
+
+@contextmanager
+def entering(call: Call) -> Iterator[None]:
+    """While this is open, attention that asks the table hears the call."""
+    before, under.call = under.call, call
+    try:
+        yield
+    finally:
+        under.call = before
+
+
+@contextmanager
+def running(run: AttentionRun | None) -> Iterator[None]:
+    """While this is open, attention that asks the table is the run's."""
+    before, under.run = under.run, run
+    try:
+        yield
+    finally:
+        under.run = before
+
+
+@contextmanager
+def spying(spy: Callable[..., None]) -> Iterator[None]:
+    """While this is open, whoever asks the table is told of: spy(module, q, k, v, mask, kwargs)."""
+    before, under.spy = under.spy, spy
+    try:
+        yield
+    finally:
+        under.spy = before
+
+
+def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                      **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Our entry in the attention table. Where nobody takes part, the model's own function runs."""
+    plain = Table.implementation(module)
+    if under.spy is not None:
+        under.spy(module, query, key, value, attention_mask, kwargs)
+    if under.run is not None:
+        return under.run.attend(module, plain, query, key, value, attention_mask, kwargs)
+    if under.call is not None:
+        return under.call.attend(module, plain, query, key, value, attention_mask, kwargs)
+    return plain(module, query, key, value, attention_mask, **kwargs)
+
+
+def mask_forward(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """Our entry in the mask table: the mask the model's own implementation would get."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[Table.before(config)](*args, config=config, **kwargs)
+
+
+class Table:
+    """Our name in configs and in transformers' attention tables, while sessions are on."""
+
+    _lock = threading.Lock()
+    _users = 0
+    # By id: the implementation before the first session, sessions, and the config itself: no other may get its id while
+    # a session that nobody took off still counts here.
+    _configs: ClassVar[dict[int, tuple[str, int, Any]]] = {}
+
+    @classmethod
+    def enter(cls, configs: Sequence[Any], undo: ExitStack) -> None:
+        """Enter the global tables and put our name into some configs; what `undo` holds takes it out again."""
+        cls._register(undo)
+        for config in {id(c): c for c in configs}.values():
+            cls._enter(config)
+            undo.callback(cls._leave, config)
+
+    @classmethod
+    def renew(cls, configs: Sequence[Any]) -> None:
+        """Where somebody chose another implementation meanwhile (set_attn_implementation): that one runs from now on,
+        and our name stands before it again."""
+        for config in configs:
+            chosen = config._attn_implementation_internal
+            if chosen != NAME and id(config) in cls._configs:
+                with cls._lock:
+                    _, users, _ = cls._configs[id(config)]
+                    cls._configs[id(config)] = (chosen, users, config)
+                    config._attn_implementation_internal = NAME
+
+    @classmethod
+    def before(cls, config: Any) -> str:
+        """The implementation a config named before the session; "sdpa" where ours cannot add to it."""
+        before, *_ = cls._configs.get(id(config), ("sdpa",))
+        return before if before in SUPPORTED else "sdpa"
+
+    @classmethod
+    def implementation(cls, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The attention function a module would use without a session."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(cls.before(getattr(module, "config", None)), eager)
+
+    @classmethod
+    def _enter(cls, config: Any) -> None:
+        """Put our name into a config; models may share one, so sessions are counted."""
+        with cls._lock:
+            before, users, _ = cls._configs.get(id(config), (config._attn_implementation_internal, 0, config))
+            cls._configs[id(config)] = (before, users + 1, config)
+            config._attn_implementation_internal = NAME
+
+    @classmethod
+    def _leave(cls, config: Any) -> None:
+        with cls._lock:
+            before, users, _ = cls._configs.pop(id(config))
+            chosen = config._attn_implementation_internal
+            before = before if chosen == NAME else chosen  # somebody chose another one meanwhile
+            if users > 1:
+                cls._configs[id(config)] = (before, users - 1, config)
+            else:
+                config._attn_implementation_internal = before
+
+    @classmethod
+    def _register(cls, undo: ExitStack) -> None:
+        """Enter the global tables with the first session, leave them with the last."""
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
+
+        def leave() -> None:
+            with cls._lock:
+                Table._users -= 1
+                if not Table._users:
+                    AttentionInterface._global_mapping.pop(NAME, None)
+                    AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+        with cls._lock:
+            AttentionInterface.register(NAME, attention_forward)
+            AttentionMaskInterface.register(NAME, mask_forward)
+            Table._users += 1
+        undo.callback(leave)
+
+
+__all__ = [
+    "NAME", "SUPPORTED", "AttentionRun", "Call", "HostError", "Table", "entering", "fused", "running", "spying",
+    "under",
+]  # fmt: skip
