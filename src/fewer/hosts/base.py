@@ -41,6 +41,8 @@ class Visit(Protocol):
 class Stand:
     """Stands in for a block's forward while a session is on; afterwards it runs the block's own, if still called."""
 
+    __slots__ = ("on", "ours", "own")  # functools.update_wrapper copies the __dict__ of what it wraps
+
     def __init__(self, own: Callable[..., Any], ours: Callable[..., Any]) -> None:
         self.own, self.ours, self.on = own, ours, True
 
@@ -322,7 +324,7 @@ class Host:
 
 def _restore(block: nn.Module, stand: Stand, before: Any) -> None:
     """Take our forward out from where it stands now; other libraries may have put theirs before it meanwhile."""
-    stand.on = False
+    stand.on, stand.ours = False, stand.own  # who still holds it must not keep the session alive
     held = vars(block)
     for slot in ("forward", "_old_forward"):
         if held.get(slot) is not stand:

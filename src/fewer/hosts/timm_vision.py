@@ -16,6 +16,7 @@ from .attention import HostError
 from .steps import record
 
 BATCH, LENGTH = 3, 13
+OTHERS = ("forward", "_old_forward", "_hf_hook")  # where accelerate puts a hook, on a module
 
 
 def is_one(model: nn.Module) -> bool:
@@ -54,7 +55,7 @@ def anatomy_of(model: Any) -> Anatomy:
 
 def _layer(path: str, block: nn.Module) -> Layer:
     """A block's layer, from a random copy of it."""
-    twin: Any = copy.deepcopy(block).float().cpu().eval()
+    twin = _copy(block)
     source = torch.Generator().manual_seed(0)
     norm = next(p for p in twin.parameters() if p.dim() == 1)
     with torch.no_grad():
@@ -68,6 +69,18 @@ def _layer(path: str, block: nn.Module) -> Layer:
         return Layer(path, "attn", way, steps=record(twin, {"x": x}, "attn"))
     except (RuntimeError, TypeError, AssertionError):
         return Layer(path, "attn", way)
+
+
+def _copy(block: nn.Module) -> Any:
+    """A block's copy in float32 on the CPU, without what other libraries put before its parts: an accelerate hook holds
+    the weights that were moved away, and leaves none to copy."""
+    put = {id(held): None for m in block.modules() for name in OTHERS if (held := vars(m).get(name)) is not None}
+    twin = copy.deepcopy(block, put)
+    for module in twin.modules():
+        for name in OTHERS:
+            vars(module).pop(name, None)
+    twin._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
+    return twin.float().cpu().eval()
 
 
 __all__ = ["anatomy_of", "is_one"]
