@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .cache import CacheError, Record, ReducedLayer, install
 from .compat import CACHE_NAMES, cached, given_cache, without_cache
 from .core import Hard, Reducer, Seen, Site
+from .core.attention import full_precision
 from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
 from .core.place import Place
 from .core.plan import take
@@ -113,7 +114,8 @@ class CachePass:
             call.entered = True
         layer = self.layers[index] if self.layers else None
         if layer is not None and layer.headwise(q.shape[2]):
-            out = layer.attention(q, _scale(q, kwargs), mask), None
+            with full_precision(q):
+                out = layer.attention(q, _scale(q, kwargs), mask), None
             self._count(layer, q.shape[0])
             layer.settle()
             return out
@@ -128,24 +130,26 @@ class CachePass:
                 self._count(layer, q.shape[0])
                 layer.settle()
             return out
-        mask = self._gated(layer, index, q, k, v, mask, kwargs)
+        with full_precision(q):
+            mask = self._gated(layer, index, q, k, v, mask, kwargs)
         if layer is None:
             self.attending = None
             return plain(module, q, k, v, mask, **kwargs)
         began = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(q):
             self._count(layer, q.shape[0])
             read = self._reading(layer, index, q, k, v, mask, kwargs)
         self.session.seconds += time.perf_counter() - began
         if self.weighs and self._alone(layer, index, q, mask):
-            answer, self.weights = attended(Seen(q, k, v, _scale(q, kwargs)))
+            with full_precision(q):
+                answer, self.weights = attended(Seen(q, k, v, _scale(q, kwargs)))
             out = answer, None
         else:
             out = plain(module, q, *read, **kwargs)
         if self.attending is not None:
             self.attending.weights = out[1]
         began = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(q):
             for turn in self.session.acting(Site.KV_CACHE, index):
                 self._act(layer, index, turn, q, k, v, mask, kwargs)
             self._store(layer, index)

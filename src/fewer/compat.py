@@ -53,6 +53,14 @@ def _inside(wrapper: Any) -> Any:
     return next((parts[name] for name in ("base_model", "model", "_orig_mod", "module") if name in parts), None)
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many learned rows PEFT puts in front of every input: prefix tuning, prompt tuning and the like."""
+    configs: Any = getattr(model, "peft_config", None)
+    active = getattr(model, "active_adapter", None)
+    config = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
+    return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
 def cached(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a model, or its `generate`, a cache: `model(ids, **cached(model, cache))`.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from . import hosts, session
+from .compat import virtual_tokens
 from .core import Reducer, Site
 from .core.visual import looks
 from .guide import Guide
@@ -54,6 +55,12 @@ def apply(
     reducers = [parse(adapt(item), **parameters) for item in items]
     if execution not in get_args(Execution):
         raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
+    if learned := virtual_tokens(model):
+        raise SessionError(
+            f"{type(model).__name__} puts {learned} learned rows in front of every input (prefix or prompt tuning), "
+            "which a method would drop as if they were words; tune the model with LoRA instead, or apply the method to "
+            "model.get_base_model() and call that"
+        )
     host = hosts.find(model)
     if isinstance(host, hosts.VisionLanguageHost):
         from . import seeing

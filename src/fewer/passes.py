@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .core import Hard, Masked, Plan, Reducer, Seen, Signals, Site, Soft, Tokens
-from .core.attention import size_bias
+from .core.attention import full_precision, size_bias
 from .core.place import Place
 from .core.plan import take
 from .core.ragged import Packing
@@ -233,7 +232,7 @@ class Pass:
             if self._entry is not None and site is Site.MID_BLOCK:
                 self._entry = self.packing.pad(self._entry)
         for turn, (method, stage, stages) in enumerate(acting):
-            with _full_precision(x):
+            with full_precision(x):
                 x, plan = self._act(method, stage, stages, layer, site, x, seen, branch)
             branch = None if branch is None or plan is None else plan.gather(branch)
             if seen is not None and plan is not None and turn + 1 < len(acting):
@@ -407,13 +406,6 @@ class Pass:
         other._out, other.counted = list(self._out), False
         other.memory = [dict(m) for m in self.memory]
         return other
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Plans are made and executed in the precision their code says, whatever autocast is on around the model."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _slots(anchor: Tensor, valid: Tensor, x: Tensor) -> Tensor:

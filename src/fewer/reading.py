@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import Arrivals, Waiting
 from .core import Hard, Plan, Reducer, Seen, Signals, Site, Tokens
-from .core.attention import masked_attention
+from .core.attention import full_precision, masked_attention
 from .core.place import Place
 from .core.visual import looks
 from .hosts import Call
@@ -189,7 +189,8 @@ class Revival:
         tokens = tokens.protect(tokens.last)
         real = valid.sum(-1)
         place = Place(layer, len(self.layers), stage, stages, rows.shape[1], starts=real)
-        plan = reducer.plan(Signals(x, tokens, place, replace(seen, bias=_only(seen.bias, valid))), tokens)
+        with full_precision(x):
+            plan = reducer.plan(Signals(x, tokens, place, replace(seen, bias=_only(seen.bias, valid))), tokens)
         kept = rows.gather(-1, plan.position)
         if plan.valid is not None:
             kept = kept.masked_fill(~plan.valid, self.start + 1)

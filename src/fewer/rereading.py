@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .compat import cached
 from .core import Site
+from .core.attention import full_precision
 from .core.cached import Rereader, Rows
 from .session import SessionError
 
@@ -39,7 +40,8 @@ class Again:
                 place = run._place(index, turn, self.rows)
                 signals = run._signals(layer, turn, place, self.rows, q, k, v, mask, kwargs)
                 signals.asking = self.asking
-                self.votes.append(method.votes(signals, self.rows, *self.part))
+                with full_precision(q):
+                    self.votes.append(method.votes(signals, self.rows, *self.part))
         layer.totals = [t + q.shape[2] for t in layer.totals]
         layer.settle()
         return out

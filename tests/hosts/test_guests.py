@@ -15,6 +15,7 @@ import fewer
 import fewer.hosts
 from decoders import BUILD, decoder, prompt
 from fewer.hosts.base import Stand
+from fewer.testing.models import texts
 from vit import images, run, tiny_vit
 
 VISION = [("vit", "tome:r=2"), ("timm", "tome:r=2"), ("beit", "evit:keep=0.6,layers=0+1")]
@@ -47,7 +48,7 @@ def ours(model: nn.Module) -> list[str]:
 
 
 # -- accelerate --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, method", VISION)
+@pytest.mark.parametrize(("kind", "method"), VISION)
 @pytest.mark.parametrize("order", ["HSsh", "HShs", "SHsh", "SHhs", "HShHsh", "SHhHsh", "HSHsh"])
 def test_accelerate_hooks_come_and_go_in_every_order(kind: str, method: str, order: str):
     """S puts a session on and s takes it off, H and h do that with a hook on every block."""
@@ -109,7 +110,7 @@ def _offloaded(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("place", [_dispatched, _offloaded])
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("kind, method", [*VISION, ("dinov2", "random:keep=0.5,layers=0+")])
+@pytest.mark.parametrize(("kind", "method"), [*VISION, ("dinov2", "random:keep=0.5,layers=0+")])
 def test_placed_by_accelerate(kind: str, method: str, late: bool, place: Callable[[nn.Module], None]):
     pytest.importorskip("accelerate")
     model, x = tiny_vit(kind), images()
@@ -121,9 +122,11 @@ def test_placed_by_accelerate(kind: str, method: str, late: bool, place: Callabl
     session = fewer.apply(model, method)
     if late:
         place(model)
-    assert torch.equal(run(model, x), reduced) and session.ledger.gflops == pytest.approx(cost)
+    assert torch.equal(run(model, x), reduced)
+    assert session.ledger.gflops == pytest.approx(cost)
     session.remove()
-    assert torch.equal(run(model, x), plain) and not ours(model)
+    assert torch.equal(run(model, x), plain)
+    assert not ours(model)
 
 
 @pytest.mark.parametrize("place", [_dispatched, _offloaded])
@@ -143,4 +146,120 @@ def test_decoders_placed_by_accelerate(name: str, method: str, late: bool, place
         place(model)
     assert torch.equal(written(model), reduced)
     session.remove()
-    assert torch.equal(written(model), plain) and not ours(model)
+    assert torch.equal(written(model), plain)
+    assert not ours(model)
+
+
+# -- autocast ----------------------------------------------------------------------------------------------------------
+CACHED = [
+    "adakv:keep=0.5,window=4", "chunkkv:keep=0.5,window=4", "d2o:keep=0.5", "dynamic_context_pruning",
+    "expected_attention:keep=0.5", "h2o:keep=0.5", "keydiff:keep=0.5", "knorm:keep=0.5", "kvzip:keep=0.5",
+    "ott:group=4,window=4", "pyramidkv:keep=0.5,window=4", "quest:tokens=8,page=4", "random_cache:keep=0.5",
+    "snapkv:keep=0.5,window=4", "streamingllm:keep=0.5", "tova:keep=0.5", "tokenbutler", "lazyllm:keep=0.6,layers=1+",
+]  # fmt: skip
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", CACHED)
+def test_cache_methods_run_under_autocast(method: str, attention: str):
+    model = fresh("llama")
+    model.set_attn_implementation(attention)  # type: ignore[operator]
+    trained = {"modules": "untrained"} if method in ("dynamic_context_pruning", "tokenbutler") else {}
+    with fewer.apply(model, method, **trained), autocast():
+        assert written(model, 20, 11).shape == (2, 26)
+        assert written(model, 20).shape == (1, 26)
+
+
+@pytest.mark.parametrize("method", ["snapkv:keep=1.0,window=4", "adakv:keep=1.0,window=4", "knorm:keep=1.0"])
+def test_a_cache_that_keeps_all_changes_nothing_under_autocast(method: str):
+    model = decoder("llama")
+    with autocast():
+        plain = written(model, 20, 11)
+        with fewer.apply(model, method):
+            assert torch.equal(written(model, 20, 11), plain)
+
+
+@pytest.mark.parametrize("execution", ["padded", "packed", "masked"])
+@pytest.mark.parametrize("method", ["tome:r=2", "evit:keep=0.6,layers=0+1", "ats:tokens=9,layers=1", "random:keep=0.6,layers=1",
+                                    "dynamicvit:keep=0.6,layers=1"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["vit", "timm", "bert"])
+def test_encoders_run_under_autocast(kind: str, method: str, execution: Any):
+    model = tiny_vit(kind)
+    x = texts() if kind == "bert" else images()
+    trained = {"modules": "untrained"} if method.startswith("dynamicvit") else {}
+    with fewer.apply(model, method, execution=execution, **trained):
+        exact = run(model, x)
+        with autocast():
+            rough = run(model, x)
+    assert (rough.float() - exact).norm() < 0.3 * exact.norm()
+
+
+# -- PEFT --------------------------------------------------------------------------------------------------------------
+def lora(model: nn.Module, **options: Any) -> Any:
+    """A model with LoRA adapters that do something."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+    source = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=source))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "method"), [("vit", "tome:r=2"), ("vit", "evit:keep=0.6,layers=0+1"),
+                                          ("bert", "power_bert:keep=0.7"), ("bert", "tome:r=2")])  # fmt: skip
+def test_lora_is_as_if_merged(kind: str, method: str):
+    targets = {"vit": ["q_proj", "v_proj", "fc1"], "bert": ["query", "value"]}[kind]
+    x = texts() if kind == "bert" else images()
+    model = lora(tiny_vit(kind), target_modules=targets)
+    inner = model.get_base_model()
+    plain = run(inner, x)
+    with fewer.apply(model, method) as session:
+        beside, cost = run(inner, x), session.ledger
+    assert torch.equal(run(inner, x), plain)
+    assert not torch.allclose(beside, plain, atol=1e-3)
+    added = sum(p.numel() for n, p in model.named_parameters() if "lora" in n and ".0." in n.partition("lora")[0])
+    merged = model.merge_and_unload()
+    with fewer.apply(merged, method) as session:
+        torch.testing.assert_close(run(merged, x), beside, atol=1e-5, rtol=1e-5)
+        first, *_ = session.ledger.linear
+    assert sum(cost.linear[0]) - sum(first) == added > 0  # once, and not again inside its wrapper
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", [CACHE, "random:keep=0.5,layers=1+"])
+def test_lora_on_a_decoder(name: str, method: str):
+    from transformers import DynamicCache
+
+    from fewer.compat import cached
+
+    model = lora(fresh(name), task_type="CAUSAL_LM")
+    ids, mask = prompt(20, 11)
+
+    def write(model: Any) -> Tensor:
+        return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    plain = write(model)
+    with fewer.apply(model, method) as session:
+        beside = write(model)
+        model(input_ids=ids, attention_mask=mask, **cached(model, DynamicCache(config=model.config)))
+        assert sum(session.counts) < 3 * 20
+    assert torch.equal(write(model), plain)
+    merged = model.merge_and_unload()
+    with fewer.apply(merged, method):
+        assert torch.equal(write(merged), beside)
+
+
+@pytest.mark.parametrize("tuning", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_learned_rows_in_front_are_refused(tuning: str):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(fresh("llama"), config).eval()
+    with pytest.raises(fewer.SessionError, match=r"5 learned rows in front of every input.*LoRA"):
+        fewer.apply(model, CACHE)
+    with fewer.apply(model.get_base_model(), CACHE):
+        written(model.get_base_model())

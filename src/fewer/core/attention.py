@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,13 @@ from .tokens import Group
 
 CHUNK = 1 << 22  # logits held at once by the chunked statistics, in numbers (16 MB of float32)
 NEAR = 1 << 20  # the same on a CPU, where they should not leave its cache
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """What is done here is done in the precision its code says, whatever autocast is on around the model."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 @dataclass(eq=False)
@@ -168,6 +176,13 @@ def masked_attention(
     Returns (B, H, N, d). Forms N x N probabilities, as training through the mask must.
     Source   DynamicViT, arXiv:2106.02034, eq. 10 and 11, with the eps of its code.
     """  # fmt: skip
+    with full_precision(q):
+        return _masked(q, k, v, scale, bias, policy, eps)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, policy: Tensor, eps: float
+) -> Tensor:  # fmt: skip
     logits = (q.float() * scale) @ k.float().transpose(-1, -2)
     if bias is not None:
         logits = logits + bias.float()
