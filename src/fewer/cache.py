@@ -199,6 +199,13 @@ class ReducedLayer(DynamicLayer):
             new.totals = [new.length] * layer.keys.shape[0]
         return new
 
+    def slide(self, window: int) -> None:
+        """Be a layer that sees the latest tokens only, if not one already."""
+        if self.window is None and not self.reduced:
+            self.is_sliding, self.window = True, window
+            if self.length:
+                self._trim()
+
     # -- what the model asks ------------------------------------------------------------------------------------------
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]

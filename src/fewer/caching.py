@@ -101,6 +101,8 @@ class CachePass:
             layer.awaited, layer.steady, layer.apart = True, session.steady, session.apart
             layer.loose = session.loose
         self.weighs = session.weighs and not torch.is_grad_enabled()
+        # Behind a cache only a training step has the training form: generation takes the other, whatever the mode.
+        self.training = session.training and (cache is None or torch.is_grad_enabled())
         self.weights: Tensor | None = None  # attention of the call under way, where it is computed here
 
     # -- called by the host -------------------------------------------------------------------------------------------
@@ -125,6 +127,7 @@ class CachePass:
             call.seen = watched(q, k, v, _scale(q, kwargs), mask, call.whole)
             call.where = layer.positions() if call.whole and layer is not None else None
         if call is not None and call.policy is not None:
+            call.no_maps(module)
             out = trained_attention(q, k, v, _scale(q, kwargs), mask, call)
             if layer is not None:
                 self._count(layer, q.shape[0])
@@ -223,7 +226,10 @@ class CachePass:
                 facts.append(((p[:, 1:] <= p[:, :-1]) & new[:, :-1] & new[:, 1:]).any())
             whole, right, backwards = [*torch.stack(facts).tolist(), False][:3]
             if right:
-                raise CacheError("padding on the right, or inside a prompt, leaves holes in the cache; pad on the left")
+                raise CacheError(
+                    "padding on the right, or inside a prompt, leaves holes in the cache; pad on the left, or call the "
+                    "model with use_cache=False where nothing is to be generated (config.use_cache = False in training)"
+                )
             if backwards:
                 raise CacheError("position_ids fall inside a prompt: packed sequences cannot share a cache")
             self._padded = not whole
@@ -278,7 +284,7 @@ class CachePass:
             attending=self.attending, weights=self.weights,
             at_rope=kwargs.get("position_ids", self.position_ids),
             rotary=self.session.rotary(place.layer) if method.rotates else None,
-            training=self.session.training,
+            training=self.training,
             memory=(self.memory if layer is None else self.layers[0].memory).setdefault(turn[0], {}),
             local={} if layer is None else layer.local.setdefault(turn[0], {}),
         )  # fmt: skip
@@ -289,7 +295,7 @@ class CachePass:
         assert isinstance(method, CacheReducer)
         if not method.evicts or isinstance(method, Rereader) or (method.once and not self.fresh):
             return
-        if method.gates and self.session.host.slides(index):
+        if method.gates and (self.training or self.session.host.slides(index)):
             return
         evicts = method.decodes or q.shape[2] > 1
         if not evicts and not method.accumulates:
@@ -487,9 +493,11 @@ class CacheSession(Session):
                 )
             use = given["use_cache"] = False
         if cache is None:
+            if use and root.training and torch.is_grad_enabled() and _padded_behind(given.get("attention_mask")):
+                use = given["use_cache"] = False  # a training step: nobody goes on from here
             if not use or (root.training and getattr(root, "gradient_checkpointing", False)):
                 if not self.inside and not any(getattr(m, "gates", False) for m in self.methods):
-                    return args, kwargs
+                    return (), given
             else:
                 from transformers import DynamicCache
 
@@ -497,6 +505,9 @@ class CacheSession(Session):
                 given = without_cache(given) | cached(root, cache)
         if cache is not None:
             install(cache, len(self.host.blocks), self)
+            for layer, window in zip(cache.layers, self.host.windows, strict=False):
+                if window is not None and isinstance(layer, ReducedLayer):
+                    layer.slide(window)  # a cache that was made without a config does not know
         if cache is None or cache.get_seq_length() == 0:
             self._flops, self._notes, self._latest = 0, [], None
         self._records = [] if cache is None else [layer.record for layer in cache.layers]
@@ -638,6 +649,11 @@ class CacheSession(Session):
             *words,
             *ledger.notes,
         ])  # fmt: skip
+
+
+def _padded_behind(mask: Any) -> bool:
+    """Whether some text of a batch ends in padding. Reads one number."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, -1] == 0).any())
 
 
 def _text_positions(ids: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ Met so far, oldest first:
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -51,6 +52,13 @@ def _inside(wrapper: Any) -> Any:
     """What PEFT, torch.compile or DDP wrapped; None where nobody did."""
     parts = vars(wrapper).get("_modules", {})
     return next((parts[name] for name in ("base_model", "model", "_orig_mod", "module") if name in parts), None)
+
+
+def maps_wanted() -> bool:
+    """Whether the model that runs on this thread was called with `output_attentions=True`."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collected = capturing._active_collector.get() if capturing is not None else None
+    return collected is not None and "attentions" in collected
 
 
 def virtual_tokens(model: Any) -> int:

@@ -184,8 +184,8 @@ def test_a_cache_that_keeps_all_changes_nothing_under_autocast(method: str):
 
 
 @pytest.mark.parametrize("execution", ["padded", "packed", "masked"])
-@pytest.mark.parametrize("method", ["tome:r=2", "evit:keep=0.6,layers=0+1", "ats:tokens=9,layers=1", "random:keep=0.6,layers=1",
-                                    "dynamicvit:keep=0.6,layers=1"])  # fmt: skip
+@pytest.mark.parametrize("method", ["tome:r=2", "evit:keep=0.6,layers=0+1", "ats:tokens=9,layers=1",
+                                    "random:keep=0.6,layers=1", "dynamicvit:keep=0.6,layers=1"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["vit", "timm", "bert"])
 def test_encoders_run_under_autocast(kind: str, method: str, execution: Any):
     model = tiny_vit(kind)
@@ -263,3 +263,151 @@ def test_learned_rows_in_front_are_refused(tuning: str):
         fewer.apply(model, CACHE)
     with fewer.apply(model.get_base_model(), CACHE):
         written(model.get_base_model())
+
+
+# -- attention, chosen and shown ---------------------------------------------------------------------------------------
+def answered(model: Any) -> Tensor:
+    if hasattr(model, "generate") and model.main_input_name == "input_ids":
+        return written(model)
+    return run(model, texts() if model.main_input_name == "input_ids" else images())
+
+
+@pytest.mark.parametrize(("before", "behind"), [("sdpa", "eager"), ("eager", "sdpa")])
+@pytest.mark.parametrize(("kind", "method"), [
+    ("vit", "tome:r=2"), ("clip", "evit:keep=0.6,layers=0+1"), ("bert", "tome:r=2"), ("llama", CACHE),
+    ("gemma3", "h2o:keep=0.5"), ("llama", "random:keep=0.5,layers=1+"),
+])  # fmt: skip
+def test_another_attention_may_be_chosen_during_a_session(kind: str, method: str, before: str, behind: str):
+    model: Any = fresh(kind) if kind in BUILD else tiny_vit(kind)
+    plain, reduced = {}, {}
+    for name in (before, behind):
+        model.set_attn_implementation(name)
+        plain[name] = answered(model)
+        with fewer.apply(model, method):
+            reduced[name] = answered(model)
+    model.set_attn_implementation(before)
+    with fewer.apply(model, method):
+        assert torch.equal(answered(model), reduced[before])
+        model.set_attn_implementation(behind)
+        assert torch.equal(answered(model), reduced[behind])
+        assert torch.equal(answered(model), reduced[behind])
+    assert model.config._attn_implementation == behind
+    assert torch.equal(answered(model), plain[behind])
+    with fewer.apply(model, method):
+        model.set_attn_implementation(before)  # and no pass before it ends
+    assert model.config._attn_implementation == before
+
+
+def shown(model: Any, method: str | None, execution: Any = "padded", **options: Any) -> Any:
+    """What a model gives with its maps and features."""
+    x = texts() if model.main_input_name == "input_ids" else images()
+    given = {"inputs_embeds": x} if x.dim() == 3 else {"pixel_values": x}
+    given |= dict(output_attentions=True, output_hidden_states=True)
+    with torch.no_grad():
+        if method is None:
+            return model(**given)
+        with fewer.apply(model, method, execution=execution, **options):
+            return model(**given)
+
+
+@pytest.mark.parametrize(
+    "kind", ["vit", "deit", "dinov2", "beit", "clip", "siglip", "bert", "distilbert", "modernbert"]
+)
+def test_maps_are_those_of_the_rows_that_are_there(kind: str):
+    model: Any = tiny_vit(kind)
+    model.set_attn_implementation("eager")
+    n = shown(model, None).attentions[0].shape[-1]
+    for method, rows in (("tome:r=2", [n, n - 2, n - 4, n - 6]), ("random:r=5,layers=1", [n, n, n - 5, n - 5])):
+        out = shown(model, method)
+        assert [m.shape[-2:] for m in out.attentions] == [(r, r) for r in rows]
+        assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-5) for m in out.attentions)
+        assert [h.shape[1] for h in out.hidden_states[:4]] == rows
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_no_maps_where_the_plain_model_has_none(kind: str):
+    model: Any = tiny_vit(kind)  # the fused kernel forms none
+    assert shown(model, None).attentions == shown(model, "tome:r=2").attentions == ()
+
+
+def test_packed_rows_have_no_maps():
+    model: Any = tiny_vit("vit")
+    model.set_attn_implementation("eager")
+    with pytest.raises(fewer.hosts.HostError, match="execution='padded'"):
+        shown(model, "ats:tokens=6,layers=1", "packed")
+    assert len(shown(model, "random:keep=0.6,layers=1", "masked").attentions) == 4
+
+
+def test_maps_of_a_decoder():
+    model: Any = fresh("llama")
+    model.set_attn_implementation("eager")
+    ids, mask = prompt(20, 11)
+    with fewer.apply(model, "random:keep=0.5,layers=1"):
+        out = model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    assert [m.shape[-2:] for m in out.attentions] == [(20, 20), (20, 20), (10, 10)]
+    with fewer.apply(model, "snapkv:keep=0.5,window=4"):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, output_attentions=True,
+                             return_dict_in_generate=True)  # fmt: skip
+    assert [maps[0].shape[-2:] for maps in out.attentions] == [(20, 20), (1, 11), (1, 12)]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [CACHE, "h2o:keep=0.5", "random:keep=0.5,layers=1+", "lazyllm:keep=0.6,layers=1+"])
+def test_a_decoder_trains_on_batches_padded_on_the_right(method: str):
+    model: Any = fresh("llama")
+    ids, mask = (x.flip(1) for x in prompt(20, 11))
+    labels = ids.masked_fill(mask == 0, -100)
+    with fewer.apply(model, method):
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model(ids, attention_mask=mask, labels=labels)
+        loss = model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        model.train()
+        trained = model(ids, attention_mask=mask, labels=labels).loss
+        trained.backward()
+    torch.testing.assert_close(trained, loss)
+    if method in (CACHE, "h2o:keep=0.5"):  # one pass reads all of its rows before any goes
+        torch.testing.assert_close(loss, model.eval()(ids, attention_mask=mask, labels=labels).loss)
+
+
+def test_dynamic_context_pruning_generates_in_training_mode():
+    model: Any = fresh("llama")
+    with fewer.apply(model, "dynamic_context_pruning", modules="untrained"):
+        plain = written(model)
+        model.train()
+        assert torch.equal(written(model), plain)
+        ids, mask = prompt(20, 11)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("method", [CACHE, "h2o:keep=0.5", "quest:tokens=8,page=4", "random:keep=0.5,layers=1+"])
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3"])
+def test_a_cache_made_without_a_config_slides_too(name: str, method: str):
+    from transformers import DynamicCache
+
+    from fewer.compat import cached
+
+    model: Any = fresh(name)
+    ids, mask = prompt(20, 11)
+    seen = []
+    for cache in (DynamicCache(config=model.config), DynamicCache()):
+        with fewer.apply(model, method) as session:
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, **cached(model, cache))
+            seen.append((out.tolist(), session.counts))
+    assert seen[0] == seen[1]
+
+
+def test_the_next_turn_of_a_cache_made_without_a_config():
+    from transformers import DynamicCache
+
+    from fewer.compat import cached
+
+    model: Any = fresh("gemma3")
+    ids, _ = prompt(20)
+    said = []
+    for cache in (DynamicCache(config=model.config), DynamicCache()):
+        with torch.no_grad():
+            model(ids, **cached(model, cache))  # before the session
+            with fewer.apply(model, CACHE) as session:
+                said.append((model(ids[:, :7], **cached(model, cache)).logits, session.counts))
+    assert torch.equal(said[0][0], said[1][0])
+    assert said[0][1] == said[1][1]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fewer.compat import maps_wanted
 from fewer.core import Seen
 from fewer.core.attention import attend, masked_attention
 
@@ -79,6 +80,7 @@ class Call:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if self.policy is not None or self.split is not None:
             out = self(q, k, v, scale, mask, kwargs.get("dropout", 0.0))
+            self.no_maps(module)
             return out.transpose(1, 2).contiguous(), None
         self.entered = True
         bias = _sum(mask, self.bias, v.dtype)
@@ -89,6 +91,15 @@ class Call:
         if self.watch:
             shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
             self.seen = Seen(q, k, v, scale, shown)
+
+    @staticmethod
+    def no_maps(module: nn.Module) -> None:
+        """Raises HostError where attention that gives no maps runs in a model that is to show them."""
+        if Table.before(getattr(module, "config", None)) == "eager" and maps_wanted():
+            raise HostError(
+                "attention of packed or softly masked rows has no maps to show for output_attentions=True; use "
+                "execution='padded' and model.eval(), or call the model without"
+            )
 
 
 def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -221,7 +221,7 @@ class Host:
             out = tuple(left) if isinstance(left, (tuple, list)) else (left,)
             out = (visit.mid(layer, out[0], call), *out[1:])
         rest = tuple(self._whole(part, given, kwargs) for part in out[1:])
-        if not rest and kwargs.get("output_attentions"):  # a block that was stopped has no maps to show
+        if not rest and self.found.tuples and kwargs.get("output_attentions"):  # a block that was stopped shows no maps
             rest = (None,)
         return visit.after(layer, out[0], call), rest
 
