@@ -251,7 +251,7 @@ class ReducedLayer(DynamicLayer):
         self._append(key_states, value_states)
         if self.headwise(key_states.shape[-2]):
             return key_states, value_states
-        rows = self._view()
+        rows = self.view()
         if not self.awaited:
             self._trim()
         return rows
@@ -294,7 +294,7 @@ class ReducedLayer(DynamicLayer):
         b = new.place.shape[0]
         earlier = self.positions().expand(b, -1, -1) if self.length else new.place[:, None, :0]
         if self.packing is not None:
-            (self.keys, self.values), self.packing, self.packed, self.holes = self._view(), None, None, True
+            (self.keys, self.values), self.packing, self.packed, self.holes = self.view(), None, None, True
         came = (self.length + new.place)[:, None]
         if new.valid is not None:
             came, self.holes = came.masked_fill(~new.valid[:, None], -1), True
@@ -542,7 +542,7 @@ class ReducedLayer(DynamicLayer):
             place = self.positions()
             stays = (place < self.length - gone) & (place >= 0)
             order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
-            self.keep(Hard(order.shape[-1], order, length=stays.sum(-1)), *self._view())
+            self.keep(Hard(order.shape[-1], order, length=stays.sum(-1)), *self.view())
         else:
             cut = self.keys.shape[-2] - gone
             self.keys, self.values = self.keys[:, :, :cut].clone(), self.values[:, :, :cut].clone()
@@ -560,7 +560,7 @@ class ReducedLayer(DynamicLayer):
         self._leave_coded()
         self._note()
 
-    def _view(self) -> tuple[Tensor, Tensor]:
+    def view(self) -> tuple[Tensor, Tensor]:
         """All rows as one (B, G, S, d) each, without adding any."""
         if self.packing is None:
             return self.keys, self.values
@@ -614,9 +614,10 @@ class ReducedLayer(DynamicLayer):
         self._note()
 
 
-def install(cache: Any, layers: int, owner: object) -> None:
+def install(cache: Any, which: Sequence[bool], owner: object) -> None:
     """Put reduced layers into a dynamic cache, in place: the generation loop holds it already.
 
+    which: of each block, whether it keeps keys and values; other blocks keep their states as they are.
     Raises CacheError for every other kind of cache, and for one another session has reduced.
     """
     if type(cache) is not DynamicCache:
@@ -637,8 +638,10 @@ def install(cache: Any, layers: int, owner: object) -> None:
                     "Start a new cache for each session"
                 )
             layer.owner = weakref.ref(owner)
+        elif index < len(which) and not which[index]:
+            continue
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             cache.layers[index] = ReducedLayer.adopt(layer, owner)  # type: ignore[arg-type]
         else:
             raise CacheError(f"a cache layer of type {type(layer).__name__} cannot be reduced, only plain dynamic ones")
-    cache.layers.extend(ReducedLayer(owner) for _ in range(layers - len(cache.layers)))
+    cache.layers.extend(ReducedLayer(owner) for _ in range(len(which) - len(cache.layers)))

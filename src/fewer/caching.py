@@ -86,7 +86,9 @@ class CachePass:
 
     def __init__(self, session: CacheSession, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.session, self.cache, self.given = session, cache, mask
-        self.layers: list[ReducedLayer] = [] if cache is None else cache.layers
+        held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
+        self.at: dict[int, ReducedLayer] = {i: layer for i, layer in held if isinstance(layer, ReducedLayer)}
+        self.layers = list(self.at.values())
         self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
         self.sight: Sight | None = None  # the visual rows among them
         self.visit: Visit | None = None  # the same behind a prompt: dropped tokens may come back, or moved together
@@ -114,7 +116,7 @@ class CachePass:
             return plain(module, q, k, v, mask, **kwargs)
         if call is not None:
             call.entered = True
-        layer = self.layers[index] if self.layers else None
+        layer = self.at[index] if self.at else None
         if layer is not None and layer.headwise(q.shape[2]):
             with full_precision(q):
                 out = layer.attention(q, _scale(q, kwargs), mask), None
@@ -315,11 +317,30 @@ class CachePass:
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(k):
             layer.replace(method.leaver(signals, rows))
         else:
-            layer.keep(method.plan(signals, rows), k, v)  # type: ignore[arg-type]
+            plan = method.plan(signals, rows)
+            assert isinstance(plan, Hard)
+            layer.keep(plan, *self._held(layer, method, plan, k, v))
         if method.travelling:
             rotary = self.session.rotary(index)
             assert rotary is not None
             layer.travel(rotary, method.travelling)
+
+    @staticmethod
+    def _held(layer: ReducedLayer, method: Reducer, plan: Hard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a plan is executed on: keys and values as attention had them, or what the cache holds instead of them.
+
+        Raises   SessionError where heads that share what is held keep different rows.
+        """
+        keys, values = layer.view()
+        if all(a.shape[1] == b.shape[1] and a.shape[-1] == b.shape[-1] for a, b in ((k, keys), (v, values))):
+            return k, v
+        if plan.lead[1] > keys.shape[1]:
+            raise SessionError(
+                f"{text(method)} keeps other rows in each head, and this model's cache holds latents that its heads "
+                "share (MLA); choose a method that keeps the same rows in all heads, such as streamingllm:"
+                "positions=original"
+            )
+        return keys, values
 
     def _store(self, layer: ReducedLayer, index: int) -> None:
         """What is left by all methods is stored as one of them says."""
@@ -399,7 +420,7 @@ class CacheSession(Session):
         modules: nn.Module | str | Path | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, methods, execution, host, modules)
-        self._records: list[Record] = []
+        self._records: dict[int, Record] = {}  # by block
         self._notes: list[str] = []
         self._flops = 0
         self.seconds = 0.0
@@ -504,15 +525,14 @@ class CacheSession(Session):
                 cache = DynamicCache(config=root.config)  # type: ignore[arg-type]
                 given = without_cache(given) | cached(root, cache)
         if cache is not None:
-            install(cache, len(self.host.blocks), self)
+            install(cache, [module is not None for module in self.host.attentions], self)
             for layer, window in zip(cache.layers, self.host.windows, strict=False):
                 if window is not None and isinstance(layer, ReducedLayer):
                     layer.slide(window)  # a cache that was made without a config does not know
         if cache is None or cache.get_seq_length() == 0:
             self._flops, self._notes, self._latest = 0, [], None
-        self._records = [] if cache is None else [layer.record for layer in cache.layers]
         run = CachePass(self, cache, given.get("attention_mask"), _text_positions(given.get("position_ids")))
-        self.seconds = 0.0
+        self._records, self.seconds = {i: layer.record for i, layer in run.at.items()}, 0.0
         under.run, self.remembered = run, run.memory
         return (), given
 
@@ -602,7 +622,7 @@ class CacheSession(Session):
             raise SessionError("no forward pass with a cache yet: call the model or generate() first")
         reading = None if self._latest is None else self._latest.ledger
         notes = self._notes if reading is None else [*self._notes, *reading.notes]
-        return CacheLedger(list(self._records), self._flops, self.seconds, notes, reading)
+        return CacheLedger(list(self._records.values()), self._flops, self.seconds, notes, reading)
 
     @property
     def last(self) -> Pass:
@@ -629,7 +649,10 @@ class CacheSession(Session):
         """
         if not self._records and self._latest is not None:
             return self._latest.kept(range(len(self.host.blocks))[layer])[:, None]
-        return self.ledger.layers[layer].positions()
+        block = range(len(self.host.blocks))[layer]
+        if block not in self._records:
+            raise SessionError(f"block {block} keeps no keys and values: {', '.join(map(str, self._records))} do")
+        return self._records[block].positions()
 
     def report(self) -> str:
         """The last cache in words: rows, bytes, the method's own share, notes; and what reading the prompt cost, where

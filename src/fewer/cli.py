@@ -416,7 +416,7 @@ def doctor(
     from rich.table import Table
 
     import fewer
-    from fewer import hosts
+    from fewer import hosts, verify
 
     _quiet()
     network, processor = _load(model)
@@ -425,6 +425,8 @@ def doctor(
     table.add_column(style="dim")
     table.add_column()
     for what, value in host.describe():
+        table.add_row(what, escape(value))
+    for what, value in verify.told(host):
         table.add_row(what, escape(value))
     if isinstance(host, hosts.VisionLanguageHost):
         for what, value in _seen(network, processor):

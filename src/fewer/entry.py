@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from . import hosts, session
+from . import hosts, session, verify
 from .compat import virtual_tokens
 from .core import Reducer, Site
 from .core.visual import looks
@@ -65,6 +65,9 @@ def apply(
     if isinstance(host, hosts.VisionLanguageHost):
         from . import seeing
 
+        verify.check(host, [r for r in reducers if not seeing.in_tower(r)], text)
+        if host.tower is not None:
+            verify.check(host.tower, [r for r in reducers if seeing.in_tower(r)], text)
         return seeing.start(model, reducers, execution, modules, host, guide, positions)
     if guide is not None or positions != "kept":
         raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
@@ -76,10 +79,12 @@ def apply(
     if isinstance(host, hosts.DecoderHost):
         from . import caching  # needs transformers, which other hosts may do without
 
+        verify.check(host, reducers, text)
         return caching.start(model, reducers, execution, modules, host)
     if cached := [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]:
         raise hosts.HostError(
             f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.name} keeps none; a model with a causal "
             "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
         )
+    verify.check(host, reducers, text)
     return session.start(model, reducers, execution, modules, host)

@@ -154,10 +154,10 @@ class Pass:
         tokens, _, moved = self._moved.get(key, (None, None, None))
         if tokens is not self.tokens:  # blocks share their tables: they are gathered once after each plan
             part = reach(own, stream.path)
-            whole = part.shape[stream.axis] == self.first.n - stream.lacks if isinstance(part, Tensor) else False
-            moved = stream.at(part, self.tokens.place()) if whole else part
+            whole = isinstance(part, Tensor) and part.shape[stream.axis] == self.first.n - stream.lacks
+            moved = stream.at(part, self.tokens.place()) if whole else None
             self._moved[key] = (self.tokens, own, moved)
-        return placed(value, stream.path, moved)
+        return value if moved is None else placed(value, stream.path, moved)
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
         x = self._at(Site.MID_BLOCK, layer, x, call.seen, call.branch)

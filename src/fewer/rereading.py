@@ -32,7 +32,7 @@ class Again:
         index, run = self.run.session.host.index(module), self.run
         if index is None:
             return plain(module, q, k, v, mask, **kwargs)
-        layer, method = run.layers[index], run.session.methods[self.which]
+        layer, method = run.at[index], run.session.methods[self.which]
         assert isinstance(method, Rereader)
         out = plain(module, q, k, v, mask, **kwargs)
         for turn in run.session.acting(Site.KV_CACHE, index):

@@ -76,8 +76,8 @@ class SeeingSession(CacheSession):
         self, model: nn.Module, methods: Sequence[Reducer], execution: Execution, host: VisionLanguageHost,
         modules: nn.Module | str | Path | None = None, guide: Guide | None = None, positions: Positions = "kept",
     ) -> None:  # fmt: skip
-        inside = [m for m in methods if _in_tower(m)]
-        super().__init__(model, [m for m in methods if not _in_tower(m)], execution, host, modules)
+        inside = [m for m in methods if in_tower(m)]
+        super().__init__(model, [m for m in methods if not in_tower(m)], execution, host, modules)
         self.guide, self.compact = guide, positions == "compact"
         if positions not in get_args(Positions):
             raise SessionError(f"positions={positions!r}: choose {' or '.join(get_args(Positions))}")
@@ -392,7 +392,7 @@ def _bound(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     return {**dict(zip(named, args, strict=False)), **kwargs}
 
 
-def _in_tower(method: Reducer) -> bool:
+def in_tower(method: Reducer) -> bool:
     return not looks(method) and method.card.on == "vision"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .plan import Hard, on_device
 from .tokens import Tokens
-from .visual import Scope, View
+from .visual import Scope, Unplaced, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,7 @@ class Item:
     tile, time, row, column, source    (n,) long each, see `View`; source None where no row of the tower's output is one
     separator    (n,) bool, True = a learned row between others (a line's end) that shows nothing; None = none is
     crops        rows and columns of crops (tiles 1 and up, in raster order); None = not cut
+    placed       whether row and column are places; False = rows are counted, where they stand is not known
     """
 
     tile: Tensor
@@ -29,6 +30,7 @@ class Item:
     source: Tensor | None = None
     separator: Tensor | None = None
     crops: tuple[int, int] | None = None
+    placed: bool = True
 
     def __len__(self) -> int:
         return self.row.shape[0]
@@ -38,16 +40,25 @@ class Item:
         """(height, width) of one full tile, row by row; None for anything else."""
         height, width = int(self.row.max()) + 1, int(self.column.max()) + 1
         shown = len(self) if self.separator is None else int((~self.separator).sum())
-        return (height, width) if shown == height * width and not (self.tile.any() or self.time.any()) else None
+        one = self.placed and shown == height * width and not (self.tile.any() or self.time.any())
+        return (height, width) if one else None
 
     @property
     def cells(self) -> tuple[int, int] | None:
         """(height, width) of every tile and frame, where all are full and stand row by row; None for anything else."""
+        if not self.placed:
+            return None
         row, column = (x if self.separator is None else x[~self.separator] for x in (self.row, self.column))
         height, width = int(row.max()) + 1, int(column.max()) + 1
         cell = torch.arange(len(row))
         fits = (row == cell // width % height) & (column == cell % width)
         return (height, width) if len(row) % (height * width) == 0 and bool(fits.all()) else None
+
+    @classmethod
+    def in_line(cls, rows: int, first: int | None = None) -> Item:
+        """Rows of which only the order is known."""
+        order, none = torch.arange(rows), torch.zeros(rows, dtype=torch.long)
+        return cls(none, none, none, order, None if first is None else first + order, placed=False)
 
     @classmethod
     def raster(cls, frames: int, height: int, width: int, tiles: int = 1, first: int | None = None) -> Item:
@@ -71,6 +82,7 @@ class Layout:
     grid      (height, width) of the images where each is one tile of that size; None elsewhere
     cells     (height, width) of every tile and frame, where all are full; None elsewhere
     crops     (lines, 2) long, rows and columns of crops of each line, 0 where it is not cut; None where none is
+    placed    whether it is known where rows stand in their picture
     """
 
     line: Tensor
@@ -89,6 +101,7 @@ class Layout:
     grid: tuple[int, int] | None = None
     cells: tuple[int, int] | None = None
     crops: Tensor | None = None
+    placed: bool = True
 
     @classmethod
     def of(cls, shape: tuple[int, int], items: Sequence[Item], places: Sequence[Tensor], real: Tensor | None,
@@ -132,6 +145,7 @@ class Layout:
             crops=crops,
             grid=grids.pop() if len(grids) == 1 else None,
             cells=cells.pop() if len(cells) == 1 else None,
+            placed=all(item.placed for item in items),
             **moved,
         )
 
@@ -212,7 +226,8 @@ def view(layout: Layout, standing: Standing, tokens: Tokens, scope: Scope) -> Vi
     }
     source = layout.source[sample[:, None], origin].clamp(min=0) if layout.located else None
     crops = layout.crops if scope == "image" else None
-    return View(sample, index, valid=valid, source=source, crops=crops, cells=layout.cells, **streams)
+    kind = View if layout.placed else Unplaced
+    return kind(sample, index, valid=valid, source=source, crops=crops, cells=layout.cells, **streams)
 
 
 def lifted(

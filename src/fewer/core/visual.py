@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,18 @@ class View:
     def of(self, stream: Tensor) -> Tensor:
         """Rows of a stream of the sequence. (B, S, ...) -> (R, N, ...)."""
         return stream[self.sample[:, None], self.index]
+
+
+class Unplaced(View):
+    """The same where it is not known which part of the picture a row shows. Raises SignalError for those who ask."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("row", "column"):
+            raise SignalError(
+                "where each visual row of this model stands in its picture is not known, so that no method can go by "
+                "places; choose one that compares rows or looks at attention, such as divprune or fastv"
+            )
+        return super().__getattribute__(name)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from .weights import PLAIN as MATRICES
 
 __all__ = [
     "MATRICES", "Anatomy", "Call", "DecoderHost", "Host", "HostError", "Layer", "LayoutError", "Stack", "Stream",
-    "Table", "VisionLanguageHost", "Visit", "find", "placed", "reach", "running", "under",
+    "Table", "VisionLanguageHost", "Visit", "bind", "find", "placed", "reach", "running", "stacks", "under",
 ]  # fmt: skip
 
 

@@ -25,12 +25,15 @@ from fewer.compat import CACHE_NAMES, cache_of, without_cache
 from . import rotary
 from .attention import NAME, Call, HostError, Table, fused, spying
 from .steps import Steps, StepsError, bound, record
-from .twin import TwinError, build, example, shrink
+from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
 
 BATCH, LENGTH = 3, 13  # of the example: sizes that no other dimension of a twin is likely to have
 SMALL = 20_000_000  # weights: a root of so many is its own measure
 MIXES = re.compile(r"attention|attn|mixer", re.IGNORECASE)  # in the class name of what mixes tokens
+PART = re.compile(
+    r"(attention|attn|mixer)(?!\w*(layer|block))\w*$", re.IGNORECASE
+)  # the class name of a part of a block, not of one
 CLASS = re.compile(r"(^|\.)(cls|class)(_?tokens?|_?embed\w*|_?emb)?$", re.IGNORECASE)
 
 
@@ -68,9 +71,12 @@ class Stream:
 
 
 def reach(value: Any, path: Sequence[Any]) -> Any:
-    """A part of a tuple or dict, by the keys that lead there."""
+    """A part of a tuple or dict, by the keys that lead there; None where they lead nowhere."""
     for key in path:
-        value = value[key]
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
     return value
 
 
@@ -118,6 +124,9 @@ class Anatomy:
     tuples     how many things a block gives in a tuple; 0 = a tensor
     prefix     protected tokens in front; has_cls: whether the first of them is a class token
     patch, final_norm, pooler   paths from the root
+    rotation   why keys cannot be turned to other positions, if they cannot in any layer
+    shrunk     whether the twin that was watched is smaller than the model
+    features   whether the blocks hand on one sequence of features, (B, N, C)
     """
 
     name: str
@@ -135,13 +144,15 @@ class Anatomy:
     pools_from: int | None = None
     head_dim: int = 0
     rotation: str | None = None
+    shrunk: bool = True
+    features: bool = True
     remarks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @property
     def acts(self) -> set[str]:
         """What all blocks that mix tokens offer."""
         mixing = [layer for layer in self.layers if layer.attention is not None] or list(self.layers)
-        found = {"block"}
+        found = {"block"} if self.features else set()
         if all(layer.way is not None for layer in mixing):
             found.add("attention")
         if all(layer.steps is not None and layer.steps.cut is not None for layer in mixing):
@@ -173,7 +184,7 @@ def stacks(model: nn.Module) -> list[Stack]:
     for path, module in model.named_modules():
         if any(path.startswith(f"{p}.") for p in inside) or not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        if not any(map(_mixes, module)) or any(MIXES.search(type(m).__name__) for m in module):
+        if not any(map(_mixes, module)) or any(PART.search(type(m).__name__) for m in module):
             continue
         if isinstance(module, nn.Sequential) and len({type(m) for m in module}) > 1:
             continue
@@ -233,7 +244,7 @@ def _observed(stack: Stack) -> Anatomy | HostError:
         if not smaller and sum(p.numel() for p in stack.root.parameters()) > SMALL:
             break
         try:
-            return observe(twin_of(stack.root, smaller), stack.blocks)
+            return replace(observe(twin_of(stack.root, smaller), stack.blocks), shrunk=smaller)
         except (HostError, TwinError) as error:
             why = why or (error if isinstance(error, HostError) else HostError(str(error)))
     assert why is not None
@@ -245,7 +256,7 @@ def twin_of(root: nn.Module, smaller: bool = True) -> nn.Module:
     config: Any = copy.deepcopy(root.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return build(base(type(root)), shrink(config) if smaller else config)
+    return cut(build(base(type(root)), shrink(config) if smaller else config), root)
 
 
 @dataclass(eq=False)
@@ -330,26 +341,28 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     except Exception as error:
         raise HostError(f"a twin of {name} does not run: {type(error).__name__}: {error}") from None
     missing = [i for i in range(len(blocks)) if i not in watch.seen]
-    if missing:
+    keeps = cache_of(output) is not None  # what happens between its blocks does not matter to a cache
+    if missing and not (keeps and watch.seen):
         raise HostError(f"{name} does not run {_which(missing)} of its {len(blocks)} blocks one after the other")
-    first = watch.seen[0].x
+    first = next(iter(watch.seen.values())).x
     odd = [
         i for i, s in watch.seen.items() if not isinstance(s.x, Tensor) or s.x.shape != first.shape or s.x.dim() != 3
     ]
-    if odd:
+    if odd and not keeps:
         shapes = list(dict.fromkeys(str(tuple(s.x.shape)) for s in watch.seen.values() if isinstance(s.x, Tensor)))
         raise HostError(
             f"the blocks of {name} do not hand on one sequence of features (samples, tokens, channels): they are given "
             f"{', '.join(shapes[:4])}; models that cut, join or window their tokens between blocks have none to reduce"
         )
-    batch, tokens = first.shape[:2]
-    if batch != BATCH:
+    features = not odd and not missing and first.shape[0] == BATCH
+    tokens = first.shape[1] if features else LENGTH
+    if not features and not keeps:
         raise HostError(
             f"the blocks of {name} are given {tuple(first.shape)} for {BATCH} samples: samples and tokens are folded "
             "into one another, so that no sample keeps a sequence of its own"
         )
     kind = _kind(root, given, output)
-    layers = tuple(_layer(path, blocks[i], watch.seen[i], tokens) for i, path in enumerate(paths))
+    layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens) for i, path in enumerate(paths))
     rotation = None
     if kind == "decoder":
         layers, rotation = _turned(root, given, blocks, layers)
@@ -365,11 +378,12 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     streams = _streams(watch.seen, tokens, prefix, mask)
     norm = _norm_behind(watch, blocks)
     pooler = next((p for p, m, _, _ in watch.behind if isinstance(m, nn.MultiheadAttention)), None)
-    out = watch.seen[0].out
+    out = next(iter(watch.seen.values())).out
     widths = [q.shape[-1] for s in watch.seen.values() for _, q, _, _ in s.calls]
     return Anatomy(
         named(root), kind, name, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
+        features=features,
     )  # fmt: skip
 
 
@@ -420,7 +434,7 @@ def _turned(
         run({**given, "position_ids": torch.arange(start, start + n).expand(BATCH, -1)})
     told = []
     for index, layer in enumerate(layers):
-        before, behind = (run.seen[index].calls for run in runs)
+        before, behind = (run.seen[index].calls if index in run.seen else [] for run in runs)
         turned: bool | None = None
         if before and behind:
             try:
@@ -459,14 +473,16 @@ def _which(indices: Sequence[int]) -> str:
     return f"block {indices[0]}" if len(indices) == 1 else f"{len(indices)} (the first is {indices[0]})"
 
 
-def _layer(path: str, block: nn.Module, seen: _Seen, tokens: int) -> Layer:
+def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int) -> Layer:
     """One block: how its attention is reached, and its steps."""
+    if seen is None:  # one that needs more than words, such as pictures
+        return Layer(path)
     own = {id(m): p for p, m in block.named_modules()}
     asked = [(own.get(id(m), ""), q, k, mask) for m, q, k, mask in seen.calls if k.shape[-2] >= tokens]
     attention, way, bare, inside = None, None, True, False
     if asked:
         attention, _, _, mask = asked[0]
-        way, bare = "table", mask is None or _bare(mask, seen.x.shape[0])
+        way, bare = "table", mask is None or _bare(mask)
         given = [t for _, t in _tensors(list(seen.kwargs.values())) if t.dim() > 2 and t.shape[-1] == tokens]
         inside = not bare and mask is not None and not any(t.shape[-2] in (1, tokens) for t in given)
     else:
@@ -501,11 +517,11 @@ def way_in(block: nn.Module, given: Mapping[str, Any]) -> str | None:
     return "written" if other.entered else None
 
 
-def _bare(mask: Tensor, batch: int) -> bool:
+def _bare(mask: Tensor) -> bool:
     """Whether a mask of queries by keys says no more than which keys are padding."""
     if mask.dim() != 4:
         return mask.dim() == 2
-    rows = mask.expand(batch, -1, -1, -1)
+    rows = mask
     if rows.dtype != torch.bool:
         if not bool(((rows == 0) | (rows < -1e4)).all()):
             return False  # a bias between tokens
@@ -585,6 +601,8 @@ def _prefix(root: nn.Module, given: Mapping[str, Any], paths: Sequence[str]) -> 
 
 def _norm_behind(watch: _Watch, blocks: Sequence[nn.Module]) -> str | None:
     """The norm that what the last block gives goes through, if anything does."""
+    if len(blocks) - 1 not in watch.seen:
+        return None
     out = watch.seen[len(blocks) - 1].out
     out = out[0] if isinstance(out, tuple) else out
     for path, module, args, _ in watch.behind:

@@ -57,13 +57,17 @@ class Call:
         """Whether it wants anything of the attention."""
         return self.watch or self.bias is not None or self.policy is not None or self.split is not None
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether attention is to stay what it is."""
+        return self.bias is None and self.policy is None and self.split is None
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
         """Attention with what this call adds. q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own. Returns
         (B, H, N, d)."""
-        self.entered = True
         bias = _sum(mask, self.bias, v.dtype)
         bias = None if bias is None else _additive(bias, v.dtype)
-        self._look(q, k, v, scale, bias)
+        self.look(q, k, v, scale, bias)
         if self.policy is not None:
             return masked_attention(q, k, v, scale, bias, self.policy, self.eps)
         return (self.kernel if self.split is None else self.split)(q, k, v, scale, bias, dropout)
@@ -78,16 +82,26 @@ class Call:
             mask = self.fit(mask)
         scale = kwargs.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if self.policy is not None or self.split is not None:
+        learned = self.policy is not None and self.policy.requires_grad
+        if learned or self.split is not None:
+            if special := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+                form = "a mask that learns" if learned else "packed rows"
+                raise HostError(
+                    f"{form} cannot go through an attention with {' and '.join(special)} ({type(module).__name__}); "
+                    + ("call model.eval()" if learned else "use execution='padded'")
+                )
             out = self(q, k, v, scale, mask, kwargs.get("dropout", 0.0))
             self.no_maps(module)
             return out.transpose(1, 2).contiguous(), None
-        self.entered = True
         bias = _sum(mask, self.bias, v.dtype)
-        self._look(q, k, v, scale, bias)
+        self.look(q, k, v, scale, bias)
+        if self.policy is not None:  # it only hides, so that the model's own function can do it
+            bias = _sum(bias, _dropped(self.policy), v.dtype)
         return plain(module, q, k, v, bias, **kwargs)
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> None:
+    def look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> None:
+        """Remember what attention was given, where that is asked."""
+        self.entered = True
         if self.watch:
             shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
             self.seen = Seen(q, k, v, scale, shown)
@@ -135,6 +149,9 @@ class fused(TorchFunctionMode):
             return func(*args, **kwargs)
         q, k, v = args
         scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        if self.call.only_looks:
+            self.call.look(q, k, v, scale, kwargs.get("attn_mask"))
+            return func(*args, **kwargs)
         return self.call(q, k, v, scale, kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0))
 
 

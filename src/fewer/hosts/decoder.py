@@ -68,7 +68,12 @@ class DecoderHost(Host):
     @property
     def kv_heads(self) -> int:
         """KV heads of a layer, each shared by heads / kv_heads query heads."""
-        return int(getattr(self.root.config, "num_key_value_heads", None) or self.heads)  # type: ignore[union-attr, arg-type]
+        first = next((m for m in self.attentions if m is not None), None)
+        shared = getattr(first, "num_key_value_groups", None)
+        if isinstance(shared, int) and shared:
+            return self.heads // shared
+        own = vars(self.root.config).get("num_key_value_heads")
+        return own if isinstance(own, int) else self.heads
 
     @cached_property
     def windows(self) -> list[int | None]:

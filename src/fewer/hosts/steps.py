@@ -81,7 +81,7 @@ class Step:
 @dataclass(frozen=True)
 class Steps:
     """A block's forward. cut: the last step before the MLP, None where attention and MLP cannot be told apart; middle:
-    the tensor between them; answer: the features that leave it; rest: what it gives besides."""
+    the tensor between them; answer: the features that leave it; rest: what it gives besides; of: the block's class."""
 
     steps: tuple[Step, ...]
     entering: str
@@ -89,6 +89,7 @@ class Steps:
     rest: tuple[Any, ...] = ()
     cut: int | None = None
     middle: Value | None = None
+    of: type[nn.Module] = nn.Module
 
     @property
     def catch(self) -> tuple[str, int | str] | None:
@@ -282,7 +283,7 @@ def _recorded(block: nn.Module, given: Mapping[str, Any], attention: str | None,
     answer, rest = _answer(out, recorder)
     steps = tuple(recorder.steps)
     cut, middle = _cut(steps, recorder, attention, answer)
-    return Steps(steps, entering, answer, rest, cut, middle)
+    return Steps(steps, entering, answer, rest, cut, middle, type(block))
 
 
 def _answer(out: Any, recorder: _Recorder) -> tuple[Value, tuple[Any, ...]]:
