@@ -68,7 +68,7 @@ def reread(run: CachePass, which: int, root: nn.Module, given: dict[str, Any]) -
     head = cue if name == "input_ids" else root.get_input_embeddings()(cue)  # type: ignore[operator]
     real = None if rows.real is None else rows.real[:, 0]
     totals = torch.tensor(rows.totals, device=tokens.device)[:, None]
-    weights = sum(p.numel() for block in run.session.host.blocks for p in block.parameters())
+    weights = sum(sum(run.session.host.linear_weights(i)) for i in range(len(run.session.host.blocks)))
     votes: list[list[Tensor]] = []
     for first in range(0, rows.n, method.chunk):
         last = min(first + method.chunk, rows.n)

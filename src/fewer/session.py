@@ -74,6 +74,13 @@ class Session:
                         f"by {who}, which cannot be stopped there; put the block's own back (del block.forward), name "
                         "other blocks in layers=, or choose a method that acts before or behind a block"
                     )
+            for layer in layers if method.site is Site.MID_BLOCK else ():
+                if who := host.replaced(layer):
+                    raise hosts.HostError(
+                        f"{text(method)} acts between attention and MLP, but the forward of block {layer} was replaced "
+                        f"by {who}, which cannot be stopped there; put the block's own back (del block.forward), name "
+                        "other blocks in layers=, or choose a method that acts before or behind a block"
+                    )
             for stage, layer in enumerate(layers):
                 self._acting.setdefault((method.site, layer), []).append((index, stage, len(layers)))
             stages.append(len(layers))

@@ -411,3 +411,201 @@ def test_the_next_turn_of_a_cache_made_without_a_config():
                 said.append((model(ids[:, :7], **cached(model, cache)).logits, session.counts))
     assert torch.equal(said[0][0], said[1][0])
     assert said[0][1] == said[1][1]
+
+
+# -- few bits ----------------------------------------------------------------------------------------------------------
+def _torchao(model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def _dynamic(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def _bitsandbytes(model: nn.Module, kind: str, **options: Any) -> nn.Module:
+    bits = pytest.importorskip("bitsandbytes")
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "head" not in path and "classifier" not in path:
+            parent, _, name = path.rpartition(".")
+            bias = module.bias is not None
+            packed = getattr(bits.nn, kind)(module.in_features, module.out_features, bias=bias, **options)
+            packed.load_state_dict(module.state_dict())
+            setattr(model.get_submodule(parent), name, packed.to("cpu"))
+    return model
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    return _bitsandbytes(model, "Linear8bitLt", has_fp16_weights=False)
+
+
+def _nf4(model: nn.Module) -> nn.Module:
+    return _bitsandbytes(model, "Linear4bit", quant_type="nf4", compute_dtype=torch.float32)
+
+
+FEW = [(_torchao, 0.1), (_dynamic, 0.2), (_int8, 0.2), (_nf4, 0.9)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("pack", "error"), FEW)
+@pytest.mark.parametrize("kind", ["vit", "timm", "bert"])
+def test_packed_weights_cost_what_they_stand_for(kind: str, pack: Callable[[nn.Module], nn.Module], error: float):
+    x = texts(width=64) if kind == "bert" else images()
+    model = tiny_vit(kind, width=64)
+    with fewer.apply(model, "random:keep=0.6,layers=1") as session:
+        exact, cost = run(model, x), session.ledger
+    model = pack(model)
+    plain = run(model, x)
+    with fewer.apply(model, "random:keep=0.6,layers=1") as session:
+        rough, ledger = run(model, x), session.ledger
+    assert ledger.gflops == cost.gflops
+    assert ledger.gflops_full == cost.gflops_full
+    assert (rough - exact).norm() < error * exact.norm()
+    assert torch.equal(run(model, x), plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pack", [pack for pack, _ in FEW if pack is not _int8])
+@pytest.mark.parametrize("method", [CACHE, "random:keep=0.5,layers=1+", "kvzip:keep=0.5"])
+def test_packed_decoders(method: str, pack: Callable[[nn.Module], nn.Module]):
+    model = fresh("llama")
+    with fewer.apply(model, method) as session:
+        written(model)
+        cost = session.ledger
+    model = pack(model)
+    with fewer.apply(model, method) as session:
+        written(model)
+        ledger = session.ledger
+    assert ledger.flops == cost.flops
+    assert ledger.reading is None or ledger.reading.gflops_full == cost.reading.gflops_full
+    assert [r.logical for r in ledger.layers] == [r.logical for r in cost.layers]
+
+
+# -- classes and blocks of somebody's own ------------------------------------------------------------------------------
+def _config() -> Any:
+    from transformers import ViTConfig
+
+    return ViTConfig(image_size=32, patch_size=8, num_hidden_layers=4, hidden_size=32, num_attention_heads=4,
+                     intermediate_size=64)  # fmt: skip
+
+
+def test_subclasses():
+    from transformers import LlamaForCausalLM, ViTModel
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    class Scaled(ViTModel):
+        def forward(self, pixel_values: Tensor, scale: float = 1.0, **kwargs: Any) -> Any:
+            return super().forward(pixel_values * scale, **kwargs)
+
+    class WithHead(ViTModel):
+        def __init__(self, config: Any, head: nn.Module, dropout: float = 0.1) -> None:
+            super().__init__(config)
+            self.head = head
+
+    own, model = Mine(decoder("llama").config).eval(), decoder("llama")
+    own.load_state_dict(model.state_dict())
+    own.generation_config.eos_token_id = None
+    with fewer.apply(own, CACHE), fewer.apply(model, CACHE):
+        assert torch.equal(written(own), written(model))
+    for vit in (Scaled(_config()), WithHead(_config(), nn.Linear(3, 3))):
+        with fewer.apply(vit.eval(), "tome:r=2") as session:
+            vit(images())
+            assert session.counts == [15, 13, 11, 9]
+
+
+def test_a_class_that_wants_arguments_is_refused_with_the_way_out():
+    from transformers import BertConfig, BertModel
+
+    class Classifier(BertModel):
+        def __init__(self, config: Any, *, labels: int) -> None:
+            super().__init__(config)
+            self.out = nn.Linear(config.hidden_size, labels)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.out(super().forward(input_ids).last_hidden_state[:, 0])
+
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(fewer.hosts.HostError, match="wants labels besides the config; give them defaults"):
+        fewer.apply(Classifier(config, labels=3), "power_bert:keep=0.7")
+
+
+def test_a_replaced_forward_runs_or_is_refused():
+    model, x = tiny_vit("vit"), images()
+    block = fewer.hosts.find(model).blocks[1]
+    own = block.forward
+
+    def louder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return own(hidden_states, *args, **kwargs) * 1.5
+
+    with fewer.apply(model, "random:r=5,layers=2") as session:
+        run(model, x)
+        kept = session.kept(2)[0]
+    block.forward = louder  # type: ignore[method-assign]
+    plain = run(model, x)
+    with pytest.raises(fewer.hosts.HostError, match=r"block 1 was replaced by .*louder.*layers="):
+        fewer.apply(model, "tome:r=2")
+    with fewer.apply(model, "random:r=5,layers=2") as session:  # acts in another block
+        reduced = run(model, x)
+        assert torch.equal(session.kept(2)[0], kept)
+    assert not torch.allclose(reduced, plain)
+    assert torch.equal(run(model, x), plain)
+    assert vars(block)["forward"] is louder
+    assert not ours(model)
+
+
+def test_blocks_taken_out():
+    model: Any = tiny_vit("vit")
+    model.vit.layers = model.vit.layers[:2]  # the config still says four
+    with fewer.apply(model, "tome:r=2") as session:
+        run(model, images())
+        assert session.counts == [15, 13]
+    decoding: Any = fresh("llama")
+    del decoding.model.layers[1]
+    decoding.model.layers[1].self_attn.layer_idx = 1
+    with fewer.apply(decoding, CACHE) as session:
+        written(decoding, 20)
+        assert session.counts[:2] == [15, 15]
+
+
+def test_wrapped_blocks_are_refused():
+    class Wrapper(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.block(*args, **kwargs)
+
+    model: Any = tiny_vit("vit")
+    plain = run(model, images())
+    model.vit.layers[0] = Wrapper(model.vit.layers[0])
+    with pytest.raises(fewer.hosts.HostError, match="a Wrapper where ViTModel makes a ViTLayer; put a method on"):
+        fewer.apply(model, "tome:r=2")
+    assert torch.equal(run(model, images()), plain)
+    assert not ours(model)
+
+
+def test_attention_of_somebody_elses_own_is_refused_where_it_is_needed():
+    model: Any = tiny_vit("vit")
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            return self.attention(x, x, x)[0], None
+
+    for block in model.vit.layers:
+        block.attention = Other()
+    plain = run(model, images())
+    with (
+        fewer.apply(model, "tome:r=2"),
+        pytest.raises(fewer.hosts.HostError, match=r"attention of block 0 .* not reached"),
+    ):
+        run(model, images())
+    assert torch.equal(run(model, images()), plain)
+    assert not ours(model)

@@ -25,7 +25,7 @@ from fewer.compat import CACHE_NAMES, cache_of, without_cache
 from . import rotary
 from .attention import NAME, Call, HostError, Table, fused, spying
 from .steps import Steps, StepsError, bound, record
-from .twin import TwinError, build, cut, example, shrink
+from .twin import TwinError, build, cut, cut, example, shrink
 from .written_out import entered
 
 BATCH, LENGTH = 3, 13  # of the example: sizes that no other dimension of a twin is likely to have

@@ -72,9 +72,15 @@ def _layer(path: str, block: nn.Module) -> Layer:
 
 
 def _copy(block: nn.Module) -> Any:
-    """A block's copy in float32 on the CPU, without what other libraries put before its parts: an accelerate hook holds
-    the weights that were moved away, and leaves none to copy."""
-    put = {id(held): None for m in block.modules() for name in OTHERS if (held := vars(m).get(name)) is not None}
+    """A block's copy in float32 on the CPU, without what other libraries put before its parts or in their place: an
+    accelerate hook holds the weights that were moved away, and packed weights cannot be made random."""
+    put: dict[int, Any] = {
+        id(held): None for m in block.modules() for name in OTHERS if (held := vars(m).get(name)) is not None
+    }
+    for module in block.modules():
+        rows, columns = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(rows, int) and isinstance(columns, int):
+            put[id(module)] = nn.Linear(rows, columns, bias=getattr(module, "bias", None) is not None)
     twin = copy.deepcopy(block, put)
     for module in twin.modules():
         for name in OTHERS:
