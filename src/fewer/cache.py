@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from .core import Hard
 from .core.cached import Rotary
@@ -614,6 +620,41 @@ class ReducedLayer(DynamicLayer):
         self._note()
 
 
+class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc]
+    """The same for a block in which a mixer with a state of its own stands beside the attention (Falcon-H1, Zamba)."""
+
+    def __init__(self, layer: Any, owner: object) -> None:
+        ReducedLayer.__init__(self, owner, getattr(layer, "sliding_window", None))
+        held = vars(self)
+        held.update({name: value for name, value in vars(layer).items() if name not in held})
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return bool(ReducedLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self))  # type: ignore[attr-defined]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Keys and values come by place, what a state needs by name."""
+        (ReducedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        ReducedLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        ReducedLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        ReducedLayer.reorder_cache(self, beam_idx)
+
+
+NOT_ALONE = {
+    "DynamicIndexedLayer": "it keeps an index of its keys beside them, by which sparse attention (DSA) picks rows",
+    "DummyLayer": "it has no keys and values of its own and reads those of another layer",
+}
+
+
 def install(cache: Any, which: Sequence[bool], owner: object) -> None:
     """Put reduced layers into a dynamic cache, in place: the generation loop holds it already.
 
@@ -642,6 +683,14 @@ def install(cache: Any, which: Sequence[bool], owner: object) -> None:
             continue
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             cache.layers[index] = ReducedLayer.adopt(layer, owner)  # type: ignore[arg-type]
+        elif isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer):
+            if layer.get_seq_length():
+                raise CacheError(
+                    "a cache of attention beside mixers cannot be taken over once it is filled: start a new one"
+                )
+            cache.layers[index] = LayerBesideState(layer, owner)
         else:
-            raise CacheError(f"a cache layer of type {type(layer).__name__} cannot be reduced, only plain dynamic ones")
+            kind = type(layer).__name__
+            why = NOT_ALONE.get(kind, "only plain dynamic ones can")
+            raise CacheError(f"a cache layer of type {kind} cannot be reduced: {why}")
     cache.layers.extend(ReducedLayer(owner) for _ in range(len(which) - len(cache.layers)))

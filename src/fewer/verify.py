@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hosts, session
+from .cache import CacheError
 from .compat import cache_of, cached
 from .core import KeepRatio, Reducer, Site
 from .core.budgets import Capacity
@@ -85,7 +86,7 @@ class Trial:
         check = self._cache if site is Site.KV_CACHE else self._block
         try:
             check(site)
-        except _Unlike as error:
+        except (_Unlike, HostError, CacheError, session.SessionError) as error:
             return str(error)
         except Exception as error:  # whatever a stranger's code raises
             return f"on a small twin of it a trial ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -96,7 +97,7 @@ class Trial:
         host = self.host
         if "block" not in host.acts:
             raise _Unlike("its blocks do not hand on one sequence of features")
-        if site is Site.MID_BLOCK and "middle" not in host.acts:
+        if site is Site.MID_BLOCK and host.kind != "scan" and "middle" not in host.acts:
             raise _Unlike("attention and MLP run side by side in its blocks, or cannot be told apart")
         if host.kind != "scan" and "attention" not in host.acts:
             raise _Unlike("the attention of some of its blocks cannot be entered, so nothing could be hidden from it")
