@@ -74,13 +74,6 @@ class Session:
                         f"by {who}, which cannot be stopped there; put the block's own back (del block.forward), name "
                         "other blocks in layers=, or choose a method that acts before or behind a block"
                     )
-            for layer in layers if method.site is Site.MID_BLOCK else ():
-                if who := host.replaced(layer):
-                    raise hosts.HostError(
-                        f"{text(method)} acts between attention and MLP, but the forward of block {layer} was replaced "
-                        f"by {who}, which cannot be stopped there; put the block's own back (del block.forward), name "
-                        "other blocks in layers=, or choose a method that acts before or behind a block"
-                    )
             for stage, layer in enumerate(layers):
                 self._acting.setdefault((method.site, layer), []).append((index, stage, len(layers)))
             stages.append(len(layers))
@@ -136,7 +129,7 @@ class Session:
         if visit is None:
             out = host.own(layer)(x, **({} if host.found.mask is None else {host.found.mask: mask}), **kwargs)
             return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
-        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.text
+        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.dense
         if checkpoint is None:
             x, rest = host.run(layer, x, mask, kwargs, visit)
             return self._filled(x) if last else x, rest

@@ -25,10 +25,10 @@ from fewer.compat import CACHE_NAMES, cache_of, without_cache
 from . import rotary
 from .attention import NAME, Call, HostError, Table, fused, spying
 from .steps import Steps, StepsError, bound, record
-from .twin import TwinError, build, cut, cut, example, shrink
+from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
 
-BATCH, LENGTH = 3, 13  # of the example: sizes that no other dimension of a twin is likely to have
+BATCH, LENGTH = 5, 13  # of the example: sizes that no other dimension of a twin is likely to have
 SMALL = 20_000_000  # weights: a root of so many is its own measure
 MIXES = re.compile(r"attention|attn|mixer", re.IGNORECASE)  # in the class name of what mixes tokens
 PART = re.compile(
@@ -45,6 +45,7 @@ class Stream:
     axis     the tokens', from the end; batch: the samples' (of size one where all share), or None
     lacks    rows in front that it has no entry for
     square   whether the axis before is the tokens' too, as that of queries
+    folded   whether samples and heads share the first axis, sample by sample
     """
 
     name: str
@@ -53,12 +54,18 @@ class Stream:
     batch: int | None = None
     lacks: int = 0
     square: bool = False
+    folded: bool = False
 
     def at(self, value: Tensor, place: Tensor) -> Tensor:
         """The entries of some tokens. place: (B, M)."""
         if self.lacks:
             place = place[:, self.lacks :] - self.lacks
+        if self.folded:
+            whole = replace(self, batch=-value.dim() - 1, folded=False)
+            return whole.at(value.unflatten(0, (len(place), -1)), place).flatten(0, 1)
         if self.batch is None:  # one table for all: every sample gets its own, for all heads
+            if self.square:
+                return value[place[:, :, None], place[:, None, :]][:, None]
             return value[place][:, None] if value.dim() == 2 else value[place]
         axis, batch = self.axis % value.dim(), self.batch % value.dim()
         value = value.movedim(batch, 0)
@@ -124,6 +131,7 @@ class Anatomy:
     tuples     how many things a block gives in a tuple; 0 = a tensor
     prefix     protected tokens in front; has_cls: whether the first of them is a class token
     patch, final_norm, pooler   paths from the root
+    dense      whether what reads the output of a vision stack wants one row per patch, as a backbone's map does
     rotation   why keys cannot be turned to other positions, if they cannot in any layer
     shrunk     whether the twin that was watched is smaller than the model
     features   whether the blocks hand on one sequence of features, (B, N, C)
@@ -144,6 +152,7 @@ class Anatomy:
     pools_from: int | None = None
     head_dim: int = 0
     rotation: str | None = None
+    dense: bool = False
     shrunk: bool = True
     features: bool = True
     remarks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
@@ -245,8 +254,10 @@ def _observed(stack: Stack) -> Anatomy | HostError:
             break
         try:
             return replace(observe(twin_of(stack.root, smaller), stack.blocks), shrunk=smaller)
-        except (HostError, TwinError) as error:
-            why = why or (error if isinstance(error, HostError) else HostError(str(error)))
+        except Exception as error:  # whatever a stranger's code raises
+            known = isinstance(error, (HostError, TwinError))
+            said = str(error) if known else f"watching a twin of it ended in {type(error).__name__}: {error}"
+            why = why or HostError(said)
     assert why is not None
     return why
 
@@ -384,6 +395,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
         named(root), kind, name, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
         features=features,
+        dense=hasattr(root, "out_features"),
     )  # fmt: skip
 
 
@@ -574,13 +586,14 @@ def _stream(name: str, path: tuple[Any, ...], value: Tensor, tokens: int, prefix
         if not axes or (lacks and not prefix):
             continue
         if len(axes) > 1 and axes[-1] == value.dim() - 1 and axes[-2] == value.dim() - 2:
-            samples = [0] if sizes[0] in (1, BATCH) else []
+            before = range(axes[-2])
         else:
             axes = axes[:1]
             before = range(axes[0])
-            samples = [i for i in before if sizes[i] == BATCH] or [i for i in before if sizes[i] == 1]
-        batch = samples[-1] - value.dim() if samples else None
-        return Stream(name, path, axes[-1] - value.dim(), batch, lacks, square=len(axes) > 1)
+        samples = [i for i in before if sizes[i] == BATCH] or [i for i in before if sizes[i] == 1]
+        batch = samples[0] - value.dim() if samples else None
+        folded = not samples and len(before) > 0 and sizes[0] % BATCH == 0
+        return Stream(name, path, axes[-1] - value.dim(), batch, lacks, len(axes) > 1, folded)
     return None
 
 

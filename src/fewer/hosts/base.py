@@ -66,21 +66,11 @@ class Host:
         self.blocks: list[nn.Module] = [self._part(root, layer.path) for layer in found.layers]
         self.layers: Sequence[Layer] = found.layers
         self._same()
-        self._same()
         self.name, self.kind = found.name, found.kind
         self.prefix, self.has_cls = found.prefix, found.has_cls
         self.pools_from = found.prefix if found.pools_from is None else found.pools_from
         self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
-
-    def _same(self) -> None:
-        """Raises HostError where a block is none that the model's class makes."""
-        for block, layer in zip(self.blocks, self.layers, strict=True):
-            if layer.steps is not None and not isinstance(block, layer.steps.of):
-                raise HostError(
-                    f"{layer.path} is a {type(block).__name__} where {self.found.root} makes a "
-                    f"{layer.steps.of.__name__}; put a method on first, and wrap or compile the blocks afterwards"
-                )
 
     def _same(self) -> None:
         """Raises HostError where a block is none that the model's class makes."""
@@ -115,6 +105,11 @@ class Host:
     def text(self) -> bool:
         """Whether tokens are no patches: inputs are padded, and what reads the output wants one row per input token."""
         return self.kind != "vision"
+
+    @property
+    def dense(self) -> bool:
+        """Whether what reads the output wants a row for each token that came in."""
+        return self.text or self.found.dense
 
     @property
     def acts(self) -> set[str]:
@@ -203,15 +198,6 @@ class Host:
         if isinstance(held, Stand):
             return held.own
         return unchecked(type(block).forward.__get__(block) if held is None else held)
-
-    def replaced(self, layer: int) -> str | None:
-        """Who runs instead of the forward that a block's class has, if somebody does: what we know of its steps is not
-        true of that."""
-        block = self.blocks[layer]
-        held = vars(block).get(_slot(block))
-        if held is None or getattr(held, "__func__", None) is type(block).forward:  # accelerate leaves such a method
-            return None
-        return getattr(held, "__qualname__", type(held).__name__)
 
     def replaced(self, layer: int) -> str | None:
         """Who runs instead of the forward that a block's class has, if somebody does: what we know of its steps is not

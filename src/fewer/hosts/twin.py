@@ -552,38 +552,6 @@ def cut(twin: nn.Module, model: nn.Module) -> nn.Module:
     return twin
 
 
-def _buildable(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class, or, where its constructor wants more than a config, the one that it has its forward from."""
-    wanted: list[str] = []
-    for parent in cls.__mro__:
-        if parent is nn.Module:
-            break
-        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        own = list(inspect.signature(parent.__init__).parameters.values())[2:]
-        more = [p.name for p in own if p.default is p.empty and p.kind not in kinds]
-        if not more:
-            return parent
-        wanted = wanted or more
-        if "forward" in vars(parent):
-            break
-    raise TwinError(
-        f"no twin of {cls.__name__} can be built: its constructor wants {', '.join(wanted)} besides the config; give "
-        "them defaults or read them from the config"
-    )
-
-
-def cut(twin: nn.Module, model: nn.Module) -> nn.Module:
-    """A twin with no more blocks than the model has: somebody may have taken some out, whatever the config says."""
-    for path, module in list(twin.named_modules()):
-        try:
-            real = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(module, nn.ModuleList) and isinstance(real, nn.ModuleList):
-            del module[len(real) :]
-    return twin
-
-
 def _construct(cls: type[nn.Module], config: PretrainedConfig, attention: str | None) -> nn.Module:
     from transformers import PreTrainedModel
 
