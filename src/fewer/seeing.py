@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,12 +21,14 @@ from .core.layout import Layout
 from .core.visual import looks
 from .guide import Guide
 from .hosts import Call, Host, VisionLanguageHost, Visit, under
+from .hosts.twin_visual import shapes_of
 from .hosts.vision_language import Encoding, LayoutError, coordinates
 from .looking import Looking, Shifted, Sight
 from .session import Execution, SessionError, check_free
 from .spec import text
 
 Positions = Literal["kept", "compact"]
+PIXELS = ("pixel_values", "flattened_patches")  # how arguments with pictures begin
 
 
 class Watch:
@@ -87,6 +90,14 @@ class SeeingSession(CacheSession):
             raise SessionError(f"{host.name} learns its positions, so rows cannot be numbered anew; leave it out")
         self.answers: Tensor | None = None  # (B, S) bool, text that is to be learned: no method may read it
         self.inside = self.inside or bool(inside)
+        self._blind = ""  # why methods on visual tokens left all of them, where they did
+        sighted = [m for m in methods if looks(m) or in_tower(m)]
+        if sighted and host.bridge.why:
+            raise SessionError(
+                f"{text(sighted[0])} acts on visual tokens, and which rows of {host.title} are some is not known: "
+                f"{host.bridge.why}; methods on its language model and its cache (lazyllm, snapkv) do act here"
+            )
+        self._visual = bool(sighted)
         self.tower: session.Session | None = None  # of the methods inside the vision tower
         depth = 0 if self._tower_host is None else len(self._tower_host.blocks)
         self._taps = tuple(t for m in self.methods if isinstance(m, VisualReducer) for t in m.taps(depth))
@@ -94,8 +105,13 @@ class SeeingSession(CacheSession):
         self._looks = {host.used if layer is None else layer for layer in wanted}
         if inside and host.joins:
             raise SessionError(
-                f"{text(inside[0])} acts inside the vision tower, and {host.seer.name} joins patches of its output to "
+                f"{text(inside[0])} acts inside the vision tower, and {host.title} joins patches of its output to "
                 "one row: which rows of the prompt would go is not defined; choose a method that acts behind the tower"
+            )
+        if inside and not host.bridge.whole:
+            raise SessionError(
+                f"{text(inside[0])} acts inside the vision tower, and {host.title} does not project the rows of one of "
+                "its blocks; choose a method that acts behind the tower"
             )
         if depth and (deep := [layer for layer in (*self._looks, *self._taps) if not -depth <= layer < depth]):
             seeing = (m for m in self.methods if isinstance(m, VisualReducer))
@@ -107,8 +123,8 @@ class SeeingSession(CacheSession):
         if curious and self._tower_host is None:
             who = curious[0]
             raise SessionError(
-                f"{text(who)} needs to look into the vision tower, a {type(host.tower_module).__name__}, which is no "
-                "known family; choose a method that looks at the projected tokens alone, such as divprune"
+                f"{text(who)} needs to look into the vision tower of {host.title}, whose blocks cannot be entered; "
+                "choose a method that looks at the projected tokens alone, such as divprune"
             )
         if inside and (wanted or self._taps):
             raise SessionError(
@@ -116,7 +132,7 @@ class SeeingSession(CacheSession):
                 "give apply one of them"
             )
         if inside:
-            assert self._tower_host is not None
+            assert self._tower_host is not None and host.tower_module is not None
             self.tower = session.Session(host.tower_module, inside, "padded", self._tower_host, modules)
 
     @cached_property
@@ -130,8 +146,10 @@ class SeeingSession(CacheSession):
             undo.callback(self._undo.close)
             undo.callback(whole.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(whole.register_forward_hook(self._leave, always_call=True).remove)
-            undo.callback(self.host.projector.register_forward_pre_hook(self._before_projector).remove)
-            undo.callback(self.host.projector.register_forward_hook(self._behind_projector).remove)
+            if (projector := self.host.projector) is not None:
+                before = self._before_projector
+                undo.callback(projector.register_forward_pre_hook(before, with_kwargs=True).remove)
+                undo.callback(projector.register_forward_hook(self._behind_projector).remove)
             for kind in ("image", "video"):
                 self._replace(whole, f"get_{kind}_features", partial(self._encode, kind), undo)
             self._replace(whole, "pack_image_features", self._pack, undo)
@@ -171,19 +189,20 @@ class SeeingSession(CacheSession):
 
     def _leave(self, whole: nn.Module, args: Any, output: Any) -> None:
         """Behind it: what the tower gave is not needed any more."""
-        self._local.given, self._local.encoded = None, {}
+        self._local.given, self._local.encoded, self._local.latest = None, {}, None
 
     def _encode(self, kind: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own encoding of images or videos, with an eye on what happens inside. What was seen travels with
         the output: generate() encodes long before it reads the prompt."""
         if getattr(self._local, "encoding", None) is not None:  # one kind encodes through the other
             return own(*args, **kwargs)
-        encoding = self._local.encoding = Encoding(kind, _bound(own, args, kwargs))
+        encoding = self._local.encoding = self._local.latest = Encoding(kind, _bound(own, args, kwargs))
         try:
             output = own(*args, **kwargs)
         finally:
             self._local.encoding = None
-        if not isinstance(output, tuple):
+        encoding.shapes = shapes_of(output)
+        if not isinstance(output, (tuple, list, Tensor)):
             output.fewer = encoding
         if getattr(self._local, "given", None) is not None:
             self._local.encoded[kind] = encoding
@@ -200,9 +219,10 @@ class SeeingSession(CacheSession):
         visit = Watch(encoding.seen, encoding.outputs, layer in self._looks)
         return tower.run(layer, x, mask, kwargs, visit)
 
-    def _before_projector(self, _projector: nn.Module, args: tuple) -> None:
-        if self._encoding is not None:
-            self._encoding.entered = args[0]
+    def _before_projector(self, _projector: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        encoding = self._encoding or getattr(self._local, "latest", None)  # some project behind the encoding
+        if encoding is not None and encoding.entered is None:
+            encoding.entered = args[0] if args else next(iter(kwargs.values()))
 
     def _behind_projector(self, _projector: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """What left the tower shorter gets its rows back, empty ones between: the model counts them."""
@@ -250,12 +270,20 @@ class SeeingSession(CacheSession):
 
     # -- called by the decoder ----------------------------------------------------------------------------------------
     def _open(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        deep, mask = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        deep, marked = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
         args, kwargs = super()._open(root, args, kwargs)
         run, given = under.run, getattr(self._local, "given", None)
-        if not isinstance(run, CachePass) or given is None or not self.inside or not self._local.encoded:
+        if not isinstance(run, CachePass) or given is None:
+            return args, kwargs
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and _other(run.given):
+            run.given = mask  # the model made masks of its own from it, between pictures' rows
+        if not self.inside:
             return args, kwargs
         calls = list(self._local.encoded.values())
+        if not calls:
+            self._unseen(given, kwargs)
+            return args, kwargs
         if None in calls:
             raise LayoutError(
                 "the images were encoded before this session was put on, so that it has not seen where their rows come "
@@ -267,21 +295,43 @@ class SeeingSession(CacheSession):
         if layout is None or shape[1] == 1:
             return args, kwargs
         run.sight = self._sight(layout, calls)
-        if deep is not None and mask is not None:  # the pass adds them itself, to the rows that are left
+        if deep is not None and marked is not None:  # the pass adds them itself, to the rows that are left
             kwargs["deepstack_visual_embeds"] = None
             run.sight.deep = list(deep)
-            run.sight.deep_index = torch.where(mask, mask.reshape(-1).cumsum(0).view(shape) - 1, -1)
+            run.sight.deep_index = torch.where(marked, marked.reshape(-1).cumsum(0).view(shape) - 1, -1)
         return args, kwargs
+
+    def _unseen(self, given: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """A prompt none of whose rows came from pictures that were encoded here: text, or rows merged before.
+
+        Raises   LayoutError where pictures were given."""
+        pictures = [n for n, v in given.items() if n.startswith(PIXELS) and v is not None]
+        if self._visual and pictures:
+            raise LayoutError(
+                f"{self.host.title} was given {', '.join(pictures)} and encoded them in a way that was not seen, so "
+                "that no visual rows could be reduced"
+            )
+        embeds = given.get("inputs_embeds")
+        if self._visual and given.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1:
+            if not self._blind:
+                self._blind = (
+                    "the model was called with inputs_embeds, in which pictures' rows cannot be told from words: all "
+                    "of them stayed; call it with input_ids and pixel_values"
+                )
+                warnings.warn(self._blind, stacklevel=2)
+            self.note(self._blind)
 
     def _sight(self, layout: Layout, calls: Sequence[Encoding]) -> Sight:
         dropped = [c for c in calls if c.present is not None and (c.share is None or c.share[0] < c.share[1])]
         if dropped and not layout.located:
             assert self.tower is not None
             raise SessionError(
-                f"{text(self.tower.methods[0])} drops rows inside the vision tower, and {self.host.seer.name} pools "
+                f"{text(self.tower.methods[0])} drops rows inside the vision tower, and {self.host.title} pools "
                 "the frames of a video behind it: which rows of the prompt would go is not defined; choose a method "
                 "that acts behind the tower, such as divprune"
             )
+        if any(call.entered is None for call in calls):
+            return Sight(layout)
         features = torch.cat([call.features.reshape(call.rows, -1) for call in self._joined(calls)])
         if len(calls) > 1:
             return Sight(layout, Tower(features, self._project, self.host.used))
@@ -302,16 +352,16 @@ class SeeingSession(CacheSession):
 
     def _joined(self, calls: Sequence[Encoding]) -> list[Encoding]:
         """Where the projector itself joins patches: what entered it, joined."""
-        if self.host.seer.projector != "visual.merger":
+        takes = self.host.bridge.takes
+        if takes == 1:
             return list(calls)
-        merge = self.host.merge**2
-        return [replace(call, entered=call.features.reshape(call.features.shape[0] // merge, -1)) for call in calls]
+        return [replace(call, entered=call.features.reshape(call.features.shape[0] // takes, -1)) for call in calls]
 
     def _project(self, rows: Tensor) -> Tensor:
         """(R, M, C) -> (R, M, d), with the model's projector, no hook in between."""
         projector: Any = self.host.projector
-        if self.host.seer.projector == "visual.merger":
-            flat = rows.reshape(-1, rows.shape[-1] // self.host.merge**2)
+        if (takes := self.host.bridge.takes) > 1:
+            flat = rows.reshape(-1, rows.shape[-1] // takes)
             return projector.forward(flat).view(*rows.shape[:-1], -1)
         return projector.forward(rows)
 
@@ -390,6 +440,11 @@ def _bound(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     """A call's arguments by name."""
     named = [p for p in inspect.signature(function).parameters if p != "kwargs"]
     return {**dict(zip(named, args, strict=False)), **kwargs}
+
+
+def _other(mask: Any) -> bool:
+    """Whether a mask is none of (samples, tokens)."""
+    return mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
 def in_tower(method: Reducer) -> bool:

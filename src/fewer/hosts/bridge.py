@@ -23,7 +23,7 @@ from fewer.compat import cache_argument
 from .anatomy import anatomy, key_of, stacks
 from .attention import HostError
 from .twin import TwinError
-from .twin_visual import NoExample, encodes, example, rows_of, token_of, twin_of
+from .twin_visual import NoExample, encodes, example, rows_of, token_of, twins
 
 CELLS = 6  # of a picture, tried for where they answer
 SIZES = ("image_grid_thw", "image_grid_hw", "image_grid_hws", "spatial_shapes", "target_sizes", "image_sizes")
@@ -97,16 +97,15 @@ def observe(whole: nn.Module) -> Bridge:
     named = {stack.path: stack for stack in readers(whole)}
     if not named:
         raise HostError(f"{name} has no decoder inside that reads its prompt as features")
+    why = ""
     try:
-        twin = twin_of(whole)
-        try:
-            given = example(twin)
-        except NoExample:
-            twin = twin_of(whole, deep=True)
-            given = example(twin)
-        return _Trial(twin, given, list(named)).bridge()
+        for twin in twins(whole):
+            try:
+                return _Trial(twin, example(twin), list(named)).bridge()
+            except NoExample as error:
+                why = why or str(error)
     except (TwinError, HostError) as error:
-        why = str(error)
+        why = why or str(error)
     except Exception as error:  # whatever a stranger's code raises
         why = f"a small twin of it ended in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return Bridge(_likely(whole, named), tower=_tower(whole, named), why=why)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import base
+from .anatomy import SMALL, base
 from .twin import POSITIONS, SIDE, TwinError, _find, _number, _parts, _words, build, shrink
 
 IMAGES = 2  # of the example, one in each prompt
@@ -29,14 +29,24 @@ class NoExample(TwinError):
     """No prompt with a picture is known that a class takes."""
 
 
-def twin_of(whole: nn.Module, deep: bool = False) -> nn.Module:
-    """A small random model of a vision-language model's class and config. deep: with all its layers, for configs that
-    name some of them."""
+def twins(whole: nn.Module) -> Iterator[nn.Module]:
+    """Small random models of a vision-language model's class and config: with few layers, with all of them for configs
+    that name some, and as it is where it is small itself."""
+    yield _twin(whole, 2)
+    yield _twin(whole, None)
+    if sum(p.numel() for p in whole.parameters()) <= SMALL:
+        yield _twin(whole, 0)
+
+
+def _twin(whole: nn.Module, depth: int | None) -> nn.Module:
+    """depth: layers to keep; None = all; 0 = nothing is made smaller."""
     config: Any = copy.deepcopy(whole.config)
     for part in _parts(config):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    small: Any = shrink(config, depth=None if deep else 2)
+    if depth == 0:
+        return build(base(type(whole)), config)
+    small: Any = shrink(config, depth=depth)
     _fewer_rows(config, small)
     return build(base(type(whole)), small)
 
@@ -46,7 +56,7 @@ def _fewer_rows(config: Any, small: Any) -> None:
     before, behind = (_side(c) for c in (config, small))
     if not before or not behind:
         return
-    edge = behind * _plain(_find(small, "patch_size"))
+    edge = behind * (_plain(_find(small, "patch_size")) or 1)
     for part in _parts(small):
         if isinstance(vars(part).get("image_grid_pinpoints"), list | tuple):
             part.image_grid_pinpoints = [[edge, 2 * edge], [2 * edge, edge], [2 * edge, 2 * edge]]
@@ -70,8 +80,7 @@ def _side(config: Any) -> int:
 
 def token_of(config: Any, names: tuple[str, ...] = TOKENS) -> int | None:
     """The id of the placeholder of an image, or a video; None where the config names none."""
-    found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
-    return int(found) if _number(found) else None
+    return next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
 
 
 def encodes(whole: nn.Module) -> Any:
@@ -182,18 +191,26 @@ def _flat(twin: nn.Module) -> int | None:
     return None
 
 
-def rows_of(output: Any) -> list[Tensor]:
-    """The rows of each picture, (n, d), in what the encoding of images gave; crops of one picture together."""
+def made_of(output: Any) -> list[Tensor]:
+    """The rows of each picture in what the encoding of images gave, (n, d), or (tiles, n, d) of crops that are one."""
     found = output
     if not isinstance(output, Tensor | list | tuple):
         found = getattr(output, "pooler_output", None)
         if found is None or (isinstance(found, Tensor) and found.dim() < 2):
             found = getattr(output, "last_hidden_state", output)
     if isinstance(found, Tensor):
-        if found.dim() == 2:
-            return [found]
-        return [x.reshape(-1, x.shape[-1]) for x in found]
-    return [x.reshape(-1, x.shape[-1]) for x in found if isinstance(x, Tensor)]
+        return list(found) if found.dim() > 2 else [found]
+    return [x for x in found if isinstance(x, Tensor) and x.dim() > 1]
+
+
+def rows_of(output: Any) -> list[Tensor]:
+    """The same, as (n, d) each."""
+    return [x.reshape(-1, x.shape[-1]) for x in made_of(output)]
+
+
+def shapes_of(output: Any) -> list[tuple[int, ...]]:
+    """The same, without the channels."""
+    return [tuple(x.shape[:-1]) for x in made_of(output)]
 
 
 def example(twin: nn.Module, seed: int = 0) -> dict[str, Any]:
@@ -280,4 +297,5 @@ def _prompts(
     return given
 
 
-__all__ = ["IMAGES", "TOKENS", "VIDEO_TOKENS", "NoExample", "encodes", "example", "rows_of", "token_of", "twin_of"]
+__all__ = ["IMAGES", "TOKENS", "VIDEO_TOKENS", "NoExample", "encodes", "example", "rows_of", "shapes_of", "token_of",
+           "twins"]  # fmt: skip

@@ -1,12 +1,13 @@
-"""Vision-language models of Hugging Face transformers: the table, and which rows of their prompts are visual."""
+"""Vision-language models of Hugging Face transformers: which rows of their prompts are visual, and what each shows."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from fewer.core.layout import Item, Layout
 from .anatomy import Stack, anatomy, stacks
 from .attention import HostError
 from .base import Host
+from .bridge import Bridge, bridge, part, readers, windows
 from .decoder import DecoderHost
+from .twin_visual import TOKENS, VIDEO_TOKENS, encodes, token_of
 
 
 class LayoutError(ValueError):
@@ -31,6 +34,7 @@ class Encoding:
 
     kind, given    "image" or "video"; the arguments the model encodes them from, by name
     entered        what entered the projector: (T, P, C), or (G, C) where it takes all images end to end
+    shapes         of each image's rows in what the encoding gave: (n,), or (tiles, n)
     packed, tiles  where the model packs tiles itself: `coordinates` of each image, packed, (n, 4), and its tiles
     seen, outputs  of the tower's blocks that somebody looks at: attention calls, and what came out
     present, share see `Sight`
@@ -39,6 +43,7 @@ class Encoding:
     kind: str
     given: dict[str, Any]
     entered: Tensor | None = None
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     packed: list[Tensor] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
     seen: dict[int, Seen] = field(default_factory=dict)
@@ -54,8 +59,13 @@ class Encoding:
 
     @property
     def rows(self) -> int:
-        """Of all tiles."""
-        return math.prod(self.features.shape[:-1])
+        """Of all tiles; without features the rows that the encoding gave."""
+        return self.made if self.entered is None else math.prod(self.entered.shape[:-1])
+
+    @property
+    def made(self) -> int:
+        """Rows that the encoding gave."""
+        return sum(map(math.prod, self.shapes))
 
 
 def coordinates(tiles: int, rows: int, across: int) -> Tensor:
@@ -70,27 +80,6 @@ def coordinates(tiles: int, rows: int, across: int) -> Tensor:
     return torch.stack([plane, row, column, torch.full_like(row, across)], -1).float()
 
 
-@dataclass(frozen=True)
-class VisionLanguage:
-    """One architecture.
-
-    root      class name of the module that owns tower, projector and language model
-    language, tower, projector    paths from it
-    joins     whether rows of the tower's output are joined before they are projected
-    images    (host, arguments of the root's forward, projector call) -> the images, in the order of the prompt
-    videos    the same for videos; None where it takes none
-    """
-
-    name: str
-    root: str
-    images: Callable[[VisionLanguageHost, Encoding, dict[str, Any]], list[Item]]
-    videos: Callable[[VisionLanguageHost, Encoding, int], list[Item]] | None = None
-    language: str = "language_model"
-    tower: str = "vision_tower"
-    projector: str = "multi_modal_projector"
-    joins: bool = False
-
-
 def _square(rows: int) -> int:
     side = math.isqrt(rows)
     if side * side != rows:
@@ -100,41 +89,27 @@ def _square(rows: int) -> int:
     return side
 
 
-def _tiles(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> list[Item]:
-    """Each picture by itself (LLaVA, Idefics 3, SmolVLM: their crops are pictures of their own)."""
-    tiles, rows = call.features.shape[:2]
-    if call.given.get("image_sizes") is not None and tiles == 1:  # a tower that takes pictures of any size (Pixtral)
-        patch = host.tower_module.config.patch_size  # type: ignore[union-attr]
-        items, first = [], 0
-        for height, width in torch.as_tensor(call.given["image_sizes"]).tolist():
-            items.append(Item.raster(1, height // patch, width // patch, first=first))
-            first += len(items[-1])
-        return items
-    side = _square(rows)
-    return [Item.raster(1, side, side, first=t * rows) for t in range(tiles)]
-
-
-def _runs(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> list[Item]:
+def _runs(host: VisionLanguageHost, call: Encoding, first: int, given: dict[str, Any]) -> list[Item]:
     """Pictures of several crops that stand behind each other without a word between (InternVL): found by the runs of
     placeholders."""
     tiles, rows = call.features.shape[:2]
     runs = host.runs(given)
-    side, items, first = _square(rows), [], 0
+    side, items, start = _square(rows), [], first
     times = max(sum(map(sum, runs)) // (tiles * rows), 1)  # beam search repeats each prompt
     for run in (run for prompt in runs[::times] for run in prompt):
         if run % rows:
             raise LayoutError(f"a run of {run} placeholders is no whole number of crops of {rows} rows each")
         items.append(Item.raster(1, side, side, tiles=run // rows, first=first))
         first += run
-    if first != tiles * rows:
-        raise LayoutError(f"{first} placeholders stand in the prompts for {tiles * rows} visual rows")
+    if first - start != tiles * rows:
+        raise LayoutError(f"{first - start} placeholders stand in the prompts for {tiles * rows} visual rows")
     return items
 
 
-def _packed(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> list[Item]:
+def _packed(host: VisionLanguageHost, call: Encoding, first: int, given: dict[str, Any]) -> list[Item]:
     """One view of the whole image, then its crops as one canvas without its padding, a separator at the end of each
     line (LLaVA-NeXT, LLaVA-OneVision). The model's own packing told where its rows come from."""
-    rows, items, first = call.features.shape[1], [], 0
+    rows, items = call.features.shape[1], []
     side = _square(rows)
     for packed, tiles in zip(call.packed, call.tiles, strict=True):
         plane, row, column, across = packed.round().long().unbind(-1)
@@ -150,7 +125,7 @@ def _packed(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> 
     return items
 
 
-def _frames(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
+def _frames(host: VisionLanguageHost, call: Encoding, first: int, given: dict[str, Any]) -> list[Item]:
     """Frames pooled to half the side, a separator behind the last (LLaVA-OneVision)."""
     videos, frames = call.given["pixel_values_videos"].shape[:2]
     side = math.ceil(_square(call.features.shape[1]) / 2)
@@ -162,103 +137,94 @@ def _frames(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
     return [Item(tile, time, row, column, None, separator) for _ in range(videos)]
 
 
-def _sizes(call: Encoding, key: str) -> Tensor:
-    """(images, 3): frames, height and width in patches."""
-    found = call.given.get(key, call.given.get("image_grid_thw"))
-    if found is None:
-        raise LayoutError(f"{key} is missing: it says how many patches each {call.kind} has")
-    return torch.as_tensor(found)
-
-
-def _grids(call: Encoding, key: str, merge: int, first: int, order: Tensor | None = None) -> list[Item]:
-    """Frames of merged patches, row by row (Qwen-VL). order: where the rows of the projector's output stand."""
+def _found(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
+    """Each picture by itself, its rows where the twin showed that they stand."""
+    found = host.bridge
+    located = found.order in ("kept", "windows") and call.entered is not None
+    if found.place == "sizes" and (given := call.given.get(found.sizes.replace("image", call.kind))) is not None:
+        sizes = torch.as_tensor(given).tolist()
+        grids = [(s[0] if found.frames else 1, s[-2] // found.unit, s[-1] // found.unit) for s in sizes]
+        if sum(map(math.prod, grids)) == call.made:  # the encoding may give all images end to end
+            return _ordered(host, call, [Item.raster(*grid, first=0) for grid in grids], first, located)
     items = []
-    for t, h, w in _sizes(call, key).tolist():
-        item = Item.raster(t, h // merge, w // merge, first=first)
-        items.append(item)
-        first += len(item)
-    if order is None:
-        return items
-    offset, moved = items[0].source[0] if items and items[0].source is not None else 0, []
+    for shape in _pieces(call):
+        rows = shape[-1]
+        tiles = math.prod(shape[:-1])
+        side = math.isqrt(rows)
+        if found.place == "square" and side * side == rows:
+            frames = call.kind == "video"
+            items.append(Item.raster(tiles if frames else 1, side, side, tiles=1 if frames else tiles, first=0))
+        else:
+            items.append(Item.in_line(tiles * rows, 0))
+    return _ordered(host, call, items, first, located)
+
+
+def _pieces(call: Encoding) -> list[tuple[int, ...]]:
+    """The rows of each picture: the encoding may give those of a whole prompt together, the projector knows better."""
+    tile = call.entered.shape[1] if call.entered is not None and call.entered.dim() == 3 else 0
+    pieces: list[tuple[int, ...]] = []
+    for shape in call.shapes:
+        rows = math.prod(shape)
+        one = len(shape) == 1 and tile and rows % tile == 0 and call.rows == call.made
+        pieces += [(tile,)] * (rows // tile) if one else [shape] if rows else []
+    return pieces
+
+
+def _ordered(host: VisionLanguageHost, call: Encoding, items: list[Item], first: int, located: bool) -> list[Item]:
+    """Items with the rows of the projector's output that they were made of. first: of those, the first of this call."""
+    if not located or call.made != call.rows // host.bridge.takes:
+        return [replace(item, source=None) for item in items]
+    order = windows(host.whole, call.given, f"{call.kind}_grid_thw") if host.bridge.order == "windows" else None
+    moved = []
     for item in items:
-        assert item.source is not None
-        moved.append(Item(item.tile, item.time, item.row, item.column, order[item.source - offset] + offset))
+        source = torch.arange(len(item)) + first
+        first += len(item)
+        moved.append(replace(item, source=source))
+    if order is not None:
+        start = int(moved[0].source[0])  # type: ignore[index]
+        moved = [replace(item, source=order[item.source - start] + start) for item in moved]  # type: ignore[operator]
     return moved
 
 
-def _qwen_images(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> list[Item]:
-    return _grids(call, "image_grid_thw", host.merge, 0)
+@dataclass(frozen=True)
+class VisionLanguage:
+    """What a twin does not show of an architecture: how rows were arranged on their way.
 
+    name, root    in words; class name of the module that owns tower, projector and language model
+    images, videos    (host, projector call, first row) -> the images, or videos, in the order of the prompt; None = as
+                      found
+    """
 
-def _qwen_videos(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
-    return _grids(call, "video_grid_thw", host.merge, first)
+    name: str
+    root: str
+    images: Callable[[VisionLanguageHost, Encoding, int, dict[str, Any]], list[Item]] | None = None
+    videos: Callable[[VisionLanguageHost, Encoding, int, dict[str, Any]], list[Item]] | None = None
 
-
-def _windowed(host: VisionLanguageHost, key: str, call: Encoding) -> Tensor:
-    """Where each merged patch stands in a tower that sorts patches by window."""
-    from transformers.vision_utils import get_vision_window_index
-
-    tower: Any = host.tower_module
-    index, _ = get_vision_window_index(
-        _sizes(call, key).cpu(), spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size,
-        patch_size=tower.patch_size,
-    )  # fmt: skip
-    return torch.as_tensor(index).argsort()
-
-
-def _window_images(host: VisionLanguageHost, call: Encoding, given: dict[str, Any]) -> list[Item]:
-    return _grids(call, "image_grid_thw", host.merge, 0, _windowed(host, "image_grid_thw", call))
-
-
-def _window_videos(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
-    return _grids(call, "video_grid_thw", host.merge, first, _windowed(host, "video_grid_thw", call))
-
-
-_QWEN: Any = {"tower": "visual", "projector": "visual.merger", "joins": True}
 
 ROWS = (
-    VisionLanguage("LLaVA", "LlavaModel", _tiles),
-    VisionLanguage("LLaVA-NeXT", "LlavaNextModel", _packed),
-    VisionLanguage("LLaVA-OneVision", "LlavaOnevisionModel", _packed, _frames),
-    VisionLanguage("Qwen2-VL", "Qwen2VLModel", _qwen_images, _qwen_videos, **_QWEN),
-    VisionLanguage(
-        "Qwen2.5-VL", "Qwen2_5_VLModel", _window_images, _window_videos, **_QWEN
-    ),
-    VisionLanguage("Qwen3-VL", "Qwen3VLModel", _qwen_images, _qwen_videos, **_QWEN),
-    VisionLanguage(
-        "SmolVLM", "SmolVLMModel", _tiles, language="text_model", tower="vision_model",
-        projector="connector.modality_projection", joins=True,
-    ),
-    VisionLanguage(
-        "Idefics 3", "Idefics3Model", _tiles, language="text_model", tower="vision_model",
-        projector="connector.modality_projection", joins=True,
-    ),
-    VisionLanguage("InternVL", "InternVLModel", _runs, joins=True),
-)  # fmt: skip
+    VisionLanguage("LLaVA-OneVision", "LlavaOnevisionModel", videos=_frames),
+    VisionLanguage("InternVL", "InternVLModel", _runs),
+)
 
 
 class VisionLanguageHost(DecoderHost):
     """The decoder of a vision-language model, with what stands before it."""
 
-    def __init__(self, seer: VisionLanguage, whole: nn.Module, path: str, language: Stack) -> None:
-        at = f"{path}.{seer.language}".lstrip(".")
-        super().__init__(anatomy(language), language.root, f"{at}.{language.path}".rstrip("."))
-        self.seer, self.whole = seer, whole
-        self.tower_module: nn.Module = attrgetter(seer.tower)(whole)
-        self.projector: nn.Module = attrgetter(seer.projector)(whole)
-        self.tower_path = f"{path}.{seer.tower}".lstrip(".")
+    def __init__(self, found: Bridge, whole: nn.Module, path: str, language: Stack) -> None:
+        super().__init__(anatomy(language), language.root, f"{path}.{language.path}".strip("."))
+        self.bridge, self.whole = found, whole
+        self.rule = next((row for row in ROWS if row.root == type(whole).__name__), None)
+        self.title = self.rule.name if self.rule is not None else _title(whole)
+        self.projector = None if found.projector is None else part(whole, found.projector)
+        self.tower_module: nn.Module | None = None if found.tower is None else part(whole, found.tower)
+        self.tower_path = f"{path}.{found.tower or ''}".strip(".")
         config: Any = whole.config
-        self.image_token, self.video_token = config.image_token_id, getattr(config, "video_token_id", None)
-
-    @property
-    def merge(self) -> int:
-        """Patches along each side that the projector joins to one row."""
-        return int(self.tower_module.spatial_merge_size)  # type: ignore[union-attr, arg-type]
+        self.image_token, self.video_token = token_of(config), token_of(config, VIDEO_TOKENS)
 
     @property
     def joins(self) -> bool:
         """Whether rows of the tower's output are joined before they are projected."""
-        return self.seer.joins
+        return self.bridge.joins
 
     @property
     def tower_has_cls(self) -> bool:
@@ -268,6 +234,8 @@ class VisionLanguageHost(DecoderHost):
     @cached_property
     def tower(self) -> Host | None:
         """The tower's blocks, bound; None where it hands on no sequence of one picture's patches."""
+        if self.tower_module is None:
+            return None
         for stack in stacks(self.tower_module):
             try:
                 found = anatomy(stack)
@@ -287,34 +255,36 @@ class VisionLanguageHost(DecoderHost):
 
     @property
     def _depth(self) -> int:
-        vision: Any = self.whole.config.vision_config  # type: ignore[union-attr]
-        return int(next(getattr(vision, n) for n in ("num_hidden_layers", "depth") if hasattr(vision, n)))
+        if self.tower is not None:
+            return len(self.tower.blocks)
+        vision: Any = getattr(self.whole.config, "vision_config", None)
+        return int(next((v for n in ("num_hidden_layers", "depth") if (v := getattr(vision, n, None)) is not None), 0))
 
     def shape(self) -> Shape:
         """For methods with modules of their own."""
         config: Any = self.whole.config
-        if self.seer.projector == "visual.merger":
+        vision: Any = getattr(config, "vision_config", None)
+        if self.projector is None or self.bridge.place == "sizes" or not hasattr(vision, "image_size"):
             raise HostError(
-                f"{self.seer.name} takes pictures of any size; modules of one's own at the bridge are known for models "
-                "whose pictures, or crops, have one size (LLaVA, LLaVA-NeXT, LLaVA-OneVision, SmolVLM, InternVL)"
+                f"{self.title} takes pictures of any size, or does not show which patch a row is of; modules of one's "
+                "own at the bridge are for models whose pictures, or crops, have one size (LLaVA, SmolVLM, InternVL)"
             )
-        image, patch = (
-            x if isinstance(x, int) else x[0]
-            for x in (config.vision_config.image_size, config.vision_config.patch_size)
-        )
+        image, patch = (x if isinstance(x, int) else x[0] for x in (vision.image_size, vision.patch_size))
         joined = getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1.0))
         side = image // patch // (joined if self.joins else 1)
         linear = next(m for m in self.projector.modules() if isinstance(m, nn.Linear))
         return Shape(self.channels, self.heads, linear.in_features, self._depth, (side, side))
 
-    def placeholders(self, given: dict[str, Any], token: int) -> Tensor:
+    def placeholders(self, given: dict[str, Any], token: int | None) -> Tensor:
         """(B, S) bool on the CPU: the rows that stand for images, or videos. One read of the prompt."""
+        if (where := given.get("image_embeds_position_mask")) is not None:
+            return where.bool().cpu()  # type: ignore[no-any-return]
         ids = given.get("input_ids")
         if ids is not None:
-            return ids.cpu() == token
+            return (ids == token).cpu()  # type: ignore[no-any-return]
         embeds = given["inputs_embeds"]
-        own = self.whole.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))  # type: ignore[operator]
-        return (embeds == own).all(-1).cpu()
+        own = self.whole.get_input_embeddings()(torch.full((), token or 0, dtype=torch.long, device=embeds.device))  # type: ignore[operator]
+        return (embeds == own).all(-1).cpu()  # type: ignore[no-any-return]
 
     def runs(self, given: dict[str, Any]) -> list[list[int]]:
         """Lengths of the runs of image placeholders of each prompt."""
@@ -335,13 +305,10 @@ class VisionLanguageHost(DecoderHost):
         places: list[Tensor] = []
         first = 0
         for call in calls:
-            if call.kind == "image":
-                token, found = self.image_token, self.seer.images(self, call, given)
-            elif self.seer.videos is not None and self.video_token is not None:
-                token, found = self.video_token, self.seer.videos(self, call, first)
-            else:
-                raise LayoutError(f"{self.seer.name} is known to take images only, no videos")
-            first += call.rows
+            image = call.kind == "image"
+            token = self.image_token if image or self.video_token is None else self.video_token
+            found = self._items(call, first, given)
+            first += call.rows // self.bridge.takes
             marked = self.placeholders(given, token)
             for item, at in zip(*_placed(found, marked, call.kind), strict=True):
                 if len(at) and int(at[0]) // shape[1] != int(at[-1]) // shape[1]:
@@ -350,12 +317,31 @@ class VisionLanguageHost(DecoderHost):
                 places.append(at)
         return Layout.of(shape, items, places, real, device) if items else None
 
+    def _items(self, call: Encoding, first: int, given: dict[str, Any]) -> list[Item]:
+        own = None if self.rule is None else self.rule.images if call.kind == "image" else self.rule.videos
+        if own is None and call.packed:
+            own = _packed
+        return _found(self, call, first) if own is None else own(self, call, first, given)
+
     def describe(self) -> Iterator[tuple[str, str]]:
-        yield "vision-language model", self.seer.name
+        found = self.bridge
+        yield "vision-language model", self.title
         tower = "its blocks cannot be entered" if self.tower is None else self.tower.name
-        yield "vision tower", f"{type(self.tower_module).__name__} ({tower})"
+        yield "vision tower", tower if self.tower_module is None else f"{type(self.tower_module).__name__} ({tower})"
+        yield "visual rows", found.why or self._rows_in_words()
         for what, value in super().describe():
-            yield what, value if what != "sites" else f"{value}, the bridge between tower and language model"
+            if what == "sites" and not found.why:
+                value = f"{value}, the bridge between tower and language model"
+            yield what, value
+
+    def _rows_in_words(self) -> str:
+        """Where visual rows come from, and what is known of where they stand."""
+        found = self.bridge
+        places = {"square": "cells of a square", "sizes": f"cells of a grid ({found.sizes})"}
+        made = "made together" if found.projector is None else f"from {found.projector}"
+        where = "as the model packs its crops" if found.order == "packed" else places.get(found.place)
+        joined = ", patches joined" if found.joins else ""
+        return f"{made}{joined}; {where or 'in a line, their place in the picture is not known'}"
 
 
 def _placed(items: list[Item], marked: Tensor, kind: str) -> tuple[list[Item], list[Tensor]]:
@@ -384,19 +370,35 @@ def _placed(items: list[Item], marked: Tensor, kind: str) -> tuple[list[Item], l
     return items, list(where.split([len(item) for item in items]))
 
 
+def _title(whole: nn.Module) -> str:
+    """A class in words, without what all are called."""
+    return re.sub(r"(Model|For[A-Z]\w*)$", "", type(whole).__name__)
+
+
 def find(model: nn.Module) -> VisionLanguageHost | None:
     """Bind a vision-language model; None for any other model.
 
     Raises   HostError where its language model is no decoder that can be entered."""
-    for path, module in model.named_modules():
-        for row in ROWS:
-            if type(module).__name__ != row.root:
-                continue
-            language = attrgetter(row.language)(module)
-            found = stacks(language)
-            if not found:
-                raise HostError(f"{row.name} with a {type(language).__name__} inside: no decoder fewer can enter")
-            return VisionLanguageHost(row, module, path, found[-1])
+    whole = _whole(model)
+    if whole is None:
+        return None
+    path, module = whole
+    found = bridge(module)
+    language = next(stack for stack in readers(module) if stack.path == found.language)
+    return VisionLanguageHost(found, module, path, language)
+
+
+def _whole(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The innermost module that encodes pictures and has a decoder that reads them among words, and its path."""
+    from transformers import PreTrainedModel
+
+    for path, module in reversed(list(model.named_modules())):
+        if not isinstance(module, PreTrainedModel) or getattr(module.config, "is_encoder_decoder", False):
+            continue
+        taken = inspect.signature(type(module).forward).parameters
+        marks = any(hasattr(module.config, n) for n in TOKENS) or "image_embeds_position_mask" in taken
+        if marks and encodes(module) is not None and "input_ids" in taken and readers(module):
+            return path, module
     return None
 
 
