@@ -1,7 +1,8 @@
-"""Walk over the model classes of transformers and timm: of which can a twin be built and run?
+"""Walk over the model classes of transformers and timm: which places to act is each verified for?
 
 Each class is taken with its own default config, made small and random; nothing is downloaded. Every class has a time
-limit and runs in a process that may die without ending the walk.
+limit and runs in a process that may die without ending the walk. With --out the rows go to a JSON file, from which
+scripts/docs.py makes the tables of docs/hosts.md.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +79,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def examine(row: dict[str, Any]) -> dict[str, Any]:
-    """Fill in one row: whether a twin of the class can be built and run. Later: for which places it is verified."""
+    """Fill in one row: whether a twin of the class can be built and run, and what is discovered and verified of it."""
     import torch
 
     if row["kind"] == "timm":
@@ -85,7 +88,7 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
         model = timm.create_model(row["name"], pretrained=False).eval()
         with torch.no_grad():
             model(torch.randn(2, *model.pretrained_cfg["input_size"]))
-        return {**row, "ok": True}
+        return {**row, "ok": True, **discovered(model)}
 
     import transformers
 
@@ -112,7 +115,56 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
     size = sum(p.numel() for p in model.parameters())
     spread = float((states[0] - states[1]).abs().mean()) if len(states) == 2 else None
     return {**row, "ok": True, "lively": lively, "std": float(states.std()), "rows differ": spread, "parameters": size,
-            "built": round(built, 3)}  # fmt: skip
+            "built": round(built, 3), **discovered(model)}  # fmt: skip
+
+
+def discovered(model: Any) -> dict[str, Any]:
+    """What is found of a model: its host, the places that are verified, and why others are refused.
+
+    `why` stands where no host was found; `fault` where that was another error than one that is meant for the user.
+    """
+    from fewer import hosts
+
+    start = time.perf_counter()
+    try:
+        host = hosts.find(model)
+    except hosts.HostError as error:
+        return {"why": " ".join(str(error).split()), "discovery": since(start)}
+    except Exception as error:
+        return {"why": said(error), "fault": True, "discovery": since(start)}
+    found = {"host": host.name, "acts as": host.kind, "discovery": since(start)}
+    start = time.perf_counter()
+    try:
+        found |= judged(host)
+        if isinstance(host, hosts.VisionLanguageHost):
+            found["bridge"] = host.bridge.why or "verified"
+            if host.tower is not None:
+                found["tower"] = {"host": host.tower.name, **judged(host.tower)}
+    except Exception as error:
+        found |= {"why": said(error), "fault": True}
+    return {**found, "verification": since(start)}
+
+
+def judged(host: Any) -> dict[str, Any]:
+    """The verdict on a host, by the names of places."""
+    from fewer import verify
+
+    places = {verify.PLACES[site]: why for site, why in verify.verify(host).places.items()}
+    if host.kind != "decoder":
+        places.pop(verify.PLACES[verify.Site.KV_CACHE], None)
+    return {
+        "verified": [place for place, why in places.items() if not why],
+        "refused": {place: " ".join(why.split()) for place, why in places.items() if why},
+        "packed": host.kind not in ("decoder", "scan") and all(layer.bare for layer in host.layers),
+    }
+
+
+def since(start: float) -> float:
+    return round(time.perf_counter() - start, 2)
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 QSA = {
@@ -192,8 +244,7 @@ def serve(pipe: Connection) -> None:
         try:
             done = examine(row)
         except Exception as error:
-            said = " ".join(str(error).split())
-            done = {**row, "ok": False, "why": f"{type(error).__name__}: {said}"}
+            done = {**row, "ok": False, "why": said(error)}
         pipe.send({**done, "seconds": round(time.perf_counter() - start, 2)})
 
 
@@ -224,6 +275,44 @@ def walk(todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         process.join(5)
 
 
+COLUMNS = ("name", "kind", "type", "ok", "host", "acts as", "verified", "refused", "packed", "bridge", "tower", "why", "fault",
+           "discovery", "verification")  # fmt: skip
+
+
+def written(done: Sequence[dict[str, Any]]) -> str:
+    """The rows as JSON, one line for each, sorted, with what they were made with."""
+    from fewer.evaluation import record
+
+    versions = {name: version(name) for name in ("transformers", "torch", "timm") if importlib.util.find_spec(name)}
+    head = {**versions, "commit": record.commit(), "when": record.now()[:10]}
+    rows = sorted(done, key=lambda row: (row["kind"], row["name"]))
+    lines = [json.dumps({k: row[k] for k in COLUMNS if row.get(k) not in (None, {}) or k == "ok"}) for row in rows]
+    return json.dumps(head)[:-1] + ', "classes": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def summary(done: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines on each kind: how many classes, how many with a place that is verified, and in which."""
+    for kind in dict.fromkeys(row["kind"] for row in done):
+        of = [row for row in done if row["kind"] == kind and row["ok"] is not None]
+        any_place = [row for row in of if row.get("verified")]
+        share, twins = 100 * len(any_place) / max(1, len(of)), sum(row["ok"] for row in of)
+        yield f"{kind}: {len(of)} classes, {twins} twins run, {len(any_place)} ({share:.1f} %) verified"
+        places = Counter(place for row in of for place in row.get("verified", ()))
+        yield from (f"    {place}: {n}" for place, n in places.items())
+        if kind == "image-text":
+            yield f"    the bridge: {sum(row.get('bridge') == 'verified' for row in of)}"
+            yield f"    inside the tower: {sum(bool(row.get('tower', {}).get('verified')) for row in of)}"
+        keeps = [row for row in of if row.get("acts as") == "decoder"]
+        if keeps:
+            good = sum("the KV cache" in row.get("verified", ()) for row in keeps)
+            yield f"    keep a KV cache: {len(keeps)}, verified for it: {good}"
+            words = Counter(row["refused"]["the KV cache"] for row in keeps if "the KV cache" in row.get("refused", {}))
+            yield from (f"        {n} refused: {why}" for why, n in words.most_common())
+        for row in of:
+            if row.get("fault"):
+                yield f"    FAULT {row['name']}: {row['why'][:200]}"
+
+
 def main(
     only: Annotated[str, typer.Option(help="Classes whose name matches this expression.")] = "",
     kind: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}, timm.")] = "",
@@ -237,16 +326,15 @@ def main(
         done.append(row)
         mark = {True: "ok", False: "FAILS", None: "-"}[row["ok"]]
         dull = " DULL" if row.get("lively") is False else ""
+        places = f"{row.get('host', '')} {row.get('acts as', '')} {len(row.get('verified', ()))} places"
+        told = row.get("why") or "; ".join([places, *dict.fromkeys(row.get("refused", {}).values())])
         print(
-            f"{row['name']:45} {row['kind']:16} {mark}{dull:6} {row['seconds']:6.2f}  {row.get('why', '')[:200]}",
+            f"{row['name']:45} {row['kind']:16} {mark}{dull:6} {row['seconds']:6.2f}  {told[:200]}",
             flush=True,
         )
         if out is not None:
-            out.write_text(json.dumps(done, indent=1) + "\n")
-    for name in dict.fromkeys(row["kind"] for row in done):
-        of = [row for row in done if row["kind"] == name and row["ok"] is not None]
-        good = sum(row["ok"] for row in of)
-        print(f"{name}: {good} of {len(of)} ({100 * good / max(1, len(of)):.1f} %)")
+            out.write_text(written(done))
+    print(*summary(done), sep="\n")
 
 
 if __name__ == "__main__":
