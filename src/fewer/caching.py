@@ -514,6 +514,13 @@ class CacheSession(Session):
                 )
             use = given["use_cache"] = False
         if cache is None:
+            if root.training and getattr(root, "gradient_checkpointing", False) and torch.is_grad_enabled():
+                for method in self.methods:
+                    if getattr(method, "gates", False):
+                        raise SessionError(
+                            f"{text(method)} adds to the attention of all blocks, which gradient checkpointing would "
+                            "run again without it; call model.gradient_checkpointing_disable()"
+                        )
             if use and root.training and torch.is_grad_enabled() and _padded_behind(given.get("attention_mask")):
                 use = given["use_cache"] = False  # a training step: nobody goes on from here
             if not use or (root.training and getattr(root, "gradient_checkpointing", False)):

@@ -281,6 +281,11 @@ class Pass:
             tokens, hidden = self.tokens, x
             branch = None if branch is None else self.steps[-1].plan.gather(branch)
         plan, hidden = self._planned(method, hidden, tokens, place, seen, branch)
+        if plan.m == 0:
+            raise HostError(
+                f"{reducer.card.name} leaves no token at all in block {layer}: {self.host.name} has none in front "
+                "that always stay; give it a budget that keeps some"
+            )
         self.proportional = self.proportional or reducer.proportional
         left = None
         if self.host.text:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hosts, trained
-from .core import Reducer, Site
+from .core import Reducer, Site, Soft
 from .core.codes import rounded
 from .core.visual import looks
 from .ledger import Ledger
@@ -22,6 +22,7 @@ from .passes import Pass, Scan
 from .spec import text
 
 Execution = Literal["padded", "packed", "masked"]
+REENTRANT = 'call gradient_checkpointing_enable({"use_reentrant": False})'  # the way out
 
 
 class SessionError(RuntimeError):
@@ -137,16 +138,24 @@ class Session:
         entry, visits, under_way = visit.fork(), [visit], hosts.under.run
 
         def run(x: Tensor) -> Any:
-            if visits and not torch.is_grad_enabled() and any(p.requires_grad for p in self.modules.parameters()):
-                raise SessionError(
-                    "reentrant checkpointing loses the gradient of learned masks; call "
-                    'gradient_checkpointing_enable({"use_reentrant": False})'
-                )
+            apart = bool(visits) and not torch.is_grad_enabled()  # reentrant: a graph of its own for every block
+            if apart and any(p.requires_grad for p in self.modules.parameters()):
+                raise SessionError(f"reentrant checkpointing loses the gradient of learned masks; {REENTRANT}")
             with hosts.running(under_way):
-                return host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
+                out = host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
+            if apart and (what := self._beside(visit)):
+                raise SessionError(f"reentrant checkpointing loses the gradient of {what}; {REENTRANT}")
+            return out
 
         x, rest = checkpoint(run, x)
         return self._filled(x) if last else x, rest
+
+    def _beside(self, visit: Any) -> str | None:
+        """What reaches later blocks or the output beside the features, and carries a gradient."""
+        steps = [step for step in getattr(visit, "steps", ()) if step.method >= 0]
+        if steps and self.host.text:
+            return "tokens that are dropped and have a row in the output"
+        return "the sizes of merged tokens" if any(isinstance(step.plan, Soft) for step in steps) else None
 
     def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.Visit | None:
         """The forward pass that reaches a block; None where no method acts in it."""

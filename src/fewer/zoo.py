@@ -97,8 +97,18 @@ class Processor:
         if self.shortest is not None and self.shortest < max(self.size):
             raise ModelError(f"Processor(shortest={self.shortest}): a crop of {self.size} does not fit in that")
 
-    def __call__(self, pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """(B, C, height, width) float32 for B pictures (B = 1 for a single one)."""
+    def __call__(
+        self, pictures: Image.Image | Sequence[Image.Image] | None = None, *, images: Any = None, **_: Any
+    ) -> Any:  # fmt: skip
+        """(B, C, height, width) float32 for B pictures (B = 1 for a single one).
+
+        images: the same by the name that pipelines of transformers use; they get a BatchFeature with `pixel_values`.
+        """
+        if images is not None:
+            from transformers import BatchFeature
+
+            return BatchFeature({"pixel_values": self(images)})
+        assert pictures is not None, "give pictures, or images="
         pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
         arrays = np.stack([np.asarray(self.fit(picture)) for picture in pictures])
         pixels = torch.from_numpy(arrays)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -609,3 +611,297 @@ def test_attention_of_somebody_elses_own_is_refused_where_it_is_needed():
         run(model, images())
     assert torch.equal(run(model, images()), plain)
     assert not ours(model)
+
+
+# -- sharded, in parallel, checkpointed --------------------------------------------------------------------------------
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """This process as a group of its own."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _sharded(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("kind", "method"), [*VISION, ("bert", "tome:r=2"), ("llama", CACHE),
+                                              ("llama", "random:keep=0.5,layers=1+")])  # fmt: skip
+def test_sharded_by_fsdp2(group: None, kind: str, method: str, late: bool):
+    model: Any = fresh(kind) if kind in BUILD else tiny_vit(kind)
+    answer = written if kind in BUILD else partial(run, x=texts() if kind == "bert" else images())
+    plain = answer(model)
+    with fewer.apply(model, method) as session:
+        reduced = answer(model)
+    blocks = session.host.blocks
+    if not late:
+        _sharded(model, blocks)
+    session = fewer.apply(model, method)
+    if late:
+        _sharded(model, blocks)
+    torch.testing.assert_close(answer(model), reduced)
+    session.remove()
+    torch.testing.assert_close(answer(model), plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("late", [False, True])
+def test_in_parallel(group: None, late: bool):
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, x = tiny_vit("vit"), images()
+    with fewer.apply(model, "tome:r=2"):
+        reduced = run(model, x)
+    outer: Any = model if late else DistributedDataParallel(model)
+    with fewer.apply(outer, "tome:r=2"):
+        outer = DistributedDataParallel(model) if late else outer
+        logits = outer(pixel_values=x).logits
+        torch.testing.assert_close(logits, reduced)
+        logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def _gradients(model: Any, **given: Any) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    model.train()
+    torch.manual_seed(0)
+    loss = model(**given).loss
+    loss.backward()
+    model.eval()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [CACHE, "random:keep=0.5,layers=1+", "lazyllm:keep=0.6,layers=1+"])
+def test_a_checkpointed_decoder_has_its_gradients_or_says_why_not(method: str, reentrant: bool):
+    model: Any = fresh("llama")
+    ids, mask = (x.flip(1) for x in prompt(20, 11))
+    given = dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    with fewer.apply(model, method):
+        plain = _gradients(model, **given)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        if reentrant and method != CACHE:
+            with pytest.raises(fewer.SessionError, match=r"tokens that are dropped.*use_reentrant"):
+                _gradients(model, **given)
+        else:
+            torch.testing.assert_close(_gradients(model, **given), plain)
+
+
+def test_what_checkpointing_would_get_wrong_is_refused():
+    model: Any = tiny_vit("vit")
+    given = dict(pixel_values=images(), labels=torch.tensor([1, 2]))
+    with fewer.apply(model, "token_transforming:tokens=6,layers=1"):
+        plain = _gradients(model, **given)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(fewer.SessionError, match=r"sizes of merged tokens.*use_reentrant"):
+            _gradients(model, **given)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.testing.assert_close(_gradients(model, **given), plain)
+    decoding: Any = fresh("llama")
+    decoding.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, mask = prompt(20, 11)
+    refused = pytest.raises(fewer.SessionError, match="gradient_checkpointing_disable")
+    with fewer.apply(decoding, "dynamic_context_pruning", modules="untrained"), refused:
+        _gradients(decoding, input_ids=ids, attention_mask=mask, labels=ids)
+
+
+def test_a_budget_that_leaves_nothing_is_refused():
+    model = tiny_vit("siglip")
+    with (
+        fewer.apply(model, "random:r=16,layers=1"),
+        pytest.raises(fewer.hosts.HostError, match="random leaves no token"),
+    ):
+        run(model, images())
+
+
+# -- pipelines, trainers, sentence encoders ----------------------------------------------------------------------------
+SENTENCES = ["w1 w2 w3 w4 w5 w6 w7 w8", "w9 w10", "w3 w4 w5 w6 w30 w31"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizer(str(tmp_path / "vocab.txt"))
+
+
+def classifier(**options: Any) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    size = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    return BertForSequenceClassification(BertConfig(**size, pad_token_id=0, **options)).eval()
+
+
+def test_image_pipeline():
+    from PIL import Image
+    from transformers import ViTImageProcessorPil, pipeline
+
+    model = tiny_vit("vit")
+    pictures = [Image.fromarray((255 * torch.rand(40, 32, 3)).byte().numpy()) for _ in range(3)]
+    pipe = pipeline(
+        "image-classification", model=model, image_processor=ViTImageProcessorPil(size=dict(height=32, width=32))
+    )
+    plain = pipe(pictures)
+    with fewer.apply(model, "tome:r=2") as session:
+        reduced = pipe(pictures, batch_size=2)
+        assert session.counts == [15, 13, 11, 9]
+    assert reduced != plain
+    assert pipe(pictures) == plain
+
+
+def test_the_packaged_model_in_a_pipeline():
+    from PIL import Image
+    from transformers import pipeline
+
+    from fewer import zoo
+
+    model, processor = zoo.load_model()
+    picture = Image.fromarray((255 * torch.rand(28, 28)).byte().numpy())
+    pipe = pipeline("image-classification", model=model, image_processor=processor)
+    with fewer.apply(model, "tome:r=8") as session:
+        best = pipe(picture)[0]
+        scores = model(pixel_values=processor(picture)).logits.softmax(-1)
+        assert session.counts[0] < session.last.first.n
+    assert best["score"] == pytest.approx(scores.max().item(), abs=1e-5)
+
+
+def test_text_pipelines(tokenizer: Any):
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    model = classifier()
+    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    plain = pipe(SENTENCES, batch_size=3)
+    with fewer.apply(model, "power_bert:keep=0.7") as session:
+        reduced = pipe(SENTENCES, batch_size=3)
+        assert session.counts[-1].tolist() == [3, 2, 2]
+        alone = [pipe(s)[0] for s in SENTENCES]
+        assert [r["score"] for r in reduced] == pytest.approx([a["score"] for a in alone], abs=1e-5)
+        rows = pipeline("feature-extraction", model=model.bert, tokenizer=tokenizer)(SENTENCES)
+        assert [len(r[0]) for r in rows] == [10, 4, 8]
+    assert pipe(SENTENCES, batch_size=3) == plain
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", eos_token="[SEP]",
+                                    padding_side="left")  # fmt: skip
+    decoding = fresh("llama")
+    write = pipeline("text-generation", model=decoding, tokenizer=words)
+    options = dict(max_new_tokens=5, do_sample=False, batch_size=3)
+    plain = write(SENTENCES, **options)
+    with fewer.apply(decoding, "snapkv:keep=0.5,window=2") as session:
+        assert len(write(SENTENCES, **options)) == 3
+        assert max(session.counts) < 10
+    assert write(SENTENCES, **options) == plain
+
+
+class Items(torch.utils.data.Dataset):
+    """Eight training items, texts padded behind."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.kind == "vit":
+            return dict(pixel_values=images(1, seed=index)[0], labels=index % 7)
+        mask = torch.arange(17) < (9, 17, 5)[index % 3]
+        ids = torch.randint(5, 50, (17,), generator=torch.Generator().manual_seed(index)) * mask
+        labels = index % 2 if self.kind == "bert" else ids.masked_fill(~mask, -100)
+        return dict(input_ids=ids, attention_mask=mask.long(), labels=labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "method", "options"), [
+    ("vit", "tome:r=2", {}), ("vit", "evit:keep=0.6,layers=0+1", dict(bf16=True)),
+    ("vit", "tome:r=2", dict(gradient_checkpointing=True)), ("bert", "power_bert:keep=0.7", {}), ("llama", CACHE, {}),
+    ("llama", "random:keep=0.5,layers=1+", dict(gradient_checkpointing=True)),
+])  # fmt: skip
+def test_a_trainer_trains_and_saves(kind: str, method: str, options: dict[str, Any], tmp_path: Path):
+    from transformers import Trainer, TrainingArguments
+
+    model: Any = {"vit": lambda: tiny_vit("vit"), "bert": classifier, "llama": lambda: fresh("llama")}[kind]()
+    before = [p.clone() for p in model.parameters()]
+    with fewer.apply(model, method):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, save_steps=1, eval_steps=1, use_cpu=True,
+            eval_strategy="steps", report_to=[], disable_tqdm=True, **options,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=Items(kind), eval_dataset=Items(kind))
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+        trainer.save_model(str(tmp_path / "final"))
+        args.max_steps = 3
+        Trainer(model, args, train_dataset=Items(kind), eval_dataset=Items(kind)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True) if a.dim() > 1)
+    again = type(model).from_pretrained(tmp_path / "final")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert "fewer" not in (tmp_path / "final" / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_sentence_transformers(tokenizer: Any, tmp_path: Path):
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import models
+
+    folder = str(tmp_path / "encoder")
+    classifier().bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parts = [models.Transformer(folder), models.Pooling(32)]
+    model = library.SentenceTransformer(modules=parts, device="cpu")
+    plain = model.encode(SENTENCES)
+    with fewer.apply(model, "power_bert:keep=0.7") as session:
+        reduced = model.encode(SENTENCES)
+        assert session.counts[-1].tolist() == [3, 2, 2]
+        for row, sentence in zip(reduced, SENTENCES, strict=True):
+            assert model.encode([sentence])[0] == pytest.approx(row, abs=1e-5)
+    assert (model.encode(SENTENCES) == plain).all()
+    folder = str(tmp_path / "ranker")
+    classifier(num_labels=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ranker = library.CrossEncoder(folder, device="cpu")
+    pairs = [(SENTENCES[0], SENTENCES[1]), (SENTENCES[1], SENTENCES[2])]
+    plain = ranker.predict(pairs)
+    with fewer.apply(ranker, "power_bert:keep=0.7") as session:
+        assert ranker.predict(pairs) != pytest.approx(plain, abs=0)
+        assert session.counts[-1].tolist() == [4, 3]
+    assert (ranker.predict(pairs) == plain).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_supervised_fine_tuning_with_trl(tokenizer: Any, tmp_path: Path, adapters: bool):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", eos_token="[SEP]")
+    model = fresh("llama")
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True, max_length=16,
+    )  # fmt: skip
+    peft = None if not adapters else pytest.importorskip("peft").LoraConfig(r=2, task_type="CAUSAL_LM")
+    data = datasets.Dataset.from_dict({"text": SENTENCES * 2})
+    with fewer.apply(model, "random:keep=0.5,layers=1+"):
+        trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=words, peft_config=peft)
+        trainer.train()
+        assert trainer.state.global_step == 2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Layer, way_in
+from .anatomy import Anatomy, Layer, base, way_in
 from .attention import HostError
 from .steps import record
 
@@ -55,7 +55,7 @@ def anatomy_of(model: Any) -> Anatomy:
 
 def _layer(path: str, block: nn.Module) -> Layer:
     """A block's layer, from a random copy of it."""
-    twin = _copy(block)
+    twin = _copy(block).float().eval()
     source = torch.Generator().manual_seed(0)
     norm = next(p for p in twin.parameters() if p.dim() == 1)
     with torch.no_grad():
@@ -71,22 +71,25 @@ def _layer(path: str, block: nn.Module) -> Layer:
         return Layer(path, "attn", way)
 
 
-def _copy(block: nn.Module) -> Any:
-    """A block's copy in float32 on the CPU, without what other libraries put before its parts or in their place: an
-    accelerate hook holds the weights that were moved away, and packed weights cannot be made random."""
-    put: dict[int, Any] = {
-        id(held): None for m in block.modules() for name in OTHERS if (held := vars(m).get(name)) is not None
+def _copy(module: nn.Module) -> Any:
+    """A module's copy in float32 on the CPU, without weights and without what other libraries put around it or in place
+    of its parts: hooks, weights that were moved away, sharded or packed."""
+    rows, columns = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(rows, int) and isinstance(columns, int):
+        return nn.Linear(rows, columns, bias=getattr(module, "bias", None) is not None)
+    twin: Any = nn.Module.__new__(base(type(module)))
+    for name, held in vars(module).items():
+        if name not in OTHERS:
+            vars(twin)[name] = type(held)() if "hooks" in name and isinstance(held, dict) else held
+    vars(twin)["_parameters"] = {
+        name: None if p is None else nn.Parameter(torch.zeros(p.shape)) for name, p in module._parameters.items()
     }
-    for module in block.modules():
-        rows, columns = getattr(module, "in_features", None), getattr(module, "out_features", None)
-        if isinstance(rows, int) and isinstance(columns, int):
-            put[id(module)] = nn.Linear(rows, columns, bias=getattr(module, "bias", None) is not None)
-    twin = copy.deepcopy(block, put)
-    for module in twin.modules():
-        for name in OTHERS:
-            vars(module).pop(name, None)
-    twin._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
-    return twin.float().cpu().eval()
+    vars(twin)["_buffers"] = {
+        name: None if b is None else torch.zeros(b.shape) if b.is_meta else b.detach().cpu().clone()
+        for name, b in module._buffers.items()
+    }
+    vars(twin)["_modules"] = {name: None if m is None else _copy(m) for name, m in module._modules.items()}
+    return twin
 
 
 __all__ = ["anatomy_of", "is_one"]

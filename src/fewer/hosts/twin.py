@@ -527,7 +527,7 @@ def _buildable(cls: type[nn.Module]) -> type[nn.Module]:
         if parent is nn.Module:
             break
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        own = list(inspect.signature(parent.__init__).parameters.values())[2:]
+        own = list(inspect.signature(parent).parameters.values())[1:]
         more = [p.name for p in own if p.default is p.empty and p.kind not in kinds]
         if not more:
             return parent
