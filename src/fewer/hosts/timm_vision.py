@@ -5,7 +5,6 @@ Everything else is known from the names that timm gives the parts of all its tra
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
