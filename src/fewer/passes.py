@@ -89,7 +89,7 @@ class Pass:
         if self.session.acting(Site.AROUND_BLOCK, layer):
             self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
             x = self._at(Site.AROUND_BLOCK, layer, x, None)
-        self._entry = x if self.host.text else None
+        self._entry = x if self.host.dense else None
         self._cost[layer][0], self._lengths[layer][0] = self._count(), self._live_lengths()
         return x
 
@@ -119,7 +119,8 @@ class Pass:
         representative's. A text's mask that tells padding only is not needed once `call` hides it."""
         if full is None or not self.steps or full.shape[-1] == 1:
             return full
-        if self.host.text and self.host.layers[layer].bare:
+        known = self.host.layers[layer]
+        if self.host.text and known.bare and known.way == "table":
             return None
         return self._fit(full)
 
@@ -197,7 +198,7 @@ class Pass:
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
-        if self.host.text:
+        if self.host.dense:
             x = self._spread(x)
         if self.counted:
             self.session.finished(self)
@@ -281,17 +282,17 @@ class Pass:
             tokens, hidden = self.tokens, x
             branch = None if branch is None else self.steps[-1].plan.gather(branch)
         plan, hidden = self._planned(method, hidden, tokens, place, seen, branch)
+        self.proportional = self.proportional or reducer.proportional
+        left = None
+        if self.host.dense:
+            left = self._entry if self._entry is not None and site is Site.MID_BLOCK else hidden
+        self.steps.append(Step(layer, method, plan, left))
+        self.leaving(reducer, plan, hidden, layer)
         if plan.m == 0:
             raise HostError(
                 f"{reducer.card.name} leaves no token at all in block {layer}: {self.host.name} has none in front "
                 "that always stay; give it a budget that keeps some"
             )
-        self.proportional = self.proportional or reducer.proportional
-        left = None
-        if self.host.text:
-            left = self._entry if self._entry is not None and site is Site.MID_BLOCK else hidden
-        self.steps.append(Step(layer, method, plan, left))
-        self.leaving(reducer, plan, hidden, layer)
         if self.session.execution == "masked" and isinstance(plan, Hard):
             return self._act_masked(x, hidden, plan, tokens), None
         x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here

@@ -89,6 +89,8 @@ class Session:
                 undo.callback(patch.register_forward_hook(self._see_grid).remove)
             if norm is not None and patch is not None:
                 undo.callback(norm.register_forward_hook(self._fill_padding).remove)
+            if self.host.reader is not None:
+                undo.callback(self.host.reader.register_forward_pre_hook(self._follow, with_kwargs=True).remove)
             if pooler is not None:
                 undo.callback(pooler.register_forward_pre_hook(self._mask_pooler, with_kwargs=True).remove)
             self._round(undo)
@@ -170,6 +172,27 @@ class Session:
         if current is None:
             raise SessionError(f"block {layer} was called before block 0; run the model from its first block")
         return current
+
+    def _follow(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """A decoder that looks at the encoder's rows looks at those that are left: its mask of them follows. Beams
+        repeat each sample."""
+        names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        rows, last = given.get("encoder_hidden_states"), getattr(self._local, "finished", None)
+        if rows is None or last is None or not last.steps or rows.shape[1] != last.tokens.n:
+            return None
+        place = last.kept(len(self.host.blocks) - 1).repeat_interleave(max(len(rows) // last.first.batch, 1), 0)
+        mask = given.get("encoder_attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape[-1] == last.first.n:
+            return (), {**given, "encoder_attention_mask": mask.gather(1, place.clamp(min=0)) * (place >= 0)}
+        if last.tokens.valid is None:
+            return None
+        if "encoder_attention_mask" not in names:
+            raise SessionError(
+                f"samples keep different numbers of rows, and {type(decoder).__name__} takes no mask of its encoder's "
+                "rows; use a budget that keeps the same number in all samples"
+            )
+        return (), {**given, "encoder_attention_mask": (place >= 0).long()}
 
     def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         if output.dim() == 4:

@@ -21,21 +21,24 @@ from .core import KeepRatio, Reducer, Site
 from .core.budgets import Capacity
 from .hosts import Call, Host, HostError
 from .hosts.anatomy import inputs_of, key_of, twin_of
+from .hosts.written_out import entered
+from .methods.language.knorm import KNorm
 from .methods.language.streamingllm import StreamingLLM
 from .methods.vision.random import Random
 
 ATOL, RTOL = 2e-4, 2e-3  # the same sums in another order, in float32
 PLACES = {
-    Site.BEFORE_BLOCK: "before a block", Site.AROUND_BLOCK: "around a block", Site.MID_BLOCK: "between attention and MLP",
-    Site.AFTER_BLOCK: "after a block", Site.KV_CACHE: "the KV cache",
+    Site.BEFORE_BLOCK: "before a block", Site.AROUND_BLOCK: "around a block",
+    Site.MID_BLOCK: "between attention and MLP", Site.AFTER_BLOCK: "after a block", Site.KV_CACHE: "the KV cache",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of each place to act: why it is not trusted; empty where it is."""
+    """Of each place to act: why it is not trusted; empty where it is. first: the same of the first block's entry."""
 
     places: dict[Site, str]
+    first: str = ""
 
     def of(self, site: Site) -> str:
         """Why a place is not trusted; empty where it is. The bridge and what stands before it are not judged here."""
@@ -66,7 +69,9 @@ def _tried(host: Host, paths: tuple[str, ...]) -> Verdict:
     bound = hosts.bind(hosts.Stack(twin, "", paths))
     trial = Trial(twin, bound)
     sites = [site for site in PLACES if site is not Site.KV_CACHE or bound.kind == "decoder"]
-    return Verdict({site: trial.why(site) for site in sites})
+    places = {site: trial.why(site) for site in sites}
+    first = trial.why_first() if bound.kind != "scan" and not places[Site.BEFORE_BLOCK] else ""
+    return Verdict(places, first)
 
 
 class Trial:
@@ -91,6 +96,13 @@ class Trial:
         except Exception as error:  # whatever a stranger's code raises
             return f"on a small twin of it a trial ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         return ""
+
+    def why_first(self) -> str:
+        """Why tokens cannot leave before the first block, where it makes the bias between tokens for all others."""
+        got, kept = self._dropped(Site.BEFORE_BLOCK, 0)
+        want = _rows(self._hidden(kept, range(self.depth)), kept, True)
+        alike = torch.allclose(_rows(got, kept, self.host.dense), want, atol=ATOL, rtol=RTOL)
+        return "" if alike else "its first block makes the position bias of all others, from the tokens it is given"
 
     # -- places around blocks ------------------------------------------------------------------------------------------
     def _block(self, site: Site) -> None:
@@ -117,7 +129,7 @@ class Trial:
         got, kept = self._dropped(site, layer)
         if host.kind != "scan":
             want = _rows(self._hidden(kept, range(layer + inside, self.depth)), kept, True)
-            _close(_rows(got, kept, host.text), want, "dropping tokens is not what hiding them is")
+            _close(_rows(got, kept, host.dense), want, "dropping tokens is not what hiding them is")
 
     def _around(self) -> None:
         """Tokens that pass a block by keep what they were; the others are as in a block that is given them alone."""
@@ -188,16 +200,25 @@ class Trial:
     # -- the KV cache --------------------------------------------------------------------------------------------------
     def _cache(self, site: Site) -> None:
         host: Any = self.host
-        shut = [i for i, layer in enumerate(host.layers) if layer.attention is not None and layer.way != "table"]
-        if shut or not any(m is not None for m in host.attentions):
-            raise _Unlike("its attention asks no attention table, so that what its cache gives cannot be followed")
+        if not any(m is not None for m in host.attentions):
+            raise _Unlike("it has no attention that could be entered, so that what its cache gives cannot be followed")
         first, cache = self._read()
-        plain = first, self._written(cache)
+        try:
+            plain = first, self._written(cache)
+        except Exception as error:
+            raise _Unlike("it does not go on from a cache when it is given the next word alone") from error
         with self._session(StreamingLLM(Capacity(10**6), sinks=2, positions="original")):
             first, cache = self._read()
             for got, want in zip((first, self._written(cache)), plain, strict=True):
                 _same(got, want, "a cache that keeps all rows changes what the model says")
-        with self._session(StreamingLLM(Capacity(7), sinks=2, positions="original", decodes=False)) as on:
+        self._evicted(StreamingLLM(Capacity(7), sinks=2, positions="original", decodes=False))
+        if host.unasking:  # its arguments are told of the rows that are left, which are not the same in all heads
+            self._evicted(KNorm(Capacity(7)))
+
+    def _evicted(self, method: Reducer) -> None:
+        """A cache without some rows gives what it gives with these rows hidden."""
+        host: Any = self.host
+        with self._session(method) as on:
             _, cache = self._read()
             kept = {i: on.kept(i) for i, m in enumerate(host.attentions) if m is not None}
             counts = [k.shape[-1] for k in kept.values()]
@@ -206,7 +227,9 @@ class Trial:
         if not kept or min(counts) >= length:
             raise _Unlike("a method that evicts rows did not act on its cache")
         _, cache = self._read()
-        with host.watched(_Hides(host, kept, length)):
+        hides = _Hides(host, kept, length)
+        with host.watched(hides), ExitStack() as undo:
+            host.surround(hides.around, undo)
             want = self._written(cache)
         _close(got, want, "a cache without some rows is not what hiding these rows is")
 
@@ -233,12 +256,8 @@ class _Hides:
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         index = self.host.index(module)
         if index in self.kept and q.shape[2] == 1:
-            kept, seen = self.kept[index][:, 0], k.shape[2]
-            total = self.length + 1
-            stays = torch.zeros(len(kept), total + 1, dtype=torch.bool)
-            stays = stays.scatter(1, torch.where(kept < 0, total, kept), True)[:, :total]
-            stays[:, self.length :] = True
-            shown = stays[:, total - seen :][:, None, None]
+            shown = self._shown(index)[..., -k.shape[2] :]
+            shown = shown if shown.shape[1] == 1 else shown.repeat_interleave(q.shape[1] // shown.shape[1], dim=1)
             if mask is None:
                 mask = shown
             elif mask.dtype == torch.bool:
@@ -246,6 +265,25 @@ class _Hides:
             else:
                 mask = mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
         return plain(module, q, k, v, mask, **kwargs)
+
+    def around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
+        """The same for attention that asks no table."""
+        x = given[features]
+        if index not in self.kept or x.shape[1] > 1:
+            return own(**given)
+        shown = self._shown(index)
+        shown = shown.repeat_interleave(self.host.heads // shown.shape[1], dim=1)
+        bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+        with entered(Call(bias), batch=len(x), keys=shown.shape[-1]):
+            return own(**given)
+
+    def _shown(self, index: int) -> Tensor:
+        """(B, 1 or G, 1, N + 1) bool: which rows of a layer are in sight, the new word's among them."""
+        kept, total = self.kept[index], self.length + 1
+        stays = torch.zeros(*kept.shape[:2], total + 1, dtype=torch.bool)
+        stays = stays.scatter(-1, torch.where(kept < 0, total, kept), True)[..., :total]
+        stays[..., self.length :] = True
+        return stays[:, :, None]
 
 
 def _rows(x: Tensor, kept: Tensor, whole: bool) -> Tensor:
@@ -270,13 +308,16 @@ def _close(got: Tensor, want: Tensor, what: str) -> None:
 
 def told(host: Host) -> list[tuple[str, str]]:
     """The verdict in words, as (place, what is known of it) rows."""
-    return [(PLACES[site], why and f"refused: {why}" or "verified") for site, why in verify(host).places.items()]
+    return [(PLACES[site], (why and f"refused: {why}") or "verified") for site, why in verify(host).places.items()]
 
 
 def check(host: Host, methods: Sequence[Reducer], spoken: Callable[[Reducer], str]) -> None:
     """Raises HostError where a method would act in a place that is not trusted."""
     verdict = verify(host)
     for method in methods:
+        entering = method.site in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK)
+        if verdict.first and entering and 0 in method.acts_at(len(host.blocks)):
+            raise HostError(f"{spoken(method)} acts before block 0 of {host.name}: {verdict.first}; pass layers=1+...")
         if why := verdict.of(method.site):
             others = [PLACES[s] for s, bad in verdict.places.items() if not bad]
             way = f"places that are: {', '.join(others)}" if others else "no place in it is"

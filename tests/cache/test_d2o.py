@@ -54,7 +54,7 @@ def test_rows_fold_into_their_twins(family, lengths):
         with fewer.apply(model, "d2o:keep=0.4,merge=false"):
             rows = read(model, ids, mask).layers[1]
     for index, layer in enumerate(cache.layers):
-        k, v = layer._view()
+        k, v = layer.view()
         for b, n in enumerate(lengths):
             for g in range(k.shape[1]):
                 mine = [row for row in kept[index][b, g].tolist() if row >= 0]
@@ -63,7 +63,7 @@ def test_rows_fold_into_their_twins(family, lengths):
                 for got, x in ((k, full.keys), (v, full.values)):
                     wanted = folded(full.keys[b, g], x[b, g], mine, 40 - n)
                     assert_close(got[b, g, : len(mine)], wanted, atol=1e-5, rtol=1e-5)
-    merged, dropped = cache.layers[1]._view()[1], rows._view()[1]
+    merged, dropped = cache.layers[1].view()[1], rows._view()[1]
     assert not torch.equal(merged, dropped)  # something was folded
 
 

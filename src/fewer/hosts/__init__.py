@@ -3,6 +3,7 @@ missing."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -42,9 +43,12 @@ def find(model: nn.Module) -> Host:
     why: list[str] = []
     for stack in sorted(stacks(model), key=_rank):
         try:
-            return bind(stack)
+            host = bind(stack)
         except HostError as error:
             why.append(str(error))
+        else:
+            host.reader = _reader(model, host)
+            return host
     if not why:
         why.append("no run of blocks with attention inside, in a model of transformers or timm")
     raise HostError(
@@ -71,6 +75,20 @@ def _rank(stack: Stack) -> tuple[int, int]:
     pictures = "pixel" in str(getattr(stack.root, "main_input_name", ""))
     decodes = bool(getattr(config, "is_decoder", False)) or "Decoder" in type(stack.root).__name__
     return (0 if pictures else 2 if decodes else 1, -len(stack.blocks))
+
+
+def _reader(model: nn.Module, host: Host) -> nn.Module | None:
+    """The decoder whose cross-attention looks at what an encoder gives, in a model that has both."""
+    if host.kind not in ("text", "sound") or not getattr(host.root.config, "is_encoder_decoder", False):
+        return None
+    inside = {id(m) for m in host.root.modules()}
+    around = [m for m in model.modules() if id(m) not in inside and host.root not in set(m.modules())]
+    looking = (m for m in around if hasattr(m, "config") and "encoder_hidden_states" in _named(m))
+    return next(looking, None)
+
+
+def _named(module: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(type(module).forward).parameters)
 
 
 def _images(model: nn.Module) -> bool:

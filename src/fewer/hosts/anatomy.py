@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -346,11 +346,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     name = type(root).__name__
     blocks = [attrgetter(p)(root) for p in paths]
     given = inputs_of(root)
-    watch = _Watch(root, blocks)
-    try:
-        output = watch(given)
-    except Exception as error:
-        raise HostError(f"a twin of {name} does not run: {type(error).__name__}: {error}") from None
+    watch, output = _run(root, blocks, given)
     missing = [i for i in range(len(blocks)) if i not in watch.seen]
     keeps = cache_of(output) is not None  # what happens between its blocks does not matter to a cache
     if missing and not (keeps and watch.seen):
@@ -399,6 +395,24 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     )  # fmt: skip
 
 
+def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:
+    """A twin's run and what it gives; a cache too, where it has one but its config says to do without (as in training).
+
+    Raises   HostError where it does not run.
+    """
+    if getattr(root.config, "use_cache", None) is False and _takes_cache(root):
+        watch = _Watch(root, blocks)
+        with suppress(Exception):  # an encoder built of a decoder's parts minds
+            output = watch({**given, "use_cache": True})
+            if cache_of(output) is not None:
+                return watch, output
+    watch = _Watch(root, blocks)
+    try:
+        return watch, watch(given)
+    except Exception as error:
+        raise HostError(f"a twin of {type(root).__name__} does not run: {type(error).__name__}: {error}") from None
+
+
 def named(root: nn.Module) -> str:
     """A root in words: its class, without what all classes are called."""
     return type(root).__name__
@@ -442,21 +456,35 @@ def _turned(
         return layers, rotary.STRANGE
     n = given["input_ids"].shape[1]
     runs = [_Watch(root, blocks), _Watch(root, blocks)]
-    for run, start in zip(runs, (0, rotary.STEP), strict=True):
-        run({**given, "position_ids": torch.arange(start, start + n).expand(BATCH, -1)})
+    keeping = {} if all(layer.way in (None, "table") for layer in layers) else {"use_cache": True}
+    caches = [
+        cache_of(run({**given, **keeping, "position_ids": torch.arange(start, start + n).expand(BATCH, -1)}))
+        for run, start in zip(runs, (0, rotary.STEP), strict=True)
+    ]
     told = []
     for index, layer in enumerate(layers):
-        before, behind = (run.seen[index].calls if index in run.seen else [] for run in runs)
+        before, behind = (
+            _keys(run.seen.get(index), layer, cache, index) for run, cache in zip(runs, caches, strict=True)
+        )
         turned: bool | None = None
-        if before and behind:
+        if before is not None and behind is not None:
             try:
                 own = rotary.embedding(root, index)
             except HostError:
                 own = None
             if own is not None:
-                turned = rotary.turns(own, before[0][2], behind[0][2])
+                turned = rotary.turns(own, before, behind)
         told.append(replace(layer, turns=turned))
     return tuple(told), None
+
+
+def _keys(seen: _Seen | None, layer: Layer, cache: Any, index: int) -> Tensor | None:
+    """(B, G, N, d): a layer's keys, as its attention hands them to the table or, where it asks none, to its cache."""
+    if seen is None:
+        return None
+    if seen.calls or layer.way in (None, "table"):
+        return seen.calls[0][2] if seen.calls else None
+    return getattr(cache.layers[index], "keys", None) if index < len(getattr(cache, "layers", ())) else None
 
 
 def _causal(root: nn.Module, given: Mapping[str, Any], blocks: Sequence[nn.Module]) -> bool:

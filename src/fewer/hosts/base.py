@@ -69,6 +69,7 @@ class Host:
         self.name, self.kind = found.name, found.kind
         self.prefix, self.has_cls = found.prefix, found.has_cls
         self.pools_from = found.prefix if found.pools_from is None else found.pools_from
+        self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
         self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
 
@@ -109,7 +110,7 @@ class Host:
     @property
     def dense(self) -> bool:
         """Whether what reads the output wants a row for each token that came in."""
-        return self.text or self.found.dense
+        return (self.text or self.found.dense) and self.reader is None
 
     @property
     def acts(self) -> set[str]:
@@ -193,11 +194,15 @@ class Host:
 
     def own(self, layer: int) -> Callable[..., Any]:
         """A block's forward without us."""
-        block = self.blocks[layer]
-        held = vars(block).get(_slot(block))
+        return self.own_of(self.blocks[layer])
+
+    @staticmethod
+    def own_of(module: nn.Module) -> Callable[..., Any]:
+        """The same of a block or a part of one."""
+        held = vars(module).get(_slot(module))
         if isinstance(held, Stand):
             return held.own
-        return unchecked(type(block).forward.__get__(block) if held is None else held)
+        return unchecked(type(module).forward.__get__(module) if held is None else held)
 
     def replaced(self, layer: int) -> str | None:
         """Who runs instead of the forward that a block's class has, if somebody does: what we know of its steps is not
@@ -295,15 +300,19 @@ class Host:
         for layer, block in enumerate(self.blocks):
             if which is not None and layer not in which:
                 continue
-            slot = _slot(block)
-            before = vars(block).get(slot)
-            vars(block)[slot] = stand = Stand(self.own(layer), self._packed(forward(layer)))
-            undo.callback(_restore, block, stand, before)
+            self.stand_in(block, self._packed(forward(layer)), undo)
             steps = self.layers[layer].steps
             if steps is not None and steps.catch is not None:
                 part, argument = steps.catch
                 stop = self._part(block, part).register_forward_pre_hook(stopping(argument), with_kwargs=True)
                 undo.callback(stop.remove)
+
+    def stand_in(self, module: nn.Module, ours: Callable[..., Any], undo: ExitStack) -> None:
+        """Give a block, or a part of one, a forward; what `undo` holds takes it off again."""
+        slot = _slot(module)
+        before = vars(module).get(slot)
+        vars(module)[slot] = stand = Stand(self.own_of(module), ours)
+        undo.callback(_restore, module, stand, before)
 
     def _packed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that gives what the block's own does."""

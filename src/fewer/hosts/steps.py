@@ -97,6 +97,8 @@ class Steps:
         operation of the block's own comes first."""
         if self.cut is None or self.cut + 1 == len(self.steps):
             return None
+        if any(isinstance(value, Value) and value.step <= self.cut for value in self.rest):
+            return None  # a block that is stopped cannot give what it made on the way
         step = self.steps[self.cut + 1]
         named: list[tuple[Any, Any]] = [*enumerate(step.args), *step.kwargs.items()]
         argument = next((name for name, value in named if value == self.middle), None)
