@@ -368,6 +368,29 @@ class ReducedLayer(DynamicLayer):
             return late[None, None]
         return torch.cat([self.position.long(), late.expand(*self.position.shape[:2], -1)], -1)
 
+    def coming(self, tokens: int, device: torch.device) -> Tensor:
+        """Where the rows of a view will stand once `update` is given `tokens` more: (B or 1, 1 or G, S) long, counted
+        as a mask counts its keys; below zero = out of sight."""
+        self._decode()
+        if tokens > 1:
+            self._arrange()
+        new = torch.arange(self.length, self.length + tokens, device=device)[None, None]
+        if self.arriving is not None:
+            new = (self.length + self.arriving.place)[:, None]
+            if self.arriving.valid is not None:
+                new = new.masked_fill(~self.arriving.valid[:, None], -1)
+        if self.length:
+            earlier = self.positions()
+            b, g = max(len(earlier), len(new)), earlier.shape[1]
+            new = torch.cat([earlier.expand(b, -1, -1), new.expand(b, g, -1)], -1)
+        return new - self._offset(self.length)
+
+    @property
+    def gappy(self) -> bool:
+        """Whether rows of a view may be out of sight though its mask does not say so: holes, what left a window."""
+        arrives = self.arriving is not None and self.arriving.valid is not None
+        return self.packing is not None or self.holes or self.is_sliding or arrives
+
     def mask(self, mask: Tensor | None, heads: int, queries: int) -> Tensor | None:
         """The model's mask over logical positions, over the stored rows instead.
 

@@ -21,7 +21,9 @@ from .core.attention import full_precision
 from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
 from .core.place import Place
 from .core.plan import take
-from .hosts import DecoderHost, Table, Visit, under
+from .hosts import Call, DecoderHost, HostError, Table, Visit, under
+from .hosts.logical import Unbanded, at_rows
+from .hosts.written_out import entered
 from .ledger import Ledger
 from .passes import Pass
 from .presses import Pressed
@@ -153,6 +155,12 @@ class CachePass:
             out = plain(module, q, *read, **kwargs)
         if self.attending is not None:
             self.attending.weights = out[1]
+        self._turns(layer, index, q, k, v, mask, kwargs)
+        return out
+
+    def _turns(self, layer: ReducedLayer, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+               kwargs: dict[str, Any]) -> None:  # fmt: skip
+        """What the methods do once a layer's attention is known: rows go, what is left is stored."""
         began = time.perf_counter()
         with torch.no_grad(), full_precision(q):
             for turn in self.session.acting(Site.KV_CACHE, index):
@@ -161,6 +169,39 @@ class CachePass:
         layer.settle()
         self.attending = self.weights = None
         self.session.seconds += time.perf_counter() - began
+
+    def around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
+        """The same for an attention module that asks no table. own: its code; given: its arguments by name, those over
+        logical positions among them, and the features (B, Q, C). They are told of the stored rows while it runs, and
+        its attention is looked at where a method may act."""
+        layer, host, x = self.at.get(index), self.session.host, given[features]
+        if layer is None:
+            return own(**given)
+        place, bias, band = layer.coming(x.shape[1], x.device), None, None
+        if layer.reduced or layer.arriving is not None:
+            came = x.shape[1] if layer.arriving is None else layer.arriving.total
+            band, logical = host.band(index), layer.get_mask_sizes(came)[0]
+            given, bias = at_rows(given, x, place, logical, host.heads, holes=layer.gappy, band=band)
+        call = Call(bias, watch=x.shape[1] > 1 or not self.session.steady)
+        with ExitStack() as around:
+            if call.asks:
+                around.enter_context(entered(call, batch=len(x), keys=place.shape[-1]))
+            if band is not None:
+                around.enter_context(Unbanded(band))
+            out = own(**given)
+        with torch.no_grad():
+            self._count(layer, len(x))
+        if not call.watch:
+            layer.settle()
+            return out
+        if call.seen is None:
+            raise HostError(
+                f"the attention of block {index} ({type(host.attentions[index]).__name__}) was not reached: it is "
+                "written out in a way that was not found; call the model with use_cache=False"
+            )
+        k, v = layer.view()
+        seen = call.seen
+        self._turns(layer, index, seen.q.to(k.dtype), k, v, seen.bias, {**given, "scaling": seen.scale})
         return out
 
     def _alone(self, layer: ReducedLayer, index: int, q: Tensor, mask: Tensor | None) -> bool:
@@ -451,6 +492,11 @@ class CacheSession(Session):
                 "a method that brings dropped tokens back chooses among all rows of a layer; one that evicts or reads "
                 "others in each head cannot stand beside it: stack it on one that drops for good, such as sdtp"
             )
+        if host.unasking and any(m.revives for m in self.methods):
+            raise SessionError(
+                f"a method that brings dropped tokens back looks at attention while {host.name} writes, which asks no "
+                "attention table; choose one that drops for good, such as sdtp"
+            )
         if sum(getattr(m, "reads", False) for m in self.methods) > 1:
             raise SessionError("two methods that choose what is read cannot share a cache; give apply one of them")
         if sum(getattr(m, "codec", None) is not None for m in self.methods) > 1:
@@ -459,6 +505,11 @@ class CacheSession(Session):
             if not isinstance(method, CacheReducer):
                 raise SessionError(f"{type(method).__name__} acts on the KV cache but is no CacheReducer")
             method.check()
+            if host.unasking and (method.reads or method.gates or method.attends or isinstance(method, Rereader)):
+                raise SessionError(
+                    f"{text(method)} takes part in attention before the softmax, where {host.name} lets nobody in: it "
+                    "asks no attention table; choose a method that looks and evicts (snapkv, h2o, knorm)"
+                )
             if self.inside and isinstance(method, Rereader):
                 raise SessionError(
                     f"{text(method)} has the whole prompt read again, which methods inside the network would shorten; "
@@ -478,6 +529,7 @@ class CacheSession(Session):
     def _attach(self) -> None:
         with ExitStack() as undo:
             self.host.open(self._open, undo)
+            self.host.surround(self._around, undo)
             if self.inside:
                 self.host.replace(lambda layer: partial(self._block, layer), undo)
             undo.callback(self.host.root.register_forward_hook(self._close, with_kwargs=True, always_call=True).remove)
@@ -543,6 +595,11 @@ class CacheSession(Session):
         under.run, self.remembered = run, run.memory
         return (), given
 
+    def _around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
+        """An attention module that asks no table runs: as a part of a pass, if one is under way."""
+        run = under.run
+        return run.around(index, own, given, features) if isinstance(run, CachePass) else own(**given)
+
     @property
     def _passes(self) -> list[Any]:
         """What ran on this thread around the passes under way."""
@@ -594,7 +651,8 @@ class CacheSession(Session):
     @property
     def apart(self) -> bool:
         """Whether heads that keep different numbers may be read one by one: no other attention is asked for."""
-        return self.steady and not self.host.root.training and Table.before(self.host.root.config) == "sdpa"
+        plain = self.steady and not self.host.root.training and not self.host.unasking
+        return plain and Table.before(self.host.root.config) == "sdpa"
 
     @property
     def loose(self) -> bool:

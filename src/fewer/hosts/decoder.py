@@ -21,6 +21,8 @@ from . import rotary
 from .anatomy import Anatomy
 from .attention import NAME, SUPPORTED, AttentionRun, HostError, running
 from .base import Host
+from .logical import band_of
+from .steps import bound
 
 
 class DecoderHost(Host):
@@ -29,7 +31,7 @@ class DecoderHost(Host):
     def __init__(self, found: Anatomy, root: nn.Module, path: str) -> None:
         super().__init__(found, root, path)
         self.attentions = [
-            None if layer.attention is None or layer.way != "table" else self._part(block, layer.attention)
+            None if layer.attention is None or layer.way is None else self._part(block, layer.attention)
             for block, layer in zip(self.blocks, found.layers, strict=True)
         ]
         config: Any = root.config
@@ -51,6 +53,33 @@ class DecoderHost(Host):
     @cached_property
     def _index(self) -> dict[int, int]:
         return {id(m): i for i, m in enumerate(self.attentions) if m is not None}
+
+    @cached_property
+    def unasking(self) -> dict[int, nn.Module]:
+        """Of some layers: attention that is seen while its own code runs, as it asks no attention table."""
+        held = enumerate(zip(self.attentions, self.layers, strict=True))
+        return {i: m for i, (m, layer) in held if m is not None and layer.way != "table"}
+
+    @cached_property
+    def bands(self) -> dict[int, str]:
+        """Of some of these: the name of a buffer that says which positions see which, where not all earlier ones do."""
+        return {i: name for i, m in self.unasking.items() if (name := band_of(m)) is not None}
+
+    def band(self, layer: int) -> Tensor | None:
+        """(..., P, P) bool: that buffer."""
+        return self.unasking[layer].get_buffer(self.bands[layer]) if layer in self.bands else None
+
+    def surround(self, run: Callable[[int, Callable[..., Any], dict[str, Any], str], Any], undo: ExitStack) -> None:
+        """Have attention that asks no table run by others, until `undo` closes: run(layer, forward, arguments by name,
+        the name of the features)."""
+        for index, module in self.unasking.items():
+            own = self.own_of(module)
+
+            def ours(*args: Any, index: int = index, module: nn.Module = module, own: Any = own, **kwargs: Any) -> Any:
+                name, given = bound(module, args, kwargs)
+                return run(index, own, given, name)
+
+            self.stand_in(module, ours, undo)
 
     def open(self, hook: Callable, undo: ExitStack) -> None:
         """Register our entries and the hook that opens each pass; what `undo` holds takes them off again."""
@@ -96,7 +125,8 @@ class DecoderHost(Host):
         Raises   HostError where rows cannot be turned by it.
         """
         turned = self.layers[layer].turns
-        if self.found.rotation is not None or turned is False:
+        told = layer in self.unasking and rotary.found_in(self.root) is not None  # by ALiBi, if its keys do not turn
+        if self.found.rotation is not None or turned is False or (turned is None and told):
             raise HostError(f"{self.found.rotation or rotary.STRANGE}; {rotary.UNTURNED}")
         found = rotary.embedding(self.root, layer)
         if found is None or turned:
