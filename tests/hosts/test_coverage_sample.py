@@ -1,0 +1,105 @@
+"""A sample of the walk over all classes: each is found, and verified for the places that its design has.
+
+The whole walk is scripts/coverage.py. Configs are the default ones, with two layers of each kind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+
+from fewer import hosts, verify
+from fewer.core import Site
+from fewer.hosts import twin
+
+BLOCK = {Site.BEFORE_BLOCK, Site.AROUND_BLOCK, Site.AFTER_BLOCK}
+MIDDLE, CACHE = {Site.MID_BLOCK}, {Site.KV_CACHE}
+ENCODER = BLOCK | MIDDLE
+DECODER = ENCODER | CACHE
+SAMPLE = [  # class, model type, kind, places
+    ("LlamaForCausalLM", "llama", "decoder", DECODER),
+    ("MistralForCausalLM", "mistral", "decoder", DECODER),
+    ("Gemma3ForCausalLM", "gemma3_text", "decoder", DECODER),  # sliding windows
+    ("GptOssForCausalLM", "gpt_oss", "decoder", DECODER),  # sinks
+    ("DeepseekV3ForCausalLM", "deepseek_v3", "decoder", DECODER),  # latents
+    ("MixtralForCausalLM", "mixtral", "decoder", DECODER),  # experts
+    ("OPTForCausalLM", "opt", "decoder", DECODER),  # learned positions
+    ("GPTNeoXForCausalLM", "gpt_neox", "decoder", BLOCK | CACHE),  # attention and MLP side by side
+    ("CohereForCausalLM", "cohere", "decoder", BLOCK | CACHE),
+    ("Qwen3NextForCausalLM", "qwen3_next", "decoder", CACHE),  # some layers keep a state
+    ("FalconH1ForCausalLM", "falcon_h1", "decoder", CACHE),  # all layers keep a state and keys
+    ("MambaForCausalLM", "mamba", "scan", ENCODER),
+    ("BertForMaskedLM", "bert", "text", ENCODER),
+    ("ModernBertForMaskedLM", "modernbert", "text", ENCODER),
+    ("MPNetForMaskedLM", "mpnet", "text", ENCODER),  # attention written out
+    ("DistilBertForMaskedLM", "distilbert", "text", ENCODER),
+    ("XLMRobertaForMaskedLM", "xlm-roberta", "text", ENCODER),
+    ("T5ForConditionalGeneration", "t5", "text", ENCODER),
+    ("BartForConditionalGeneration", "bart", "text", ENCODER),
+    ("WhisperForConditionalGeneration", "whisper", "sound", ENCODER),
+    ("Wav2Vec2ForCTC", "wav2vec2", "sound", ENCODER),
+    ("ASTForAudioClassification", "audio-spectrogram-transformer", "vision", ENCODER),
+    ("DINOv3ViTModel", "dinov3_vit", "vision", ENCODER),
+    ("Siglip2VisionModel", "siglip2_vision_model", "vision", ENCODER),
+    ("Aimv2VisionModel", "aimv2_vision_model", "vision", ENCODER),
+    ("IJepaForImageClassification", "ijepa", "vision", ENCODER),
+    ("ViTMAEModel", "vit_mae", "vision", ENCODER),
+]
+
+
+@pytest.fixture(scope="module")
+def walk() -> ModuleType:
+    """scripts/coverage.py, which knows what default configs leave open."""
+    path = Path(__file__).parents[2] / "scripts" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_of_hosts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(name: str, model_type: str, walk: ModuleType) -> torch.nn.Module:
+    cls = getattr(transformers, name)
+    return twin.build(cls, twin.shrink(walk.default_config(cls, model_type), depth=2))
+
+
+@pytest.mark.parametrize(("name", "model_type", "kind", "places"), SAMPLE, ids=[row[0] for row in SAMPLE])
+def test_a_class_is_verified_where_its_design_allows(name, model_type, kind, places, walk):
+    host = hosts.find(small(name, model_type, walk))
+    verdict = verify.verify(host)
+    assert host.kind == kind
+    assert {site for site, why in verdict.places.items() if not why} == places, verdict.places
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "why"),
+    [
+        ("SwinModel", "swin", "do not hand on one sequence"),
+        ("XLNetModel", "xlnet", "folded into one another"),
+        ("xLSTMForCausalLM", "xlstm", "no run of blocks with attention"),
+        ("PerceiverForMaskedLM", "perceiver", "does not run"),
+    ],
+)
+def test_a_class_is_refused_with_the_reason(name, model_type, why, walk):
+    with pytest.raises(hosts.HostError, match=why) as error:
+        hosts.find(small(name, model_type, walk))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "site", "why"),
+    [
+        ("GPTNeoXForCausalLM", "gpt_neox", Site.MID_BLOCK, "side by side"),
+        ("Qwen3NextForCausalLM", "qwen3_next", Site.AFTER_BLOCK, "keep a state"),
+        ("DeepseekV32ForCausalLM", "deepseek_v32", Site.KV_CACHE, "index of its keys"),
+        ("Gemma3nForCausalLM", "gemma3n_text", Site.KV_CACHE, "of another layer"),
+    ],
+)
+def test_a_place_is_refused_with_the_reason(name, model_type, site, why, walk):
+    assert why in verify.verify(hosts.find(small(name, model_type, walk))).of(site)
