@@ -702,7 +702,7 @@ def install(cache: Any, which: Sequence[bool], owner: object) -> None:
                     "Start a new cache for each session"
                 )
             layer.owner = weakref.ref(owner)
-        elif index < len(which) and not which[index]:
+        elif index >= len(which) or not which[index]:  # the config may count more blocks than there are
             continue
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             cache.layers[index] = ReducedLayer.adopt(layer, owner)  # type: ignore[arg-type]

@@ -218,13 +218,24 @@ _known: dict[tuple[Any, ...], Anatomy | HostError] = {}
 
 
 def key_of(root: nn.Module) -> str:
-    """What decides a root's anatomy, as text: its class and its config."""
+    """What decides a root's anatomy, as text: its classes and its config."""
     config = dict(root.config.to_dict())  # type: ignore[union-attr, operator]
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label",
                  "label2id", "quantization_config", "_attn_implementation"):  # fmt: skip
         config.pop(name, None)
     cls = base(type(root))
-    return f"{cls.__module__}.{cls.__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
+    return f"{cls.__module__}.{cls.__qualname__} {_written(root)} {json.dumps(config, sort_keys=True, default=str)}"
+
+
+_forwards: dict[Any, int] = {}  # every forward met, by number: it lives on here, so that no other gets its id
+
+
+def _written(root: nn.Module) -> list[int]:
+    """The forwards of a root's classes: a cell of a notebook that runs again makes other ones of the same name, and
+    libraries change those of a class. Matrices do not count, however they are stored."""
+    kinds: set[Any] = {base(type(m)) for m in root.modules() if not isinstance(getattr(m, "in_features", None), int)}
+    own = {c.forward for c in kinds if not c.__module__.startswith("torch.")}
+    return sorted(_forwards.setdefault(forward, len(_forwards)) for forward in own)
 
 
 def base(cls: type) -> type:
