@@ -28,6 +28,7 @@ from .core import (
 from .core.layout import Layout, Standing, lifted, view, written
 from .core.place import Place
 from .core.plan import on_device, take
+from .core.signals import SignalError
 from .core.visual import looks
 from .hosts import Call
 from .passes import Step
@@ -74,15 +75,41 @@ class Looking(Reading):
 
     def __init__(
         self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
-        sight: Sight,
+        sight: Sight, at: dict[int, ReducedLayer] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(session, x, layers, valid, at_rope)
+        self.at = dict(enumerate(layers)) if at is None else at  # by block
         self.sight, self.embedded = sight, x
         self.standing = Standing.of(sight.layout)
         self._kwargs: dict[str, Any] = {}
         self._renumbered: tuple[Tensor, Tensor] | None = None  # places of this block's rows, and their new positions
 
+    def _layer(self, layer: int) -> ReducedLayer | None:
+        """What a block keeps of keys and values; None where it keeps a state, or nothing."""
+        return self.at.get(layer)
+
     # -- the sites ----------------------------------------------------------------------------------------------------
+    def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
+        """As of any reading; of blocks that keep a state, those without padding only.
+
+        Raises   SignalError where prompts are left with different numbers of rows and some blocks keep a state.
+        """
+        if self.steps and self.host.layers[layer].attention is None:
+            if self.tokens.valid is not None and not bool(self.tokens.valid.all()):
+                raise SignalError(
+                    "prompts of this batch are left with different numbers of rows, and blocks of this model keep a "
+                    "state that would read the padding behind the shorter ones; give it prompts and pictures of one "
+                    "length, or one prompt at a time"
+                )
+            return None
+        held = self.layers
+        if held:
+            self.layers = [self._layer(i) or held[0] for i in range(len(self.host.blocks))]
+        try:
+            return super().bias(layer, full)
+        finally:
+            self.layers = held
+
     def before(self, layer: int, x: Tensor) -> Tensor:
         if layer == 0 and self.sight.present is not None:
             x = self._without_absent(x)
@@ -94,7 +121,8 @@ class Looking(Reading):
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._kwargs, self._renumbered = kwargs, None
         moved = super().streams(layer, kwargs)
-        old = self.layers[layer].shift if self.layers else None
+        held = self._layer(layer)
+        old = None if held is None else held.shift
         if not self.session.compact or not (self.steps or old is not None):  # type: ignore[attr-defined]
             return moved
         ids = kwargs.get("position_ids")
@@ -102,12 +130,12 @@ class Looking(Reading):
         first = self.start + first if ids is None else ids.expand(len(first), -1).gather(-1, first)
         if old is not None:
             first = first - old[:, None]
-        if self.layers:
+        if held is not None:
             left = first.new_full(first.shape[:1], self.tokens.n)
             here = left if self.tokens.valid is None else self.tokens.valid.sum(-1)
             entered = self.first.n if self.first.valid is None else self.first.valid.sum(-1)
             gone = entered - here
-            self.layers[layer].shift = gone if old is None else old + gone
+            held.shift = gone if old is None else old + gone
         at = first + torch.arange(self.tokens.n, device=first.device)
         self._renumbered = self.tokens.place(), at
         return at_positions(self.session, layer, moved, at)

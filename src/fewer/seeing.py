@@ -383,7 +383,8 @@ class SeeingSession(CacheSession):
         run = under.run
         assert isinstance(run, CachePass)
         if layer == 0 and x.shape[1] > 1 and run.sight is not None:
-            run.reading = Looking(self, x, run.layers, run.real(x.shape[1]), kwargs.get("position_ids"), run.sight)
+            real, at_rope = run.real(x.shape[1]), kwargs.get("position_ids")
+            run.reading = Looking(self, x, run.layers, real, at_rope, run.sight, run.at)
             return run.reading
         if self.compact and run.layers and any(layer.shift is not None for layer in run.layers):
             if layer == 0:
@@ -460,5 +461,9 @@ def start(
     if execution == "packed":
         raise SessionError("a decoder's cache does not take packed rows; use execution='padded'")
     opened = SeeingSession(model, methods, execution, host, modules, guide, positions)
+    from . import verify_visual  # it opens sessions itself
+
+    for method in opened.methods:
+        verify_visual.check(host, method, text(method))
     opened._attach()
     return opened

@@ -23,10 +23,11 @@ from fewer.compat import cache_argument
 from .anatomy import anatomy, key_of, stacks
 from .attention import HostError
 from .twin import TwinError
-from .twin_visual import NoExample, encodes, example, rows_of, token_of, twins
+from .twin_visual import NoExample, encodes, example, heights, rows_of, token_of, twins
 
 CELLS = 6  # of a picture, tried for where they answer
-SIZES = ("image_grid_thw", "image_grid_hw", "image_grid_hws", "spatial_shapes", "target_sizes", "image_sizes")
+SIZES = ("image_grid_thw", "image_grid_hw", "image_grid_hws", "spatial_shapes", "target_sizes", "image_sizes",
+         "image_position_ids")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ class _Trial:
         pixels = self.given[self.pixels]
         plain = torch.cat(self._rows(pixels))
         for name in (n for n in SIZES if isinstance(self.given.get(n), Tensor)):
-            sizes = self.given[name]
+            sizes = heights(self.given[name])
             areas = [math.prod(s) for s in sizes.tolist()]
             unit = math.isqrt(sum(areas) // len(plain)) if len(plain) else 0
             frames = sizes.shape[1] == 3

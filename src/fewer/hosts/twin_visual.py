@@ -88,7 +88,7 @@ def encodes(whole: nn.Module) -> Any:
     return getattr(whole, "get_image_features", None) or getattr(whole, "get_video_features", None)
 
 
-def pictures(twin: nn.Module, seed: int = 0) -> Iterator[dict[str, Any]]:
+def pictures(twin: nn.Module, seed: int = 0, even: bool = False) -> Iterator[dict[str, Any]]:
     """Forms in which a twin may want its images, as arguments of its encoding; likely ones first."""
     config: Any = twin.config
     taken = {n for n in inspect.signature(encodes(twin)).parameters if n not in ("kwargs", "args")}
@@ -107,7 +107,7 @@ def pictures(twin: nn.Module, seed: int = 0) -> Iterator[dict[str, Any]]:
     flat = flats[0]
     merge = _plain(_find(config, "spatial_merge_size", "merge_size", "pooling_kernel_size", "downsample_factor",
                          "merge_kernel_size", "pixel_unshuffle_factor")) or 2  # fmt: skip
-    times = [(2 * merge, 3 * merge), (2 * merge, 2 * merge)]
+    times = [(2 * merge, 3 * merge), (2 * merge, (3 if even else 2) * merge)]
     cells = [h * w for h, w in times]
     if grids := [n for n in taken if re.search(r"grid_(thw|hw|hws)$", n) and "video" not in n]:
         sizes = torch.tensor([[1, h, w] if grids[0].endswith("thw") else [h, w] for h, w in times])
@@ -166,7 +166,7 @@ def pictures(twin: nn.Module, seed: int = 0) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
     if "image_sizes" in taken:
         step = patch * merge
-        tall = torch.tensor([[2 * step, 3 * step], [3 * step, 3 * step]])
+        tall = torch.tensor([[(3 if even else 2) * step, 3 * step], [3 * step, 3 * step]])
         canvas = noise(IMAGES, channels, 3 * step, 3 * step)
         yield {"pixel_values": canvas, "image_sizes": tall}
         yield {"pixel_values": whole, "image_sizes": torch.tensor([[height, width]] * IMAGES)}
@@ -213,8 +213,15 @@ def shapes_of(output: Any) -> list[tuple[int, ...]]:
     return [tuple(x.shape[:-1]) for x in made_of(output)]
 
 
-def example(twin: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Arguments of a twin's forward: two prompts of different lengths, padded on the left, a picture in each.
+def heights(sizes: Tensor) -> Tensor:
+    """(images, 2 or 3): height and width of each picture. sizes: the same, or (images, patches, 2), the column and row
+    of each patch, -1 = none."""
+    return sizes.amax(1).flip(-1) + 1 if sizes.dim() == 3 else sizes
+
+
+def example(twin: nn.Module, seed: int = 0, even: bool = False) -> dict[str, Any]:
+    """Arguments of a twin's forward: two prompts of different lengths, padded on the left, a picture in each. even: of
+    the same length.
 
     Raises   NoExample where no form of pictures is encoded, or the prompt is not read.
     """
@@ -226,7 +233,7 @@ def example(twin: nn.Module, seed: int = 0) -> dict[str, Any]:
     if token is None and "image_embeds_position_mask" not in takes:
         raise NoExample(f"the config of {name} names no image_token_id, the placeholder of an image")
     tried: list[str] = []
-    for form in pictures(twin, seed):
+    for form in pictures(twin, seed, even):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 own = inspect.signature(encodes(twin)).parameters
@@ -234,7 +241,7 @@ def example(twin: nn.Module, seed: int = 0) -> dict[str, Any]:
             rows = [len(x) for x in rows_of(output)]
             for counts in _split(rows, form):
                 try:
-                    given = _prompts(twin, token, counts, form, takes, seed)
+                    given = _prompts(twin, token, counts, form, takes, seed, even)
                     with torch.no_grad():
                         twin(**given)
                     return given
@@ -258,7 +265,8 @@ def _split(rows: list[int], form: Mapping[str, Any]) -> Iterator[list[int]]:
         each = len(rows) // IMAGES
         yield [sum(rows[i * each : (i + 1) * each]) for i in range(IMAGES)]
     total = sum(rows)
-    for value in form.values():
+    for name, value in form.items():
+        value = heights(value) if name == "image_position_ids" else value
         if isinstance(value, Tensor) and value.shape[:1] == (IMAGES,) and value.dim() == 2 and value.shape[1] in (2, 3):
             area = [math.prod(x) for x in value.tolist()]
             if all(total * a % sum(area) == 0 for a in area):
@@ -268,8 +276,9 @@ def _split(rows: list[int], form: Mapping[str, Any]) -> Iterator[list[int]]:
 
 
 def _prompts(
-    twin: nn.Module, token: int | None, counts: list[int], form: Mapping[str, Any], takes: set[str], seed: int
-) -> dict[str, Any]:
+    twin: nn.Module, token: int | None, counts: list[int], form: Mapping[str, Any], takes: set[str], seed: int,
+    even: bool,
+) -> dict[str, Any]:  # fmt: skip
     config: Any = twin.config
     source = torch.Generator().manual_seed(seed)
     first, last = (next((v for n in names if _number(v := getattr(config, n, None))), None) for names in (
@@ -277,7 +286,7 @@ def _prompts(
         ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")))  # fmt: skip
     lines, marks = [], []
     for i, n in enumerate(counts):
-        words = _words(config, 1, 9 + 2 * i, source)[0].tolist()
+        words = _words(config, 1, 9 if even else 9 + 2 * i, source)[0].tolist()
         front = words[:3] + ([] if first is None else [first])
         back = ([] if last is None else [last]) + words[3:]
         lines.append([*front, *[words[0] if token is None else token] * n, *back])
@@ -297,5 +306,5 @@ def _prompts(
     return given
 
 
-__all__ = ["IMAGES", "TOKENS", "VIDEO_TOKENS", "NoExample", "encodes", "example", "rows_of", "shapes_of", "token_of",
-           "twins"]  # fmt: skip
+__all__ = ["IMAGES", "TOKENS", "VIDEO_TOKENS", "NoExample", "encodes", "example", "heights", "rows_of", "shapes_of",
+           "token_of", "twins"]  # fmt: skip

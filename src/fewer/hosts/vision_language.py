@@ -21,7 +21,7 @@ from .attention import HostError
 from .base import Host
 from .bridge import Bridge, bridge, part, readers, windows
 from .decoder import DecoderHost
-from .twin_visual import TOKENS, VIDEO_TOKENS, encodes, token_of
+from .twin_visual import TOKENS, VIDEO_TOKENS, encodes, heights, token_of
 
 
 class LayoutError(ValueError):
@@ -93,7 +93,7 @@ def _runs(host: VisionLanguageHost, call: Encoding, first: int, given: dict[str,
     """Pictures of several crops that stand behind each other without a word between (InternVL): found by the runs of
     placeholders."""
     tiles, rows = call.features.shape[:2]
-    runs = host.runs(given)
+    runs = host.runs(given, host.image_token)
     side, items, start = _square(rows), [], first
     times = max(sum(map(sum, runs)) // (tiles * rows), 1)  # beam search repeats each prompt
     for run in (run for prompt in runs[::times] for run in prompt):
@@ -137,17 +137,24 @@ def _frames(host: VisionLanguageHost, call: Encoding, first: int, given: dict[st
     return [Item(tile, time, row, column, None, separator) for _ in range(videos)]
 
 
-def _found(host: VisionLanguageHost, call: Encoding, first: int) -> list[Item]:
+def _found(host: VisionLanguageHost, call: Encoding, first: int, given: dict[str, Any]) -> list[Item]:
     """Each picture by itself, its rows where the twin showed that they stand."""
     found = host.bridge
     located = found.order in ("kept", "windows") and call.entered is not None
-    if found.place == "sizes" and (given := call.given.get(found.sizes.replace("image", call.kind))) is not None:
-        sizes = torch.as_tensor(given).tolist()
+    sized = call.given.get(found.sizes.replace("image", call.kind)) if found.place == "sizes" else None
+    if sized is not None:
+        sizes = heights(torch.as_tensor(sized)).tolist()
         grids = [(s[0] if found.frames else 1, s[-2] // found.unit, s[-1] // found.unit) for s in sizes]
         if sum(map(math.prod, grids)) == call.made:  # the encoding may give all images end to end
             return _ordered(host, call, [Item.raster(*grid, first=0) for grid in grids], first, located)
     items = []
-    for shape in _pieces(call):
+    pieces = _pieces(call)
+    if len(pieces) == 1 and len(pieces[0]) == 1:  # all pictures end to end: the prompts tell them apart
+        runs = host.runs(given, host.token(call))
+        times = max(sum(map(sum, runs)) // max(call.made, 1), 1)
+        apart: list[tuple[int, ...]] = [(run,) for prompt in runs[::times] for run in prompt]
+        pieces = apart if sum(map(sum, apart)) == call.made else pieces
+    for shape in pieces:
         rows = shape[-1]
         tiles = math.prod(shape[:-1])
         side = math.isqrt(rows)
@@ -286,10 +293,14 @@ class VisionLanguageHost(DecoderHost):
         own = self.whole.get_input_embeddings()(torch.full((), token or 0, dtype=torch.long, device=embeds.device))  # type: ignore[operator]
         return (embeds == own).all(-1).cpu()  # type: ignore[no-any-return]
 
-    def runs(self, given: dict[str, Any]) -> list[list[int]]:
-        """Lengths of the runs of image placeholders of each prompt."""
+    def token(self, call: Encoding) -> int | None:
+        """The placeholder of what was encoded."""
+        return self.image_token if call.kind == "image" or self.video_token is None else self.video_token
+
+    def runs(self, given: dict[str, Any], token: int | None) -> list[list[int]]:
+        """Lengths of the runs of a placeholder in each prompt."""
         lengths = []
-        for row in self.placeholders(given, self.image_token).to(torch.int8):
+        for row in self.placeholders(given, token).to(torch.int8):
             edges = torch.diff(row, prepend=row.new_zeros(1), append=row.new_zeros(1)).nonzero()[:, 0].tolist()
             lengths.append([stop - start for start, stop in zip(edges[::2], edges[1::2], strict=True)])
         return lengths
@@ -305,11 +316,9 @@ class VisionLanguageHost(DecoderHost):
         places: list[Tensor] = []
         first = 0
         for call in calls:
-            image = call.kind == "image"
-            token = self.image_token if image or self.video_token is None else self.video_token
             found = self._items(call, first, given)
             first += call.rows // self.bridge.takes
-            marked = self.placeholders(given, token)
+            marked = self.placeholders(given, self.token(call))
             for item, at in zip(*_placed(found, marked, call.kind), strict=True):
                 if len(at) and int(at[0]) // shape[1] != int(at[-1]) // shape[1]:
                     raise LayoutError(f"the placeholders of one {call.kind} are spread over two prompts of the batch")
@@ -321,7 +330,7 @@ class VisionLanguageHost(DecoderHost):
         own = None if self.rule is None else self.rule.images if call.kind == "image" else self.rule.videos
         if own is None and call.packed:
             own = _packed
-        return _found(self, call, first) if own is None else own(self, call, first, given)
+        return _found(self, call, first, given) if own is None else own(self, call, first, given)
 
     def describe(self) -> Iterator[tuple[str, str]]:
         found = self.bridge
