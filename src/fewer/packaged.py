@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from fewer.folders import cache_folder
 
 __all__ = ["Package", "PackageError", "cache_folder", "keep", "read"]
 
@@ -39,12 +40,6 @@ class Package:
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}" if self.index == "pypi" else f"{self.name}@{self.version}"
-
-
-def cache_folder() -> Path:
-    """Where converted weights and texts are kept: FEWER_CACHE, else XDG_CACHE_HOME/fewer, else ~/.cache/fewer."""
-    own = os.environ.get("FEWER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewer"
 
 
 def keep(name: str, make: Callable[[Path], None]) -> Path:

@@ -19,8 +19,9 @@ from .cache import CacheError
 from .compat import cache_of, cached
 from .core import KeepRatio, Reducer, Site
 from .core.budgets import Capacity
-from .hosts import Call, Host, HostError
-from .hosts.anatomy import inputs_of, key_of, twin_of
+from .hosts import Call, Host, HostError, remembered
+from .hosts.anatomy import classes_of, code_of, inputs_of, key_of, twin_of
+from .hosts.twin import one_thread
 from .hosts.written_out import entered
 from .methods.language.knorm import KNorm
 from .methods.language.streamingllm import StreamingLLM
@@ -40,6 +41,9 @@ class Verdict:
     places: dict[Site, str]
     first: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", {Site(site): why for site, why in self.places.items()})
+
     def of(self, site: Site) -> str:
         """Why a place is not trusted; empty where it is. The bridge and what stands before it are not judged here."""
         return self.places.get(site, "" if site is Site.BRIDGE else "there is no such place in it")
@@ -49,7 +53,7 @@ class _Unlike(AssertionError):
     """What was seen is not what should be."""
 
 
-_verdicts: dict[tuple[str, tuple[str, ...]], Verdict] = {}
+_verdicts: dict[tuple[Any, ...], Verdict] = {}
 
 
 def verify(host: Host) -> Verdict:
@@ -57,9 +61,15 @@ def verify(host: Host) -> Verdict:
     if not hasattr(host.root, "config") or host.kind == "cross":  # timm and BLIP's text: known by name, tested here
         return Verdict(dict.fromkeys(PLACES, ""))
     paths = tuple(layer.path for layer in host.layers)
-    key = (key_of(host.root), paths)
+    key = (key_of(host.root), code_of(host.root), paths)
     if key not in _verdicts:
-        _verdicts[key] = _tried(host, paths)
+        classes, fact = classes_of(host.root), " ".join([key[0], *paths])
+        found = remembered.read("verdict", fact, classes, (Verdict,))
+        if found is None:
+            with one_thread():
+                found = _tried(host, paths)
+            remembered.write("verdict", fact, classes, found)
+        _verdicts[key] = found
     return _verdicts[key]
 
 

@@ -63,7 +63,7 @@ def test_rows_fold_into_their_twins(family, lengths):
                 for got, x in ((k, full.keys), (v, full.values)):
                     wanted = folded(full.keys[b, g], x[b, g], mine, 40 - n)
                     assert_close(got[b, g, : len(mine)], wanted, atol=1e-5, rtol=1e-5)
-    merged, dropped = cache.layers[1].view()[1], rows._view()[1]
+    merged, dropped = cache.layers[1].view()[1], rows.view()[1]
     assert not torch.equal(merged, dropped)  # something was folded
 
 

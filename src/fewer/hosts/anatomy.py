@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from fewer.compat import CACHE_NAMES, cache_of, without_cache
 
-from . import rotary
+from . import remembered, rotary
 from .attention import NAME, Call, HostError, Table, fused, spying
-from .steps import Steps, StepsError, bound, record
+from .steps import Given, Own, Size, Step, Steps, StepsError, Value, bound, record
 from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
 
@@ -169,6 +169,9 @@ class Anatomy:
         return found
 
 
+FACTS = (Anatomy, Layer, Stream, Steps, Step, Value, Given, Own, Size)
+
+
 # -- in the modules ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -218,24 +221,29 @@ _known: dict[tuple[Any, ...], Anatomy | HostError] = {}
 
 
 def key_of(root: nn.Module) -> str:
-    """What decides a root's anatomy, as text: its classes and its config."""
+    """What decides a root's anatomy besides its classes' code, as text: its class and its config."""
     config = dict(root.config.to_dict())  # type: ignore[union-attr, operator]
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label",
                  "label2id", "quantization_config", "_attn_implementation"):  # fmt: skip
         config.pop(name, None)
     cls = base(type(root))
-    return f"{cls.__module__}.{cls.__qualname__} {_written(root)} {json.dumps(config, sort_keys=True, default=str)}"
+    return f"{cls.__module__}.{cls.__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
 
 
 _forwards: dict[Any, int] = {}  # every forward met, by number: it lives on here, so that no other gets its id
 
 
-def _written(root: nn.Module) -> list[int]:
-    """The forwards of a root's classes: a cell of a notebook that runs again makes other ones of the same name, and
-    libraries change those of a class. Matrices do not count, however they are stored."""
+def classes_of(root: nn.Module) -> set[Any]:
+    """The classes whose code a root runs. Matrices do not count, however they are stored."""
     kinds: set[Any] = {base(type(m)) for m in root.modules() if not isinstance(getattr(m, "in_features", None), int)}
-    own = {c.forward for c in kinds if not c.__module__.startswith("torch.")}
-    return sorted(_forwards.setdefault(forward, len(_forwards)) for forward in own)
+    return {c for c in kinds if not c.__module__.startswith("torch.")}
+
+
+def code_of(root: nn.Module) -> tuple[int, ...]:
+    """The forwards of a root's classes: a cell of a notebook that runs again makes other ones of the same name, and
+    libraries change those of a class."""
+    own = {c.forward for c in classes_of(root)}
+    return tuple(sorted(_forwards.setdefault(forward, len(_forwards)) for forward in own))
 
 
 def base(cls: type) -> type:
@@ -248,13 +256,19 @@ def anatomy(stack: Stack) -> Anatomy:
 
     Raises   HostError where no twin can be built or watched, saying what was found and what failed.
     """
-    key = (key_of(stack.root), stack.blocks)
+    key = (key_of(stack.root), code_of(stack.root), stack.blocks)
     if key not in _known:
-        _known[key] = _observed(stack)
-    found = _known[key]
-    if isinstance(found, HostError):
-        raise found.with_traceback(None)
-    return found
+        classes, fact = classes_of(stack.root), f"{key[0]} {' '.join(stack.blocks)}"
+        found = remembered.read("anatomy", fact, classes, FACTS)
+        if found is None:
+            found = _observed(stack)
+            if isinstance(found, Anatomy):
+                remembered.write("anatomy", fact, classes, found)
+        _known[key] = found
+    known = _known[key]
+    if isinstance(known, HostError):
+        raise known.with_traceback(None)
+    return known
 
 
 def _observed(stack: Stack) -> Anatomy | HostError:

@@ -552,6 +552,17 @@ def cut(twin: nn.Module, model: nn.Module) -> nn.Module:
     return twin
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A twin's products are too small to be shared out: threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _construct(cls: type[nn.Module], config: PretrainedConfig, attention: str | None) -> nn.Module:
     from transformers import PreTrainedModel
 
