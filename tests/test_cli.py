@@ -124,6 +124,22 @@ def test_doctor_says_what_it_found(model: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for said in ("10 x ViTLayer", "4 heads x 8 channels", "4 x 4 patches", "output equal to the bit"):
         assert said in shown.stdout
+    assert sum(line.split()[-1] == "verified" for line in shown.stdout.splitlines()) == 4
+
+
+def test_doctor_says_why_a_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    net = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    words = torch.arange(12)[None]
+    monkeypatch.setattr("fewer.cli._load", lambda name: (net.eval(), lambda *_, **__: {"input_ids": words}))
+    monkeypatch.setattr("fewer.cli.out.width", 80, raising=False)
+    said = " ".join(fewer_cli("doctor", "net").stdout.split())
+    assert "between attention and MLP refused: attention and MLP run side by side in its blocks" in said
+    assert "the KV cache verified" in said
+    assert "output equal to the bit" in said
 
 
 def test_complaints(model: Path, data: Path, tmp_path: Path) -> None:

@@ -424,16 +424,24 @@ def doctor(
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
+    seeing = isinstance(host, hosts.VisionLanguageHost)
     for what, value in host.describe():
-        table.add_row(what, escape(value))
+        if seeing or what != "sites":  # the verdict says more
+            table.add_row(what, escape(value))
     for what, value in verify.told(host):
         table.add_row(what, escape(value))
-    if isinstance(host, hosts.VisionLanguageHost):
+    if seeing:
         for what, value in _seen(network, processor):
             table.add_row(what, escape(value))
         out.print(table)
         return
     args, inputs, plain = _sample(host, processor)
+    try:
+        verify.check(host, [fewer.parse(plain)], fewer.text)
+    except hosts.HostError:  # the table has said why
+        table.add_row("nothing removed", "not tried")
+        out.print(table)
+        return
     with torch.inference_mode():
         before = _first(host.root(*args, **inputs))
         with fewer.apply(network, plain) as session:
