@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,7 @@ def discovered(model: Any) -> dict[str, Any]:
 
     `why` stands where no host was found; `fault` where that was another error than one that is meant for the user.
     """
-    from fewer import hosts
+    from fewer import hosts, verify_visual
 
     start = time.perf_counter()
     try:
@@ -142,7 +143,7 @@ def discovered(model: Any) -> dict[str, Any]:
     try:
         found |= judged(host)
         if isinstance(host, hosts.VisionLanguageHost):
-            found["bridge"] = host.bridge.why or "verified"
+            found["bridge"] = verify_visual.why(host) or "verified"
             if host.tower is not None:
                 found["tower"] = {"host": host.tower.name, **judged(host.tower)}
     except Exception as error:
@@ -325,6 +326,12 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file.")] = None,
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FEWER_CACHE"] = folder  # nothing is remembered of an earlier walk
+        _walk(only, kind, depth, out)
+
+
+def _walk(only: str, kind: str, depth: int, out: Path | None) -> None:
     todo = [row for row in rows() if re.search(only, row["name"]) and (not kind or row["kind"] == kind)]
     done = []
     for row in walk([{**row, "depth": depth} for row in todo]):
