@@ -183,7 +183,13 @@ class Stack:
 
 
 def _mixes(block: nn.Module) -> bool:
-    return any(MIXES.search(type(m).__name__) for m in block.modules())
+    return _mixer(block) is not None
+
+
+def _mixer(block: nn.Module) -> str | None:
+    """The outermost part of a block that mixes tokens, told by what its class or the part is called."""
+    parts = (p for p, m in block.named_modules() if p and MIXES.search(f"{p.rpartition('.')[2]} {type(m).__name__}"))
+    return next(parts, None)
 
 
 def stacks(model: nn.Module) -> list[Stack]:
@@ -406,7 +412,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not _causal(root, given, blocks):
         prefix, has_cls = 1, True
     patch = next((p for p, m in watch.maps if m.dim() == 4 and m.shape[-2] * m.shape[-1] == tokens - prefix), None)
-    mask = _mask_name(watch.seen, tokens)
+    mask = _mask_name(watch.seen, given)
     streams = _streams(watch.seen, tokens, prefix, mask)
     norm = _norm_behind(watch, blocks)
     pooler = next((p for p, m, _, _ in watch.behind if isinstance(m, nn.MultiheadAttention)), None)
@@ -551,7 +557,7 @@ def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int) -> Laye
         given = [t for _, t in _tensors(list(seen.kwargs.values())) if t.dim() > 2 and t.shape[-1] == tokens]
         inside = not bare and mask is not None and not any(t.shape[-2] in (1, tokens) for t in given)
     else:
-        attention = next((p for p, m in block.named_modules() if p and MIXES.search(type(m).__name__)), None)
+        attention = _mixer(block)
         way = None if attention is None else way_in(block, {seen.entering: seen.x} | without_memory(seen.kwargs))
         attention = attention if way else None
     steps = None
@@ -607,15 +613,31 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
             yield from _tensors(part, (*path, key))
 
 
-def _mask_name(seen: Mapping[int, _Seen], tokens: int) -> str | None:
-    """The argument of the blocks that masks their attention."""
+def _mask_name(seen: Mapping[int, _Seen], given: Mapping[str, Any]) -> str | None:
+    """The argument of the blocks that masks their attention: the one that tells the padded keys of a sample, or, where
+    nothing is padded, the one that is called so."""
     named: dict[str, Any] = {}
     for one in seen.values():
         named |= {k: v for k, v in one.kwargs.items() if v is not None or k not in named}
+    padding = given.get("attention_mask")
+    if isinstance(padding, Tensor) and padding.dim() == 2:
+        gone = padding[0] == 0
+        for name, value in named.items():
+            if isinstance(value, Tensor) and _tells(value, gone):
+                return name
     for name in ("attention_mask", "attn_mask", "mask", "causal_mask"):
         if name in named and (named[name] is None or isinstance(named[name], Tensor)):
             return name
     return None
+
+
+def _tells(value: Tensor, gone: Tensor) -> bool:
+    """Whether the first sample of an argument differs from the second in the keys that are padding, and in no others.
+    gone: (N,) bool."""
+    if value.dim() < 2 or value.shape[0] != BATCH or value.shape[-1] != len(gone):
+        return False
+    differs = (value[0] != value[1]).reshape(-1, len(gone)).any(0)
+    return bool((differs == gone).all())
 
 
 def _streams(seen: Mapping[int, _Seen], tokens: int, prefix: int, mask: str | None) -> tuple[Stream, ...]:
