@@ -20,6 +20,8 @@ from .anatomy import SMALL, base
 from .twin import POSITIONS, SIDE, TwinError, _find, _number, _parts, _words, build, shrink
 
 IMAGES = 2  # of the example, one in each prompt
+LEAST = 4  # rows of a picture, for some to leave and some to stay
+LARGER = 4
 COUNTS = re.compile(r"(tokens_per_image|image_seq_len(gth)?|num_image_tokens|num_image_patches|image_tokens)$")
 TOKENS = ("image_token_id", "image_token_index", "video_token_index")
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
@@ -30,16 +32,19 @@ class NoExample(TwinError):
 
 
 def twins(whole: nn.Module) -> Iterator[nn.Module]:
-    """Small random models of a vision-language model's class and config: with few layers, with all of them for configs
-    that name some, and as it is where it is small itself."""
-    yield _twin(whole, 2)
-    yield _twin(whole, None)
+    """Small random models of a vision-language model's class and config: with few layers, with larger pictures where
+    few rows are left of small ones, with all layers for configs that name some, and as it is where it is small."""
+    first = _twin(whole, 2)
+    yield first
+    if sum(p.numel() for p in first.parameters()) <= SMALL:
+        yield _twin(whole, 2, LARGER)
+        yield _twin(whole, None)
     if sum(p.numel() for p in whole.parameters()) <= SMALL:
         yield _twin(whole, 0)
 
 
-def _twin(whole: nn.Module, depth: int | None) -> nn.Module:
-    """depth: layers to keep; None = all; 0 = nothing is made smaller."""
+def _twin(whole: nn.Module, depth: int | None, larger: int = 1) -> nn.Module:
+    """depth: layers to keep; None = all; 0 = nothing is made smaller. larger: so many times the sides of pictures."""
     config: Any = copy.deepcopy(whole.config)
     for part in _parts(config):
         if hasattr(part, "quantization_config"):
@@ -47,6 +52,12 @@ def _twin(whole: nn.Module, depth: int | None) -> nn.Module:
     if depth == 0:
         return build(base(type(whole)), config)
     small: Any = shrink(config, depth=depth)
+    for part in _parts(small) if larger > 1 else ():
+        size: Any = vars(part).get("image_size")
+        if isinstance(size, list | tuple):
+            setattr(part, "image_size", type(size)(larger * s for s in size))  # noqa: B010
+        elif _number(size):
+            setattr(part, "image_size", larger * size)  # noqa: B010
     _fewer_rows(config, small)
     return build(base(type(whole)), small)
 
@@ -240,6 +251,9 @@ def example(twin: nn.Module, seed: int = 0, even: bool = False) -> dict[str, Any
                 output = encodes(twin)(**{k: v for k, v in form.items() if k in own}, **_as_dict(own))
             rows = [len(x) for x in rows_of(output)]
             for counts in _split(rows, form):
+                if max(counts) < LEAST:
+                    tried.append(f"a small picture is {max(counts)} rows, too few to take some away")
+                    continue
                 try:
                     given = _prompts(twin, token, counts, form, takes, seed, even)
                     with torch.no_grad():
