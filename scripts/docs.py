@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from enum import Enum
 from inspect import cleandoc, getmodule
@@ -17,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import fewer
-from fewer import Reducer, Site, hosts, texts, zoo
+from fewer import Reducer, Site, texts, zoo
 from fewer.core import VisualReducer
 from fewer.core.cached import CacheReducer
-from fewer.hosts import Family
-from fewer.hosts.vision_language import ROWS
 from fewer.studio.explained import explained
+from fewer.verify import PLACES as KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, TESTS, ASSETS = ROOT / "docs", ROOT / "tests", ROOT / "src" / "fewer" / "assets"
@@ -43,6 +44,72 @@ SHARED = (  # tests of many methods of one kind
     "tests/visual/test_crossmodal_hosts.py",
 )
 DEPTH = 12  # blocks of the model that "by depth" is shown for
+
+# -- the hosts page ----------------------------------------------------------------------------------------------------
+COVERAGE = ROOT / "benchmarks" / "results" / "hosts.json"
+PLACES = tuple(KNOWN.values())
+Rows = list[dict[str, Any]]
+KINDS = {  # kind of a class -> its title, and what is of this kind
+    "causal-lm": ("Causal language models", "`AutoModelForCausalLM`."),
+    "masked-lm": ("Masked language models", "`AutoModelForMaskedLM`."),
+    "encoder": ("Text models without a head", "`AutoModel`, of those that read text alone."),
+    "vision": ("Image and video classifiers", "`AutoModelForImageClassification`, `AutoModelForVideoClassification`."),
+    "backbone": ("Vision backbones", "`AutoBackbone`: feature maps for detectors and segmenters."),
+    "speech": ("Speech and sound", "`AutoModelForCTC`, `AutoModelForAudioClassification`."),
+    "encoder-decoder": (
+        "Encoder-decoders",
+        "`AutoModelForSeq2SeqLM`, `AutoModelForSpeechSeq2Seq`. Methods act in the encoder; the decoder reads what it "
+        "gives.",
+    ),
+    "image-text": (
+        "Vision-language models",
+        "`AutoModelForImageTextToText`. The places are those of the language model, the bridge, and the tower's.",
+    ),
+    "timm": ("timm", "Of timm one model of each design; found, but not tried on a twin."),
+}
+BRIEFLY = {  # a reason, as an expression -> in a few words
+    "side by side": "attention and MLP side by side",
+    "keep a state": "some blocks keep a state",
+    "asks no attention table": "attention does not ask the table",
+    "index of its keys": "keys are indexed for sparse attention",
+    "those of another layer": "layers share keys and values",
+    "cannot be entered|could be entered": "attention cannot be entered",
+    "do not hand on one sequence": "no single sequence through its blocks",
+    "no run of blocks": "no run of blocks with attention",
+    "does not run": "blocks do not run one after the other",
+    "folded into one another": "samples and tokens are folded into one another, or tokens come first",
+    "two caches": "a second cache, of cross-attention",
+    "dropping tokens is not|passing tokens by is not": "dropping a token is not hiding it",
+    "keeping all tokens changes|keeps all rows changes": "keeping all changes the output",
+    "without some rows": "evicting a row is not hiding it",
+    "by cross-attention": "no visual rows: pictures are read by cross-attention",
+}
+KINDS_NEAR = {
+    "causal-lm": "Llama, Qwen3, Gemma 3, Mistral",
+    "masked-lm": "BERT, RoBERTa, ModernBERT",
+    "encoder": "BERT, RoBERTa, ModernBERT; Llama, Qwen3",
+    "vision": "ViT, DeiT, DINOv2, SigLIP",
+    "backbone": "DINOv2",
+    "speech": "Wav2Vec2, HuBERT, AST",
+    "encoder-decoder": "T5, BART, Whisper",
+    "image-text": "LLaVA, Qwen-VL, InternVL; the language model inside, `model.language_model`",
+    "timm": "timm's ViT, DeiT, DINOv2, SigLIP, EVA, BEiT",
+}
+NEAREST = {  # model type, as an expression -> what comes nearest, or the way out
+    ".*swin.*|cvt|pvt.*|segformer|levit.*|hiera.*|dinov3_convnext": (
+        "ViT, DINOv2, DINOv3, SigLIP: one sequence of patches throughout"
+    ),
+    "vitdet|lw_detr.*|rf_detr.*": "DINOv2, DINOv3: no windows",
+    "timesformer|videoprism.*": "VideoMAE, ViViT: space and time in one sequence",
+    "longformer|mra|yoso|nystromformer|reformer": "ModernBERT, BigBird, for long texts",
+    "led|longt5|pegasus_x|fsmt|umt5|prophetnet": "T5, BART, Pegasus",
+    "(.*_)?(parakeet|lasr|canary|cohere_asr|granite_speech|seamless).*|.*conformer.*|wav2vec2-bert": (
+        "Wav2Vec2, HuBERT, Whisper: no convolution over time in their blocks"
+    ),
+    "deberta.*|convbert|squeezebert|fnet|funnel|xlm|xlnet|flaubert|bros|lilt": "BERT, RoBERTa, ModernBERT, LayoutLM",
+    "rwkv|xlstm|recurrent_gemma": "Mamba, Mamba-2; the cache of Qwen3-Next or Falcon-H1",
+    "perceiver": "ViT; a few latents read its input, and nothing is left to drop",
+}
 
 # Where a method's card says "language", what it is for; the others stand where their card or their site puts them.
 GROUPS: dict[str, tuple[str, str]] = {
@@ -117,7 +184,7 @@ def contract(name: str, cls: type[Reducer]) -> str:
         return "the contract (every method, every kind of host)"
     if issubclass(cls, VisualReducer):
         anywhere = named(name, table("test_contract_visual.py", "ANYWHERE"))
-        return f"the contract of visual tokens ({'every family' if anywhere else 'LLaVA'})"
+        return f"the contract of visual tokens ({'every kind of bridge' if anywhere else 'LLaVA'})"
     kinds = [kind for kind, forms in table("test_contract.py", "ON_TEXT").items() if named(name, forms)]
     return f"the contract ({', '.join(kinds)})" if kinds else ""
 
@@ -269,110 +336,158 @@ def overview(methods: dict[str, type[Reducer]]) -> str:
     return "\n".join([*head, *parts])
 
 
-def execution(family: Family) -> str:
-    """How a family's batches can be run."""
-    if family.library == "state space":
-        return "padded"
-    whole = family.local is Family.local  # type: ignore[comparison-overlap]
-    carried = family.library != "decoder" and family.relative_bias is None and whole
-    return "padded, packed, masked" if carried else "padded, masked"
+def seconds(rows: Rows) -> str:
+    """What finding and verifying a host takes the first time, half of them and all but one in twenty."""
+    first: dict[str, float] = {}
+    for row in rows:
+        if "verification" in row and row["kind"] != "image-text":
+            first[row["host"]] = max(first.get(row["host"], 0.0), row["discovery"] + row["verification"])
+    took = sorted(first.values())
+    return f"{took[len(took) // 2]:.1f} s in the median and at most {took[len(took) * 19 // 20]:.1f} s in 19 of 20"
 
 
-def families(title: str, says: str, members: list[Family], heads: str, more: Callable[[Family], str]) -> list[str]:
-    """A part of the hosts page: a heading, what holds for all, one row per family."""
-    rows = [
-        f"| {f.name} | {', '.join(f'`{r}`' for r in f.root)} | `{f.block}` | {execution(f)} | {more(f)}".rstrip()
-        for f in members
-    ]
-    columns = ["family", "found by", "block", "execution", *filter(None, heads.split(","))]
-    return [f"## {title}\n", f"{says}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows, ""]
+def summary(rows: Rows) -> list[str]:
+    """One line for each kind: how many classes have a place that is verified, and which."""
+    lines = [f"| kind | classes | verified | {' | '.join(PLACES)} |", "|---" * (3 + len(PLACES)) + "|"]
+    for kind, (title, _) in KINDS.items():
+        of = [row for row in rows if row["kind"] == kind]
+        good = sum(1 for row in of if row.get("verified"))
+        counts = [sum(1 for row in of if place in row.get("verified", ())) or "–" for place in PLACES]
+        lines.append(f"| {title} | {len(of)} | {good} ({percent(good, len(of))}) | {' | '.join(map(str, counts))} |")
+    return [*lines, ""]
 
 
-def seeing() -> list[str]:
-    """The part of the hosts page on vision-language models."""
-    rows = [
-        f"| {row.name} | `{row.root}` | `{row.tower}`, `{row.projector}`, `{row.language}` | "
-        f"{'patches joined before it' if row.joins else 'each patch'} | {'yes' if row.videos else 'no'} |"
-        for row in ROWS
-    ]
-    return [
-        "## Vision-language models\n",
-        "A vision tower, a projector, a decoder. What the vision transformers' methods do inside the tower, and the "
-        "decoders' inside the language model and on its cache, they do here too; methods on visual tokens see these "
-        "alone ([guide](vision-language.md)). A tower of a family above can be looked into; of another one, the "
-        "projected tokens are all that methods see. A known architecture may hold any of the decoders above.\n",
-        "| family | found by | tower, projector, language model | what is projected | videos |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
+def percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.0f} %"
+
+
+def caches(rows: Rows) -> str:
+    """A sentence on the causal language models that keep a KV cache."""
+    keep = [row for row in rows if row["kind"] == "causal-lm" and row.get("acts as") == "decoder"]
+    good = sum("the KV cache" in row.get("verified", ()) for row in keep)
+    refused = [row["refused"]["the KV cache"] for row in keep if "the KV cache" in row.get("refused", {})]
+    why = Counter(map(briefly, refused)).most_common()
+    return (
+        f"Of the causal language models {len(keep)} keep a KV cache; {good} ({percent(good, len(keep))}) are "
+        f"verified for it. The others are refused: {'; '.join(f'{words} ({n})' for words, n in why)}.\n"
+    )
+
+
+def briefly(why: str) -> str:
+    """A reason in a few words."""
+    told = next((words for pattern, words in BRIEFLY.items() if re.search(pattern, why)), None)
+    if told is not None:
+        return told
+    if ended := re.search(r"ended in (\w+)|^(\w+Error)", why):
+        return f"the trial ended in {ended[1] or ended[2]}"
+    first = cell(re.sub(r"^\w+ is not a model fewer knows: ", "", why)).partition("; ")[0]
+    return first if len(first) <= 90 else f"{first[:90].rpartition(' ')[0]} ..."
+
+
+def verdicts(row: dict[str, Any]) -> dict[str, list[str]]:
+    """The places of a class that are refused, by the reason in a few words."""
+    found: dict[str, list[str]] = {}
+    for place, why in row.get("refused", {}).items():
+        found.setdefault(briefly(why), []).append(place)
+    if row.get("bridge", "verified") != "verified":
+        found.setdefault(briefly(row["bridge"]), []).append("the bridge")
+    for why in (row.get("tower") or {}).get("refused", {}).values():
+        found.setdefault(briefly(why), []).append("inside the tower")
+    return {why: list(dict.fromkeys(places)) for why, places in found.items()}
+
+
+def works(row: dict[str, Any]) -> list[str]:
+    """The places of a class that are verified."""
+    bridge = ["the bridge"] if row.get("bridge") == "verified" else []
+    inside = ["inside the tower"] if (row.get("tower") or {}).get("verified") else []
+    return [*inside, *bridge, *row.get("verified", ())]
+
+
+def kind_of(rows: Rows, kind: str) -> list[str]:
+    """The part of the hosts page on one kind: what is verified everywhere, then what is verified in some places."""
+    title, says = KINDS[kind]
+    of = [row for row in rows if row["kind"] == kind]
+    whole = [row for row in of if works(row) and not verdicts(row)]
+    partly = [row for row in of if works(row) and verdicts(row)]
+    lines = [f"### {title}\n", f"{says}\n"]
+    for words, chosen in (
+        ("Verified in all their places", [row for row in whole if not row.get("packed")]),
+        ("Verified in all their places, packed execution included", [row for row in whole if row.get("packed")]),
+    ):
+        if chosen:
+            names = ", ".join(f"`{row['name']}`" for row in chosen)
+            lines.append(f"{words} ({len(chosen)}): {names}.\n")
+    if partly:
+        lines += ["| class | verified | refused |", "|---|---|---|"]
+        for row in partly:
+            why = "; ".join(f"{', '.join(places)}: {words}" for words, places in verdicts(row).items())
+            lines.append(f"| `{row['name']}` | {', '.join(works(row))} | {why} |")
+        lines.append("")
+    return lines
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why no place of a class is verified, in a few words."""
+    if not row["ok"]:
+        return f"not tried: its default config builds or runs no model ({row['why'].partition(':')[0]})"
+    return briefly(row.get("why") or next(iter(row["refused"].values())))
+
+
+def refusals(rows: Rows) -> list[str]:
+    """One line for each model type that is refused everywhere: why, what comes nearest, the way out."""
+    types: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not works(row):
+            types.setdefault(row["type"], []).append(row)
+    lines = ["| type | classes | why | nearest that works, or the way out |", "|---|---|---|---|"]
+    for name, of in sorted(types.items()):
+        reasons = "; ".join(dict.fromkeys(map(reason, of)))
+        nearest = (words for pattern, words in NEAREST.items() if re.fullmatch(pattern, name))
+        near = next(nearest, KINDS_NEAR["causal-lm" if of[0].get("acts as") == "decoder" else of[0]["kind"]])
+        classes = ", ".join(dict.fromkeys(f"`{row['name']}`" for row in of))
+        lines.append(f"| {name} | {classes} | {reasons} | {near} |")
+    return [*lines, ""]
+
+
+MARKS = re.compile(
+    r"(<!-- (\w+): from benchmarks/results/hosts.json, by `make pages` -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def hosts_page() -> str:
-    """The tables of model families, one for each kind."""
-    every = hosts.FAMILIES
-    inside = "; ".join(s.value for s in Site if s not in (Site.KV_CACHE, Site.BRIDGE))
-    paired = ("BLIP", "ViLT", "cross-attention")
-    encoders = [f for f in every if f.text and f.library == "transformers"]
-    return "\n".join(
-        [
-            STAMP,
-            "# Hosts\n",
-            "A host is one table row per architecture: where its blocks are and what their parts are called. A model "
-            "is found by the class of its backbone, wherever that sits inside it, so a classifier, a segmenter or your "
-            "own module around it works too. `fewer doctor MODEL` prints what was found in yours.\n",
-            f"Each offers these sites: {inside}. Decoders add one: {Site.KV_CACHE.value}; vision-language models "
-            f"another: {Site.BRIDGE.value}. Fused attention stays on at all of them.\n",
-            *families(
-                "Vision transformers",
-                "Protected: class token, distillation token, registers. The model's output has fewer rows; "
-                "`session.restore` spreads them over the patches again.",
-                [f for f in every if not f.text and f.library not in paired],
-                "library",
-                lambda f: f"{f.library} |",
-            ),
-            *families(
-                "Text encoders",
-                "Protected: the first token, `[CLS]` or `<s>`. Padding, on either side, counts for nobody: budgets are "
-                "of each text's real tokens. A token keeps the position it had. The output has a row for every input "
-                "token, so heads that classify, pool or tag run as before; a dropped token's row is its last value.",
-                encoders,
-                "local attention",
-                lambda f: f"{'no' if f.local is Family.local else 'in some blocks; its mask is cut with the tokens'} |",  # type: ignore[comparison-overlap]
-            ),
-            *families(
-                "Decoders",
-                "Protected: each sample's last token; sinks where the method says so. Tokens keep the positions they "
-                "had, unless the method is about moving them (`streamingllm`). Methods inside the network act while a "
-                "prompt is read, and the caches of later layers hold the rows that reached them; the output has a row "
-                "for every input token. Methods on the cache act after a prompt, and some at every step. `generate()` "
-                "is called as before, with beams, sampling and batches padded on the left.",
-                [f for f in every if f.library == "decoder"],
-                "positions",
-                lambda f: f"{'learned' if f.rotary is None else 'rotary'} |",
-            ),
-            "Sliding-window layers (Gemma 3, Mistral) keep their window; methods act on what it holds. The attention "
-            "implementation must be `sdpa` or `eager`.\n",
-            *seeing(),
-            *families(
-                "Image-text encoders",
-                "They read an image and a text together. Their attention is written out in the model, and stays so.",
-                [f for f in every if f.library in paired],
-                "",
-                lambda f: "",
-            ),
-            *families(
-                "State-space models",
-                "No attention: a method that asks for it says so and stops. The state reads every row it is given, so "
-                "dropped rows really leave and nothing is masked. Protected: the last token. The output has a row for "
-                "every input token.",
-                [f for f in every if f.library == "state space"],
-                "",
-                lambda f: "",
-            ),
-            "Window models (Swin) have no global token sequence to reduce and are refused with a list of what is "
-            "supported. A new architecture is a new row: see CONTRIBUTING.md.\n",
-        ]
+    """The page on hosts: its prose as it is there, its tables from the walk over all classes."""
+    made = json.loads(COVERAGE.read_text())
+    rows = [row for row in made["classes"] if row["ok"] is not None]
+    apart = [row for row in made["classes"] if row["ok"] is None and not row["why"].startswith("takes ")]
+    tables = {
+        "passport": [passport(made, rows, len(apart))],
+        "summary": [*summary(rows), caches(rows), visual(rows)],
+        "kinds": [line for kind in KINDS for line in kind_of(rows, kind)],
+        "refused": refusals(rows),
+    }
+    return MARKS.sub(lambda m: "\n".join([m[1], *tables[m[2]], m[3]]), (DOCS / "hosts.md").read_text())
+
+
+def passport(made: dict[str, Any], rows: Rows, apart: int) -> str:
+    """What the tables were made from, and what is not in them."""
+    return (
+        f"Every class of transformers {made['transformers']} that an auto class of these kinds maps to, with the "
+        f"default config of its type; of timm {made['timm']} one model of each design. Made by `scripts/coverage.py` "
+        f"with torch {made['torch']} at commit {made['commit']}, {made['when']}; each class has a line in "
+        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core and with two "
+        f"layers of each kind; deeper models take longer. Left out: {apart} classes without attention (convolutional "
+        "networks), or that need other libraries or another model's cache.\n"
+    )
+
+
+def visual(rows: Rows) -> str:
+    """A sentence on the vision-language models: their bridge and their tower."""
+    of = [row for row in rows if row["kind"] == "image-text"]
+    bridge = sum(row.get("bridge") == "verified" for row in of)
+    inside = sum(bool((row.get("tower") or {}).get("verified")) for row in of)
+    return (
+        f"Of the {len(of)} vision-language models {bridge} ({percent(bridge, len(of))}) show on a twin where their "
+        f"visual rows stand, so that methods act at the bridge; {inside} have a tower whose blocks are verified too.\n"
     )
 
 

@@ -83,7 +83,8 @@ QUESTION = "what color is the bag ?"
 def test_doctor_says_what_it_found(model: Path) -> None:
     shown = said(fewer_cli("doctor", model))
     for line in (
-        "vision-language model LLaVA", "vision tower CLIPVisionModel", "blocks 3 x LlamaDecoderLayer",
+        "vision-language model Llava", "vision tower CLIPVisionModel", "blocks 3 x LlamaDecoderLayer",
+        "the bridge verified",
         "image 144 visual rows, 12 x 12", "half removed 72 rows reach the last block",
         "nothing removed output equal to the bit", "session taken off output equal to the bit",
     ):  # fmt: skip

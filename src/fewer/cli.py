@@ -416,7 +416,7 @@ def doctor(
     from rich.table import Table
 
     import fewer
-    from fewer import hosts, verify
+    from fewer import hosts, verify, verify_visual
 
     _quiet()
     network, processor = _load(model)
@@ -424,14 +424,15 @@ def doctor(
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    seeing = isinstance(host, hosts.VisionLanguageHost)
     for what, value in host.describe():
-        if seeing or what != "sites":  # the verdict says more
+        if what != "sites":  # the verdict says more
             table.add_row(what, escape(value))
     for what, value in verify.told(host):
         table.add_row(what, escape(value))
-    if seeing:
-        for what, value in _seen(network, processor):
+    if isinstance(host, hosts.VisionLanguageHost):
+        why = verify_visual.why(host)
+        table.add_row("the bridge", escape(f"refused: {why}") if why else "verified")
+        for what, value in () if why else _seen(network, processor):
             table.add_row(what, escape(value))
         out.print(table)
         return
