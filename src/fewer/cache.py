@@ -643,7 +643,7 @@ class ReducedLayer(DynamicLayer):
         self._note()
 
 
-class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc]
+class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc, override]
     """The same for a block in which a mixer with a state of its own stands beside the attention (Falcon-H1, Zamba)."""
 
     def __init__(self, layer: Any, owner: object) -> None:
@@ -668,7 +668,7 @@ class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc
         ReducedLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         ReducedLayer.reorder_cache(self, beam_idx)
 
 

@@ -65,7 +65,7 @@ def virtual_tokens(model: Any) -> int:
     """How many learned rows PEFT puts in front of every input: prefix tuning, prompt tuning and the like."""
     configs: Any = getattr(model, "peft_config", None)
     active = getattr(model, "active_adapter", None)
-    config = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
+    config: Any = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
     return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 

@@ -112,7 +112,8 @@ def _read(kept: Any, kinds: dict[str, type]) -> Any:
         return [_read(v, kinds) for v in kept]
     if not isinstance(kept, dict):
         return kept
-    what, of = kept["@"], kept.get("of")
+    what: str = kept["@"]
+    of: Any = kept.get("of")
     if what in kinds:
         return kinds[what](**{name: _read(v, kinds) for name, v in kept.items() if name != "@"})
     match what:

@@ -126,6 +126,7 @@ def train(
     optimiser, lines = torch.optim.AdamW(groups, lr=recipe.lr), []
     source, began = _endless(batches), time.perf_counter()
     model.train()
+    assert host.tower_module is not None and host.projector is not None
     host.tower_module.eval()
     for step in range(recipe.steps):
         given = _moved(next(source), model)
@@ -203,6 +204,7 @@ def _own(modules: nn.Module) -> bool:
 def _groups(recipe: Projecting, model: nn.Module, host: VisionLanguageHost, modules: nn.Module) -> list[dict[str, Any]]:
     """What learns, at which rate. Vectors are not decayed."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    assert host.projector is not None
     learning = (
         (1.0, list(modules.parameters())),
         (recipe.projector, list(host.projector.parameters())),
