@@ -63,8 +63,10 @@ def apply(
         )
     host = hosts.find(model)
     if isinstance(host, hosts.VisionLanguageHost):
-        from . import seeing
+        from . import seeing, verify_visual
 
+        for reducer in reducers:
+            verify_visual.check(host, reducer, text(reducer))
         verify.check(host, [r for r in reducers if not seeing.in_tower(r)], text)
         if host.tower is not None:
             verify.check(host.tower, [r for r in reducers if seeing.in_tower(r)], text)
@@ -74,7 +76,7 @@ def apply(
     if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
         raise hosts.HostError(
             f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
-            f"none; known ones: {', '.join(row.name for row in hosts.vision_language.ROWS)}"
+            "none; a whole one is (AutoModelForImageTextToText)"
         )
     if isinstance(host, hosts.DecoderHost):
         from . import caching  # needs transformers, which other hosts may do without

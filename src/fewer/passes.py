@@ -120,8 +120,8 @@ class Pass:
         if full is None or not self.steps or full.shape[-1] == 1:
             return full
         known = self.host.layers[layer]
-        if self.host.text and known.bare and known.way == "table":
-            return None
+        if self.host.text and known.bare and (known.way == "table" or self.packing is not None):
+            return None  # written out, attention may insist on a mask
         return self._fit(full)
 
     def _fit(self, full: Tensor) -> Tensor:

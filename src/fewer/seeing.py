@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import session
 from .caching import CachePass, CacheSession
+from .caching import _text_positions as text_positions
 from .core import Reducer, Seen, Site, Tower, View, VisualReducer
 from .core.layout import Layout
 from .core.visual import looks
@@ -383,7 +384,7 @@ class SeeingSession(CacheSession):
         run = under.run
         assert isinstance(run, CachePass)
         if layer == 0 and x.shape[1] > 1 and run.sight is not None:
-            real, at_rope = run.real(x.shape[1]), kwargs.get("position_ids")
+            real, at_rope = run.real(x.shape[1]), text_positions(kwargs.get("position_ids"))
             run.reading = Looking(self, x, run.layers, real, at_rope, run.sight, run.at)
             return run.reading
         if self.compact and run.layers and any(layer.shift is not None for layer in run.layers):
@@ -461,9 +462,5 @@ def start(
     if execution == "packed":
         raise SessionError("a decoder's cache does not take packed rows; use execution='padded'")
     opened = SeeingSession(model, methods, execution, host, modules, guide, positions)
-    from . import verify_visual  # it opens sessions itself
-
-    for method in opened.methods:
-        verify_visual.check(host, method, text(method))
     opened._attach()
     return opened

@@ -198,7 +198,7 @@ def test_without_a_known_prompt_the_cache_still_shrinks() -> None:
     host = hosts.find(model)
     assert isinstance(host, hosts.VisionLanguageHost)
     assert "image_token_id" in host.bridge.why
-    with pytest.raises(SessionError, match="names no image_token_id"):
+    with pytest.raises(hosts.HostError, match="names no image_token_id"):
         apply(model, "divprune:tokens=4")
     ids = torch.arange(3, 17)[None]
     with apply(model, "snapkv:keep=0.5,window=4,kernel=3") as session, torch.no_grad():
