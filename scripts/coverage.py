@@ -155,12 +155,14 @@ def judged(host: Any) -> dict[str, Any]:
     """The verdict on a host, by the names of places."""
     from fewer import verify
 
-    places = {verify.PLACES[site]: why for site, why in verify.verify(host).places.items()}
+    verdict = verify.verify(host)
+    places = {verify.PLACES[site]: why for site, why in verdict.places.items()}
     if host.kind != "decoder":
         places.pop(verify.PLACES[verify.Site.KV_CACHE], None)
+    refused = {place: " ".join(why.split()) for place, why in places.items() if why}
     return {
         "verified": [place for place, why in places.items() if not why],
-        "refused": {place: " ".join(why.split()) for place, why in places.items() if why},
+        "refused": refused | ({"before block 0": verdict.first} if verdict.first else {}),
         "packed": packs(host),
     }
 
