@@ -48,6 +48,12 @@ DEPTH = 12  # blocks of the model that "by depth" is shown for
 # -- the hosts page ----------------------------------------------------------------------------------------------------
 COVERAGE = ROOT / "benchmarks" / "results" / "hosts.json"
 PLACES = tuple(KNOWN.values())
+WORDS = ("before", "around", "between", "after", "cache")
+SHORT = dict(zip(PLACES, WORDS, strict=True)) | {
+    "the bridge": "bridge",
+    "inside the tower": "tower",
+    "before block 0": "before block 0",
+}
 Rows = list[dict[str, Any]]
 KINDS = {  # kind of a class -> its title, and what is of this kind
     "causal-lm": ("Causal language models", "`AutoModelForCausalLM`."),
@@ -68,6 +74,7 @@ KINDS = {  # kind of a class -> its title, and what is of this kind
     "timm": ("timm", "Of timm one model of each design; found, but not tried on a twin."),
 }
 BRIEFLY = {  # a reason, as an expression -> in a few words
+    "position bias of all others": "it makes the position bias of all others",
     "side by side": "attention and MLP side by side",
     "keep a state": "some blocks keep a state",
     "asks no attention table": "attention does not ask the table",
@@ -82,6 +89,10 @@ BRIEFLY = {  # a reason, as an expression -> in a few words
     "dropping tokens is not|passing tokens by is not": "dropping a token is not hiding it",
     "keeping all tokens changes|keeps all rows changes": "keeping all changes the output",
     "without some rows": "evicting a row is not hiding it",
+    "no prompt with pictures is known": "no prompt with pictures is known that its twin takes",
+    "names no image_token_id": "its config names no placeholder of an image",
+    "was given the prompt as features": "its decoder is not given the prompt as features",
+    "are not what its language model makes": "dropping a row is not hiding it",
     "by cross-attention": "no visual rows: pictures are read by cross-attention",
 }
 KINDS_NEAR = {
@@ -403,6 +414,11 @@ def works(row: dict[str, Any]) -> list[str]:
     return [*inside, *bridge, *row.get("verified", ())]
 
 
+def shortly(places: Iterable[str]) -> str:
+    """Places by one word each, as the table of places has them in bold."""
+    return ", ".join(SHORT[place] for place in places)
+
+
 def kind_of(rows: Rows, kind: str) -> list[str]:
     """The part of the hosts page on one kind: what is verified everywhere, then what is verified in some places."""
     title, says = KINDS[kind]
@@ -420,8 +436,8 @@ def kind_of(rows: Rows, kind: str) -> list[str]:
     if partly:
         lines += ["| class | verified | refused |", "|---|---|---|"]
         for row in partly:
-            why = "; ".join(f"{', '.join(places)}: {words}" for words, places in verdicts(row).items())
-            lines.append(f"| `{row['name']}` | {', '.join(works(row))} | {why} |")
+            why = "; ".join(f"{shortly(places)}: {words}" for words, places in verdicts(row).items())
+            lines.append(f"| `{row['name']}` | {shortly(works(row))} | {why} |")
         lines.append("")
     return lines
 
@@ -438,7 +454,7 @@ def refusals(rows: Rows) -> list[str]:
     types: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not works(row):
-            types.setdefault(row["type"], []).append(row)
+            types.setdefault(row["name" if row["kind"] == "timm" else "type"], []).append(row)
     lines = ["| type | classes | why | nearest that works, or the way out |", "|---|---|---|---|"]
     for name, of in sorted(types.items()):
         reasons = "; ".join(dict.fromkeys(map(reason, of)))

@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import importlib.util
 import io
+import json
 import re
 import shlex
 from dataclasses import fields
@@ -195,6 +196,18 @@ def test_the_lines_of_a_method_page_say_the_same(name):
 def test_every_method_has_a_line_in_the_overview():
     page = script("docs").overview(fewer.registered())
     assert all(f"[`{name}`](methods/{name}.md)" in page for name in fewer.names())
+
+
+def test_the_page_of_hosts_has_every_class():
+    """Each class that was looked at, with a verdict; each that is refused everywhere, with a reason and a way out."""
+    docs = script("docs")
+    rows = [row for row in json.loads(docs.COVERAGE.read_text())["classes"] if row["ok"] is not None]
+    page = docs.hosts_page()
+    above, below = page.split("\n## Refused\n")
+    assert len(rows) > 600
+    assert [row["name"] for row in rows if f"`{row['name']}`" not in (above if docs.works(row) else below)] == []
+    lines = [line.split(" | ") for line in below.splitlines() if line.startswith("| ")][1:]
+    assert [line for line in lines if len(line) != 4 or not all(part.strip("| ") for part in line)] == []
 
 
 def test_the_tables_come_from_the_results(tmp_path, monkeypatch):
