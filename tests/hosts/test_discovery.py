@@ -136,6 +136,23 @@ def test_a_model_that_came_out_last_week() -> None:
     assert torch.equal(model(ids, mask).last_hidden_state, plain)
 
 
+def test_a_causal_text_without_a_cache_keeps_its_order_and_its_last_word() -> None:
+    """CLIP says by a flag that its text is causal, and reads the answer from the last word."""
+    model: Any = twin("CLIPTextModel")
+    assert trusted(model) == INSIDE
+    ids = torch.randint(20, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    drop = Random(KeepRatio(0.5, of="current"), (0,), site=Site.AFTER_BLOCK)
+    with torch.no_grad(), fewer.apply(model, drop) as session:
+        together = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert bool((session.kept(1) == torch.tensor([6, 11])[:, None]).any(-1).all())
+        alone = model(input_ids=ids[:1, :7]).last_hidden_state
+    assert_close(together[:1, :7], alone, atol=1e-5, rtol=1e-4)
+    with pytest.raises(fewer.SessionError, match="packed"):
+        fewer.apply(model, drop, execution="packed")
+
+
 # -- planted faults: what the trials must catch ------------------------------------------------------------------------
 class Counting(StrangeLayer):
     """Its attention scales by how many tokens there are, hidden or not."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewer.compat import CACHE_NAMES, cache_of, without_cache
 
 from . import remembered, rotary
-from .attention import NAME, Call, HostError, Table, fused, spying
+from .attention import NAME, Call, HostError, Table, fused, spying, unsaid
 from .steps import Given, Own, Size, Step, Steps, StepsError, Value, bound, record
 from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
@@ -132,6 +132,7 @@ class Anatomy:
     prefix     protected tokens in front; has_cls: whether the first of them is a class token
     patch, final_norm, pooler   paths from the root
     dense      whether what reads the output of a vision stack wants one row per patch, as a backbone's map does
+    causal     of a text: whether a token sees only those before it; its last one stays then, as much is read from it
     rotation   why keys cannot be turned to other positions, if they cannot in any layer
     shrunk     whether the twin that was watched is smaller than the model
     features   whether the blocks hand on one sequence of features, (B, N, C)
@@ -153,6 +154,7 @@ class Anatomy:
     head_dim: int = 0
     rotation: str | None = None
     dense: bool = False
+    causal: bool = False
     shrunk: bool = True
     features: bool = True
     remarks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
@@ -366,7 +368,8 @@ class _Watch:
 
     def _asked(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict) -> None:
         if self.under is not None:
-            self.seen[self.under].calls.append((module, q, k, mask))
+            shown = unsaid(module, q, k, kwargs) if mask is None else mask
+            self.seen[self.under].calls.append((module, q, k, shown))
 
 
 def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
@@ -409,7 +412,8 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
         kind = "vision"  # a spectrogram cut into patches, as a picture is
     if all(layer.attention is None for layer in layers) and all(hasattr(b, "mixer") for b in blocks):
         kind = "scan"
-    if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not _causal(root, given, blocks):
+    causal = kind == "text" and _causal(root, given, blocks)
+    if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not causal:
         prefix, has_cls = 1, True
     patch = next((p for p, m in watch.maps if m.dim() == 4 and m.shape[-2] * m.shape[-1] == tokens - prefix), None)
     mask = _mask_name(watch.seen, given)
@@ -422,6 +426,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
         named(root), kind, name, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
         features=features,
+        causal=causal,
         dense=hasattr(root, "out_features"),
     )  # fmt: skip
 

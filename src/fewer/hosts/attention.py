@@ -80,6 +80,8 @@ class Call:
         Returns (B, N, H, d) and the probabilities, where the model's own function gives them."""
         if mask is not None and self.fit is not None:
             mask = self.fit(mask)
+        if mask is None and not self.only_looks:
+            mask = unsaid(module, q, k, kwargs)
         scale = kwargs.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         learned = self.policy is not None and self.policy.requires_grad
@@ -94,7 +96,7 @@ class Call:
             self.no_maps(module)
             return out.transpose(1, 2).contiguous(), None
         bias = _sum(mask, self.bias, v.dtype)
-        self.look(q, k, v, scale, bias)
+        self.look(q, k, v, scale, unsaid(module, q, k, kwargs) if bias is None and self.watch else bias)
         if self.policy is not None:  # it only hides, so that the model's own function can do it
             bias = _sum(bias, _dropped(self.policy), v.dtype)
         return plain(module, q, k, v, bias, **kwargs)
@@ -114,6 +116,15 @@ class Call:
                 "attention of packed or softly masked rows has no maps to show for output_attentions=True; use "
                 "execution='padded' and model.eval(), or call the model without"
             )
+
+
+def unsaid(module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The causal mask of an attention that says it by a flag, as a mask: (1, 1, Q, N) bool; None where it has none.
+    A kernel that is given any mask takes the flag for nothing."""
+    flag = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", False) if flag is None else flag) or q.shape[-2] == 1:
+        return None
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()[None, None]
 
 
 def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -120,7 +120,7 @@ class Host:
 
     def opening(self, tokens: Tokens) -> Tokens:
         """The tokens that enter a pass, with what this host knows of them: modalities, what else must stay."""
-        return tokens
+        return tokens.protect(tokens.last) if self.found.causal else tokens
 
     def entering(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The rows that are reduced and the mask that tells their padding, from what the first block gets."""
@@ -227,7 +227,7 @@ class Host:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """One block with the visit's plans executed at its sites. x: (B, N, C); mask: the model's own for the block's
         attention; kwargs: the block's other arguments. Returns the features and what the block gives besides."""
-        if kwargs.get("is_causal"):
+        if kwargs.get("is_causal") and self.kind == "vision":
             raise HostError("causal attention over patches is not supported; call the model with is_causal=False")
         x = visit.before(layer, x)
         call = visit.call(layer)
