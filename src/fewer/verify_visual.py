@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .compat import without_cache
 from .core import KeepRatio, Reducer, Site
 from .core.budgets import Capacity
-from .hosts import HostError, VisionLanguageHost
-from .hosts.anatomy import key_of
+from .hosts import HostError, VisionLanguageHost, remembered
+from .hosts.anatomy import classes_of, code_of, key_of
 from .hosts.bridge import readers
+from .hosts.twin import one_thread
 from .hosts.twin_visual import NoExample, example, twins
 from .methods.vision.random import Random
 from .seeing import SeeingSession
@@ -22,7 +23,7 @@ from .session import Execution
 
 ATOL, RTOL = 5e-4, 5e-3  # the same sums in another order, in float32
 LEFT = 2  # rows of each picture
-_known: dict[str, str] = {}
+_known: dict[tuple[str, tuple[int, ...]], str] = {}
 
 
 class _Unlike(AssertionError):
@@ -33,9 +34,14 @@ def why(host: VisionLanguageHost) -> str:
     """Why the bridge of a class is not trusted; empty where it is."""
     if host.bridge.why:
         return host.bridge.why
-    key = key_of(host.whole)
+    key, classes = (key_of(host.whole), code_of(host.whole)), classes_of(host.whole)
     if key not in _known:
-        _known[key] = _tried(host)
+        found = remembered.read("visual", key[0], classes, ())
+        if not isinstance(found, str):
+            with one_thread():
+                found = _tried(host)
+            remembered.write("visual", key[0], classes, found)
+        _known[key] = found
     return _known[key]
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from fewer.compat import cache_argument
 
-from .anatomy import anatomy, key_of, stacks
+from . import remembered
+from .anatomy import anatomy, classes_of, code_of, key_of, stacks
 from .attention import HostError
-from .twin import TwinError
+from .twin import TwinError, one_thread
 from .twin_visual import NoExample, encodes, example, heights, rows_of, token_of, twins
 
 CELLS = 6  # of a picture, tried for where they answer
@@ -62,23 +63,28 @@ class Bridge:
     why: str = ""
 
 
-_known: dict[str, Bridge | HostError] = {}
+_known: dict[tuple[str, tuple[int, ...]], Bridge | HostError] = {}
 
 
 def bridge(whole: nn.Module) -> Bridge:
     """What is seen of a vision-language model's class; remembered per class and config.
 
     Raises   HostError where no decoder in it can be entered."""
-    key = key_of(whole)
+    key = key_of(whole), code_of(whole)
     if key not in _known:
-        try:
-            _known[key] = observe(whole)
-        except HostError as error:
-            _known[key] = error
-    found = _known[key]
-    if isinstance(found, HostError):
-        raise found.with_traceback(None)
-    return found
+        found = remembered.read("bridge", key[0], classes_of(whole), (Bridge,))
+        if found is None:
+            try:
+                with one_thread():
+                    found = observe(whole)
+                remembered.write("bridge", key[0], classes_of(whole), found)
+            except HostError as error:
+                found = error
+        _known[key] = found
+    known = _known[key]
+    if isinstance(known, HostError):
+        raise known.with_traceback(None)
+    return known
 
 
 def readers(whole: nn.Module) -> list[Any]:
