@@ -189,9 +189,12 @@ def _mixes(block: nn.Module) -> bool:
 
 
 def _mixer(block: nn.Module) -> str | None:
-    """The outermost part of a block that mixes tokens, told by what its class or the part is called."""
-    parts = (p for p, m in block.named_modules() if p and MIXES.search(f"{p.rpartition('.')[2]} {type(m).__name__}"))
-    return next(parts, None)
+    """The outermost part of a block that mixes tokens, told by what its class is called, or what it is called there:
+    norms and the like, which have no parts, may be called after what they stand beside."""
+    parts = [(p, m) for p, m in block.named_modules() if p]
+    by_class = (p for p, m in parts if MIXES.search(type(m).__name__))
+    by_name = (p for p, m in parts if MIXES.search(p.rpartition(".")[2]) and list(m.children()))
+    return next(by_class, None) or next(by_name, None)
 
 
 def stacks(model: nn.Module) -> list[Stack]:
