@@ -87,7 +87,7 @@ class Session:
             patch, norm, pooler = self.host.patch, self.host.final_norm, self.host.pooler
             if patch is not None:
                 undo.callback(patch.register_forward_hook(self._see_grid).remove)
-            if norm is not None and patch is not None:
+            if norm is not None and not self.host.dense:
                 undo.callback(norm.register_forward_hook(self._fill_padding).remove)
             if self.host.reader is not None:
                 undo.callback(self.host.reader.register_forward_pre_hook(self._follow, with_kwargs=True).remove)
