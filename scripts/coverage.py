@@ -182,7 +182,8 @@ def packs(host: Any) -> bool:
     for execution in ("padded", "packed"):
         try:
             with torch.no_grad(), fewer.apply(host.root, method, execution=execution):
-                hidden.append(host.root(**given)[0])
+                out = host.root(**given)[0]
+                hidden.append(out[-1] if isinstance(out, tuple) else out)  # a backbone gives its maps
         except Exception:
             return False
     if hidden[0].shape != hidden[1].shape:
