@@ -105,6 +105,7 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "ok": None, "why": why}
     config = default_config(cls, row["type"])
     if row["kind"] == "image-text":  # its twin needs pictures whose rows fit its config, which `find` knows how to make
+        meet(config)
         with torch.device("meta"):
             whole = cls(config)
         return {**row, "ok": True, **discovered(whole)}
@@ -209,6 +210,7 @@ QSA = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 # What a default config leaves open, although every published one of its type says it.
 SAID: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
@@ -217,9 +219,12 @@ SAID: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
-    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "glm_image_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "glm4v_text": PARTIAL,
+    "glm_image_text": PARTIAL,
     "hunyuan_vl_text": {"head_dim": 128},
+    "glm4v": {"text_config": PARTIAL},
+    "glm46v": {"text_config": PARTIAL},
+    "glm4v_moe": {"text_config": {"head_dim": 128}},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
@@ -238,6 +243,15 @@ SAID: dict[str, dict[str, Any]] = {
     "wav2vec2-conformer": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
 }
+
+
+def meet(config: Any) -> None:
+    """Let the vision tower give rows as wide as the language model takes them: Qwen's defaults and their kin do not."""
+    vision, width = getattr(config, "vision_config", None), config.get_text_config().hidden_size
+    if hasattr(vision, "out_hidden_size"):
+        vision.out_hidden_size = width
+    elif hasattr(vision, "embed_dim") and hasattr(vision, "spatial_merge_size"):
+        vision.hidden_size = width
 
 
 def not_text(cls: type) -> str:
