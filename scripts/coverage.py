@@ -247,7 +247,9 @@ SAID: dict[str, dict[str, Any]] = {
 
 def meet(config: Any) -> None:
     """Let the vision tower give rows as wide as the language model takes them: Qwen's defaults and their kin do not."""
-    vision, width = getattr(config, "vision_config", None), config.get_text_config().hidden_size
+    vision, width = getattr(config, "vision_config", None), getattr(config.get_text_config(), "hidden_size", None)
+    if width is None:
+        return
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = width
     elif hasattr(vision, "embed_dim") and hasattr(vision, "spatial_merge_size"):
