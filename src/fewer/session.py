@@ -345,7 +345,8 @@ def start(
 ) -> Session:  # fmt: skip
     """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
-    if execution == "packed" and not all(layer.bare for layer in host.layers):
+    packs = all(layer.bare for layer in host.layers) and not host.found.streams  # what travels beside is not packed
+    if execution == "packed" and not packs:
         raise SessionError(f"packed execution does not carry {host.name}'s bias; use execution='padded'")
     if execution != "padded" and host.kind == "scan":
         raise SessionError(

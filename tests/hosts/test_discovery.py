@@ -317,6 +317,13 @@ def test_a_forward_that_cannot_be_played_back_says_why() -> None:
         record(Odd(), {"x": torch.randn(2, 3, 4)}, "a")
 
 
+@pytest.mark.parametrize("name", ["T5EncoderModel", "MPNetModel", "RoFormerModel", "EuroBertModel"])
+def test_packed_rows_are_refused_where_something_travels_beside_them(name: str) -> None:
+    """A position bias or a rotary table per token would stand at other rows than the packed ones."""
+    with pytest.raises(fewer.SessionError, match=r"packed execution does not carry .* bias"):
+        fewer.apply(twin(name), Random(KeepRatio(0.5), (0,), site=Site.AFTER_BLOCK), execution="packed")
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 def test_what_was_found_out_is_not_found_out_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In another process: nothing is known there but what the cache folder holds."""
