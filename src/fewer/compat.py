@@ -15,11 +15,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-CACHE_NAMES = (
-    "cache",
-    "past_key_values",
-    "cache_params",
-)  # of a forward's argument and an output's field, newest first
+# Of a forward's argument and of an output's field, newest first.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 @lru_cache(maxsize=1024)

@@ -345,9 +345,8 @@ def start(
 ) -> Session:  # fmt: skip
     """Put methods into a model's blocks; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
-    packs = all(layer.bare for layer in host.layers) and not host.found.streams  # what travels beside is not packed
-    if execution == "packed" and not packs:
-        raise SessionError(f"packed execution does not carry {host.name}'s bias; use execution='padded'")
+    if execution == "packed" and not host.packs:
+        raise SessionError(f"packed execution does not carry {host.name}'s bias or mask; use execution='padded'")
     if execution != "padded" and host.kind == "scan":
         raise SessionError(
             f"a state-space model reads every row it is given, so execution={execution!r} would change its answers; "

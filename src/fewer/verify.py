@@ -59,7 +59,7 @@ _verdicts: dict[tuple[Any, ...], Verdict] = {}
 def verify(host: Host) -> Verdict:
     """Which places of a host's class are trusted; tried once per class and config."""
     if not hasattr(host.root, "config") or host.kind == "cross":  # timm and BLIP's text: known by name, tested here
-        return Verdict(dict.fromkeys(PLACES, ""))
+        return Verdict({site: "" for site in PLACES if site is not Site.KV_CACHE})
     paths = tuple(layer.path for layer in host.layers)
     key = (key_of(host.root), code_of(host.root), paths)
     if key not in _verdicts:

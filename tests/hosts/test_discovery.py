@@ -21,6 +21,7 @@ from fewer.compat import given_cache
 from fewer.core import KeepRatio, Site
 from fewer.hosts import HostError, anatomy, find, stacks
 from fewer.hosts.anatomy import Stream, inputs_of
+from fewer.hosts.attention import Call, fused
 from fewer.hosts.steps import StepsError, bound, record
 from fewer.hosts.twin import build, shrink
 from fewer.methods.vision.random import Random
@@ -317,11 +318,22 @@ def test_a_forward_that_cannot_be_played_back_says_why() -> None:
         record(Odd(), {"x": torch.randn(2, 3, 4)}, "a")
 
 
-@pytest.mark.parametrize("name", ["T5EncoderModel", "MPNetModel", "RoFormerModel", "EuroBertModel"])
+@pytest.mark.parametrize("name", ["T5EncoderModel", "MPNetModel", "RoFormerModel", "EuroBertModel", "DebertaModel"])
 def test_packed_rows_are_refused_where_something_travels_beside_them(name: str) -> None:
-    """A position bias or a rotary table per token would stand at other rows than the packed ones."""
+    """A position bias or a rotary table per token would stand at other rows than the packed ones, and an attention that
+    insists on its mask has none there."""
     with pytest.raises(fewer.SessionError, match=r"packed execution does not carry .* bias"):
         fewer.apply(twin(name), Random(KeepRatio(0.5), (0,), site=Site.AFTER_BLOCK), execution="packed")
+
+
+def test_the_fused_kernel_hears_its_arguments_by_place_and_by_name() -> None:
+    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask, bias = torch.ones(4, 4, dtype=torch.bool).tril(), torch.randn(2, 1, 1, 4)
+    heard = torch.nn.functional.scaled_dot_product_attention
+    want = heard(q, k, v, bias.masked_fill(~mask, float("-inf")))
+    with fused(Call(bias)):
+        assert_close(heard(q, k, v, mask[None, None]), want)
+        assert_close(heard(query=q, key=k, value=v, attn_mask=mask[None, None]), want)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

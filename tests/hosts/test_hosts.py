@@ -16,6 +16,7 @@ from fewer.hosts import HostError, find
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.faults import norms
+from fewer.verify import verify
 from vit import KINDS, images, run, tiny_vit
 
 BIASED = ("beit", "beit_shared")  # packed execution has no place for a bias between tokens
@@ -218,6 +219,10 @@ def test_window_models_and_strangers_are_refused_by_name() -> None:
             fewer.apply(model, "tome")
         assert "fewer doctor" in str(error.value)
         same_snapshot(before, snapshot(model), "a refused model")
+
+
+def test_a_timm_host_claims_no_kv_cache() -> None:
+    assert verify(find(tiny_vit("timm"))).of(Site.KV_CACHE) == "there is no such place in it"
 
 
 def test_timm_without_fused_attention_is_entered_where_it_is_written_out() -> None:

@@ -220,7 +220,7 @@ class Visual:
         if self.tower is None or self.view.source is None:
             raise SignalError(
                 "what the vision tower gave for each visual token is not known here (a video whose frames are pooled, "
-                "or a model whose tower is no known family); choose a method that looks at the projected tokens alone, "
+                "or a model whose tower cannot be entered); choose a method that looks at the projected tokens alone, "
                 "such as divprune"
             )
         return self.tower

@@ -156,7 +156,7 @@ class _Bench:
         self.settings, self.subject, self.watch = settings, subject, watch
         self.threads = torch.get_num_threads()
         self.hardware = record.hardware(subject.device)
-        padded = not all(layer.bare for layer in subject.host.layers)
+        padded = not subject.host.packs
         self.execution: Literal["padded", "packed"] = "padded" if padded else settings.execution
         self._reference: Tensor | None = None
         # One thread: CPU time of this thread, which others on the machine do not disturb.

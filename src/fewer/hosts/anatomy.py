@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewer.compat import CACHE_NAMES, cache_of, without_cache
 
 from . import remembered, rotary
-from .attention import NAME, Call, HostError, Table, fused, spying, unsaid
+from .attention import Call, HostError, Table, fused, spying, unsaid
 from .steps import Given, Own, Size, Step, Steps, StepsError, Value, bound, record
 from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
@@ -105,7 +105,7 @@ class Layer:
 
     attention   path of the part that mixes tokens
     way         how it is reached: "table", "fused", "written", or None
-    bare        whether its mask says no more than which tokens are padding
+    bare        whether its mask says no more than which tokens are padding, and may be left out where none is
     inside      whether the block makes a bias between all tokens itself, from none of its arguments
     turns       of a decoder: whether keys at other positions are keys turned; None = positions change nothing
     steps       its forward in steps
@@ -124,7 +124,8 @@ class Layer:
 class Anatomy:
     """A stack of blocks.
 
-    kind       "vision" | "text" | "sound" | "decoder" | "scan"
+    name       of the class it is in, as messages say it
+    kind       "vision" | "text" | "sound" | "decoder" | "scan" | "cross"
     layers     its blocks, in order
     mask       the argument of a block that masks its attention
     streams    arguments that have an entry per token
@@ -140,7 +141,6 @@ class Anatomy:
 
     name: str
     kind: str
-    root: str
     layers: tuple[Layer, ...]
     mask: str | None = None
     streams: tuple[Stream, ...] = ()
@@ -157,7 +157,6 @@ class Anatomy:
     causal: bool = False
     shrunk: bool = True
     features: bool = True
-    remarks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @property
     def acts(self) -> set[str]:
@@ -406,7 +405,8 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
             "into one another, so that no sample keeps a sequence of its own"
         )
     kind = _kind(root, given, output)
-    layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens) for i, path in enumerate(paths))
+    mask = _mask_name(watch.seen, given)
+    layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens, mask) for i, path in enumerate(paths))
     rotation = None
     if kind == "decoder":
         layers, rotation = _turned(root, given, blocks, layers)
@@ -419,14 +419,13 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not causal:
         prefix, has_cls = 1, True
     patch = next((p for p, m in watch.maps if m.dim() == 4 and m.shape[-2] * m.shape[-1] == tokens - prefix), None)
-    mask = _mask_name(watch.seen, given)
     streams = _streams(watch.seen, tokens, prefix, mask)
     norm = _norm_behind(watch, blocks)
     pooler = next((p for p, m, _, _ in watch.behind if isinstance(m, nn.MultiheadAttention)), None)
     out = next(iter(watch.seen.values())).out
     widths = [q.shape[-1] for s in watch.seen.values() for _, q, _, _ in s.calls]
     return Anatomy(
-        named(root), kind, name, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
+        name, kind, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
         features=features,
         causal=causal,
@@ -450,11 +449,6 @@ def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any])
         return watch, watch(given)
     except Exception as error:
         raise HostError(f"a twin of {type(root).__name__} does not run: {type(error).__name__}: {error}") from None
-
-
-def named(root: nn.Module) -> str:
-    """A root in words: its class, without what all classes are called."""
-    return type(root).__name__
 
 
 def inputs_of(root: nn.Module, seed: int = 0) -> dict[str, Any]:
@@ -552,22 +546,23 @@ def _which(indices: Sequence[int]) -> str:
     return f"block {indices[0]}" if len(indices) == 1 else f"{len(indices)} (the first is {indices[0]})"
 
 
-def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int) -> Layer:
+def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int, mask: str | None) -> Layer:
     """One block: how its attention is reached, and its steps."""
     if seen is None:  # one that needs more than words, such as pictures
         return Layer(path)
     own = {id(m): p for p, m in block.named_modules()}
-    asked = [(own.get(id(m), ""), q, k, mask) for m, q, k, mask in seen.calls if k.shape[-2] >= tokens]
+    asked = [(own.get(id(m), ""), q, k, shown) for m, q, k, shown in seen.calls if k.shape[-2] >= tokens]
     attention, way, bare, inside = None, None, True, False
     if asked:
-        attention, _, _, mask = asked[0]
-        way, bare = "table", mask is None or _bare(mask)
+        attention, _, _, shown = asked[0]
+        way, bare = "table", shown is None or _bare(shown)
         given = [t for _, t in _tensors(list(seen.kwargs.values())) if t.dim() > 2 and t.shape[-1] == tokens]
-        inside = not bare and mask is not None and not any(t.shape[-2] in (1, tokens) for t in given)
+        inside = not bare and shown is not None and not any(t.shape[-2] in (1, tokens) for t in given)
     else:
-        attention = _mixer(block)
-        way = None if attention is None else way_in(block, {seen.entering: seen.x} | without_memory(seen.kwargs))
+        attention, given = _mixer(block), {seen.entering: seen.x} | without_memory(seen.kwargs)
+        way = None if attention is None else way_in(block, given)
         attention = attention if way else None
+        bare = mask is None or way is None or _spared(block, given, mask)
     steps = None
     if attention is not None:
         try:
@@ -594,6 +589,16 @@ def way_in(block: nn.Module, given: Mapping[str, Any]) -> str | None:
     with torch.no_grad(), entered(other, batch=x.shape[0], keys=x.shape[1]):
         block(**given)
     return "written" if other.entered else None
+
+
+def _spared(block: nn.Module, given: Mapping[str, Any], mask: str) -> bool:
+    """Whether a block runs without its mask."""
+    with torch.no_grad():
+        try:
+            block(**{**given, mask: None})
+        except Exception:  # whatever a stranger's code raises
+            return False
+    return True
 
 
 def _bare(mask: Tensor) -> bool:
@@ -710,7 +715,6 @@ def _norm_behind(watch: _Watch, blocks: Sequence[nn.Module]) -> str | None:
 
 
 __all__ = [
-    "NAME",
     "Anatomy",
     "Layer",
     "Stack",
@@ -718,7 +722,6 @@ __all__ = [
     "anatomy",
     "inputs_of",
     "observe",
-    "replace",
     "stacks",
     "twin_of",
 ]

@@ -23,6 +23,7 @@ from fewer.core import Seen
 from fewer.core.attention import attend, masked_attention
 
 NAME = "fewer"  # our key in the attention tables while a session is on
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of the fused kernel, by place
 SUPPORTED = ("sdpa", "eager")  # implementations that take an additive mask
 
 
@@ -156,14 +157,17 @@ class fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("is_causal"):
+        if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = args
-        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        if given.get("is_causal"):
+            return func(*args, **kwargs)
+        q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+        scale = given.get("scale") or q.shape[-1] ** -0.5
         if self.call.only_looks:
-            self.call.look(q, k, v, scale, kwargs.get("attn_mask"))
+            self.call.look(q, k, v, scale, mask)
             return func(*args, **kwargs)
-        return self.call(q, k, v, scale, kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0))
+        return self.call(q, k, v, scale, mask, given.get("dropout_p", 0.0))
 
 
 class AttentionRun(Protocol):

@@ -65,8 +65,8 @@ class Host:
         self.found, self.root, self.path = found, root, path
         self.blocks: list[nn.Module] = [self._part(root, layer.path) for layer in found.layers]
         self.layers: Sequence[Layer] = found.layers
-        self._same()
         self.name, self.kind = found.name, found.kind
+        self._same()
         self.prefix, self.has_cls = found.prefix, found.has_cls
         self.pools_from = found.prefix if found.pools_from is None else found.pools_from
         self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
@@ -78,7 +78,7 @@ class Host:
         for block, layer in zip(self.blocks, self.layers, strict=True):
             if layer.steps is not None and not isinstance(block, layer.steps.of):
                 raise HostError(
-                    f"{layer.path} is a {type(block).__name__} where {self.found.root} makes a "
+                    f"{layer.path} is a {type(block).__name__} where {self.name} makes a "
                     f"{layer.steps.of.__name__}; put a method on first, and wrap or compile the blocks afterwards"
                 )
 
@@ -333,6 +333,11 @@ class Host:
         """Whether a session takes part already."""
         return self.root in _occupied
 
+    @property
+    def packs(self) -> bool:
+        """Whether samples may be packed into one row: nothing but the features has an entry per token."""
+        return all(layer.bare for layer in self.layers) and not self.found.streams
+
     def checkpoint(self, layer: int) -> Callable[..., Tensor] | None:
         """The block's gradient-checkpointing function, if that is on and this is training."""
         block = self.blocks[layer]
@@ -345,14 +350,12 @@ class Host:
     def describe(self) -> Iterator[tuple[str, str]]:
         """What was found, as (what, value) rows."""
         kinds = list(dict.fromkeys(type(b).__name__ for b in self.blocks))
-        yield "family", self.name
-        yield "root", f"{self.path or '(the model itself)'}: {type(self.root).__name__}"
+        yield "root", f"{self.path or '(the model itself)'}: {self.name}"
         yield "blocks", f"{len(self.blocks)} x {', '.join(kinds)}"
         yield "attention", f"{self.heads} heads x {self.head_dim} channels"
         yield "prefix tokens", f"{self.prefix}" + (", the first is the class token" if self.has_cls else "")
         middle = ", between attention and MLP" if "middle" in self.acts else ""
         yield "sites", f"before a block, around it{middle}, after it"
-        yield from self.found.remarks
 
 
 def _restore(block: nn.Module, stand: Stand, before: Any) -> None:

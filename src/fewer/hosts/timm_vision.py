@@ -43,7 +43,7 @@ def anatomy_of(model: Any) -> Anatomy:
         )
     prefix = int(model.num_prefix_tokens)
     return Anatomy(
-        f"timm {name}", "vision", name, layers,
+        f"timm {name}", "vision", layers,
         prefix=prefix, has_cls=getattr(model, "cls_token", None) is not None,
         patch="patch_embed.proj" if isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) else None,
         final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,

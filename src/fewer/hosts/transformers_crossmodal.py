@@ -91,7 +91,7 @@ class CrossHost(Host):
         blocks = [p for p, m in root.named_modules() if type(m).__name__ == "BlipTextLayer"]
         layers = tuple(Layer(p, "crossattention.self", "written") for p in blocks)
         name = "BlipTextModel, its cross-attention"
-        super().__init__(Anatomy(name, "cross", "BlipTextModel", layers, "attention_mask"), root, path)
+        super().__init__(Anatomy(name, "cross", layers, "attention_mask"), root, path)
         self._local = threading.local()
 
     def replace(
