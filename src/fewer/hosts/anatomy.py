@@ -556,8 +556,8 @@ def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int, mask: s
     if asked:
         attention, _, _, shown = asked[0]
         way, bare = "table", shown is None or _bare(shown)
-        given = [t for _, t in _tensors(list(seen.kwargs.values())) if t.dim() > 2 and t.shape[-1] == tokens]
-        inside = not bare and shown is not None and not any(t.shape[-2] in (1, tokens) for t in given)
+        wide = [t for _, t in _tensors(list(seen.kwargs.values())) if t.dim() > 2 and t.shape[-1] == tokens]
+        inside = not bare and shown is not None and not any(t.shape[-2] in (1, tokens) for t in wide)
     else:
         attention, given = _mixer(block), {seen.entering: seen.x} | without_memory(seen.kwargs)
         way = None if attention is None else way_in(block, given)
