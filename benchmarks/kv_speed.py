@@ -32,9 +32,9 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import fewer
-from fewer import caching
 from fewer.evaluation import stats
 from fewer.evaluation.record import commit, now
+from fewer.runtime.sites import kv_cache as caching
 
 METHODS = ("streamingllm:keep={keep},decodes=false", "knorm:keep={keep}", "keydiff:keep={keep}",
            "snapkv:keep={keep},window=64", "expected_attention:keep={keep}", "adakv:keep={keep},window=64")  # fmt: skip

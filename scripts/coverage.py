@@ -130,7 +130,8 @@ def discovered(model: Any) -> dict[str, Any]:
 
     `why` stands where no host was found; `fault` where that was another error than one that is meant for the user.
     """
-    from fewer import hosts, verify_visual
+    from fewer import hosts
+    from fewer.runtime import verify_visual
 
     start = time.perf_counter()
     try:
@@ -154,7 +155,7 @@ def discovered(model: Any) -> dict[str, Any]:
 
 def judged(host: Any) -> dict[str, Any]:
     """The verdict on a host, by the names of places."""
-    from fewer import verify
+    from fewer.runtime import verify
 
     verdict = verify.verify(host)
     places = {verify.PLACES[site]: why for site, why in verdict.places.items()}

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import fewer
-from fewer import Reducer, Site, texts, zoo
+from fewer import Reducer, Site
 from fewer.core import VisualReducer
-from fewer.core.cached import CacheReducer
+from fewer.core.cache import CacheReducer
+from fewer.datasets import texts
+from fewer.models import zoo
+from fewer.runtime.verify import PLACES as KNOWN
 from fewer.studio.explained import explained
-from fewer.verify import PLACES as KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, TESTS, ASSETS = ROOT / "docs", ROOT / "tests", ROOT / "src" / "fewer" / "assets"

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import fewer
-from fewer import data, zoo
+from fewer.datasets import images as data
+from fewer.models import zoo
 from fewer.studio import pictures
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "tokens.png"

@@ -17,8 +17,8 @@ from torch import nn
 import fewer
 from fewer.core import BudgetError, Capacity, KeepRatio, Mass, PlanError, Remove, Threshold
 from fewer.hosts import HostError
+from fewer.runtime.modules import ModulesError
 from fewer.testing.checks import same_snapshot, snapshot
-from fewer.trained import ModulesError
 from vit import images, run, tiny_vit
 
 

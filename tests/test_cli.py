@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import fewer
 from fewer.cli import app
+from fewer.models.zoo import Processor
 from fewer.testing.models import tiny_vit
-from fewer.zoo import Processor
 
 
 def fewer_cli(*words: object) -> Result:

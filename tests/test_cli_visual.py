@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 import fewer
 from fewer.cli import app
+from fewer.models.zoo import Processor
 from fewer.recipes import vlm
 from fewer.testing.models import tiny_vit
 from fewer.testing.vision_language import prompts, tiny_vlm
-from fewer.zoo import Processor
 
 TEMPLATE = (
     "{% for part in messages[0]['content'] %}"
@@ -107,7 +107,7 @@ def test_generate_reads_images_and_tells_what_is_left_of_them(model: Path, photo
 
 def test_generate_writes_what_the_model_writes(model: Path) -> None:
     network: Any
-    network, processor = fewer.zoo.load_model(model)
+    network, processor = fewer.models.zoo.load_model(model)
     from fewer.studio.seen import example
 
     picture = Image.fromarray(example(2).scenes[0].pixels)
@@ -169,11 +169,11 @@ def test_viz_asks_the_guide_beside_the_model(model: Path, tmp_path: Path, monkey
             return np.asarray(page)[-276:]  # below the words
 
     def missing(*_: object) -> None:
-        raise fewer.zoo.ModelError("none")
+        raise fewer.models.zoo.ModelError("none")
 
     guided = drawn()
     assert np.array_equal(drawn(), guided)
-    monkeypatch.setattr(fewer.zoo, "load_clip", missing)
+    monkeypatch.setattr(fewer.models.zoo, "load_clip", missing)
     assert not np.array_equal(drawn(), guided)
 
 
@@ -192,7 +192,7 @@ def test_pictures_of_cut_images_are_drawn_whole() -> None:
 def test_a_dropped_patch_fades_and_a_kept_one_does_not(model: Path) -> None:
     from fewer.studio.seen import as_seen, left, prompted
 
-    network, processor = fewer.zoo.load_model(model)
+    network, processor = fewer.models.zoo.load_model(model)
     picture = Image.new("RGB", (96, 96), (0, 0, 255))
     given = prompted(network, processor, QUESTION, [picture], None)
     assert as_seen(processor, given, picture).getpixel((5, 5)) == (0, 0, 255)
@@ -276,5 +276,5 @@ def test_a_text_model_sees_no_images(photo: Path, monkeypatch: pytest.MonkeyPatc
     llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
     ))  # fmt: skip
-    monkeypatch.setattr(fewer.zoo, "load_model", lambda name: (llm, vlm.tokenizer()))
+    monkeypatch.setattr(fewer.models.zoo, "load_model", lambda name: (llm, vlm.tokenizer()))
     assert "sees no images" in complaint(fewer_cli("generate", "--model", "x", "--image", photo, "why ?"))

@@ -14,7 +14,7 @@ import tvstub  # noqa: F401  (puts timm's hosts on the list)
 from fewer.core import Reducer
 from fewer.hosts import HostError
 from fewer.methods.vision.diffrate import Learned
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing import CHECKS, FAULTS, Check, Fault, Honest, TinyHost, fitted, text_hosts, tiny_hosts
 
 # Methods with more than one form: each is held to the contract too.

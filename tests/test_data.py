@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewer import data
-from fewer.data import DataError, ImageSet, load
+from fewer.datasets import images as data
+from fewer.datasets.images import DataError, ImageSet, load
 
 needs_fashion = pytest.mark.skipif(not data.FASHION_DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
 needs_tuxpaint = pytest.mark.skipif(not data.TUXPAINT_DEBIAN.is_dir(), reason="tuxpaint-stamps is not installed")

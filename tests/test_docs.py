@@ -20,10 +20,11 @@ import typer
 import fewer
 import fewer.methods.vision
 from decoders import decoder
-from fewer import registry, zoo
+from fewer import registry
 from fewer.cli import app
 from fewer.evaluation import record, stats
 from fewer.evaluation.stats import Interval
+from fewer.models import zoo
 from fewer.testing import models
 from fewer.testing.checks import CHECKS
 from fewer.testing.hosts import TinyHost, fitted

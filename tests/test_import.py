@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import fewer
+from fewer import _moved
 
 ROOT = Path(fewer.__file__).parent
 
@@ -62,6 +64,13 @@ def test_every_public_name_is_there():
         assert getattr(fewer, cls.__name__) is cls
     with pytest.raises(AttributeError, match="NoSuchThing"):
         _ = fewer.NoSuchThing
+
+
+@pytest.mark.parametrize(("old", "new"), _moved.MOVED.items())
+def test_the_old_name_of_a_module_warns_and_is_the_new_one(old: str, new: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, f"fewer.{old}", raising=False)
+    with pytest.warns(DeprecationWarning, match=rf"fewer\.{old} is now fewer\.{new}; the old name goes"):
+        assert import_module(f"fewer.{old}") is import_module(f"fewer.{new}")
 
 
 def imported(path: Path) -> set[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fewer import packaged
-from fewer.packaged import Package, PackageError, cache_folder, keep, read
+from fewer.datasets import packages as packaged
+from fewer.datasets.packages import Package, PackageError, cache_folder, keep, read
 
 FILES = {"toy/b.txt": b"bees", "toy/deep/a.txt": b"ants", "toy/c.bin": b"\0"}
 

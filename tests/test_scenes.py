@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from fewer import scenes
-from fewer.data import DataError, embedded
+from fewer.datasets import scenes
+from fewer.datasets.images import DataError, embedded
+from fewer.datasets.scenes import FORMS, GRID, KINDS, NOUNS, REGIONS, Thing, ask, batch, company, compose, exam, scene
+from fewer.models.zoo import ModelError, load_clip, load_model
 from fewer.recipes import vlm
-from fewer.scenes import FORMS, GRID, KINDS, NOUNS, REGIONS, Thing, ask, batch, company, compose, exam, scene
-from fewer.zoo import ModelError, load_clip, load_model
 
 TINY = vlm.Recipe(
     tower=2, steps=4, keep=40, scenes=4, pairs=2, width=32, depth=2, heads=2, inner=32, lm_width=32, lm_depth=2,

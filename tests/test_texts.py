@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from fewer import texts
-from fewer.packaged import PackageError
-from fewer.texts import Paragraph, TextError, TextSet
+from fewer.datasets import texts
+from fewer.datasets.packages import PackageError
+from fewer.datasets.texts import Paragraph, TextError, TextSet
 
 TAB = "Category\tText\nd\tstring\nclass\t\nearn\tprofits rose \nacq\tone buys\tanother\nearn\tthey fell\n\n"
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from fewer import zoo
-from fewer.data import FASHION_CLASSES, ImageSet, load
+from fewer.datasets.images import FASHION_CLASSES, ImageSet, load
+from fewer.datasets.packages import PackageError, read
 from fewer.evaluation.knn import knn_accuracy
-from fewer.packaged import PackageError, read
+from fewer.models import zoo
+from fewer.models.zoo import ModelError, Processor, load_model
 from fewer.recipes import classify
-from fewer.zoo import ModelError, Processor, load_model
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 TINY = classify.Recipe(epochs=8, batch=20, width=16, depth=2, heads=2, patch=4, lr=0.01, lr_rest=0.01, seed=1)

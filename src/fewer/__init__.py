@@ -7,11 +7,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 if TYPE_CHECKING:
     from . import core
+    from .adapters.clip_guide import Guide
     from .core import (
         Budget,
         Capacity,
@@ -26,13 +30,14 @@ if TYPE_CHECKING:
         Tokens,
         reducer,
     )
-    from .entry import apply
-    from .guide import Guide
     from .registry import UnknownMethod, lookup, names, registered
-    from .session import Session, SessionError
+    from .runtime.apply import apply
+    from .runtime.program import SessionError
+    from .runtime.session import Session
     from .spec import SpecError, parse, text
 
 __version__ = "0.1.0"
+sys.meta_path.append(_moved.Finder())
 
 __all__ = [
     "Budget", "Capacity", "Guide", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError",
@@ -42,9 +47,10 @@ __all__ = [
 
 _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not wait for torch
     **dict.fromkeys(("UnknownMethod", "lookup", "names", "registered"), "registry"),
-    **dict.fromkeys(("Session", "SessionError"), "session"),
-    "apply": "entry",
-    "Guide": "guide",
+    "Session": "runtime.session",
+    "SessionError": "runtime.program",
+    "apply": "runtime.apply",
+    "Guide": "adapters.clip_guide",
     **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
 }
 

@@ -48,7 +48,7 @@ def _known(error: Exception) -> bool:
         return True
     from fewer.core import SignalError
     from fewer.hosts import HostError
-    from fewer.session import SessionError
+    from fewer.runtime.program import SessionError
 
     return isinstance(error, (HostError, SessionError, SignalError))
 
@@ -156,8 +156,8 @@ def bench(
         else:
             from fewer.evaluation import bench as images
             from fewer.evaluation import encoders
+            from fewer.models.zoo import Processor
             from fewer.studio.gallery import gallery
-            from fewer.zoo import Processor
 
             settings = images.Settings(**_given(shared | vision))
             reads = not isinstance(loaded[1], Processor)
@@ -416,7 +416,8 @@ def doctor(
     from rich.table import Table
 
     import fewer
-    from fewer import hosts, verify, verify_visual
+    from fewer import hosts
+    from fewer.runtime import verify, verify_visual
 
     _quiet()
     network, processor = _load(model)
@@ -504,8 +505,8 @@ def distance(
 
     import torch
 
+    from fewer.datasets.texts import book
     from fewer.evaluation import distance as job
-    from fewer.texts import book
 
     _quiet()
     reach = job.Reach(near, far, seed=seed)
@@ -612,7 +613,7 @@ def _quiet() -> None:
 
 
 def _load(name: str) -> tuple[Any, Callable[..., Any]]:
-    from fewer.zoo import load_model
+    from fewer.models.zoo import load_model
 
     return load_model(name)
 
@@ -620,7 +621,7 @@ def _load(name: str) -> tuple[Any, Callable[..., Any]]:
 def _applied(network: Any, forms: Sequence[str], guide: Any = None) -> tuple[Any, bool]:
     """A session, with random modules where the package has none for this model; and whether that was so."""
     import fewer
-    from fewer.trained import UNTRAINED, ModulesError
+    from fewer.runtime.modules import UNTRAINED, ModulesError
 
     try:
         return fewer.apply(network, list(forms), guide=guide), False
@@ -632,7 +633,7 @@ def _guide(name: str, network: Any) -> Any:
     """The image-text model beside a vision-language model, for methods that compare patches with the question; None
     where there is none."""
     import fewer
-    from fewer import zoo
+    from fewer.models import zoo
 
     try:
         return fewer.Guide(*zoo.load_clip(name, network))
@@ -695,7 +696,7 @@ def _difference(a: Any, b: Any) -> str:
 
 
 def _image(name: str) -> Any:
-    from fewer import data
+    from fewer.datasets import images as data
 
     head, colon, index = name.rpartition(":")
     if colon and not Path(name).exists():

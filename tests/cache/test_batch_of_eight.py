@@ -8,7 +8,7 @@ import torch
 import fewer
 from decoders import decoder, prompt
 from fewer.core import Site
-from fewer.core.cached import CacheReducer
+from fewer.core.cache import CacheReducer
 
 LENGTHS = (23, 19, 31, 17, 26, 40, 21, 37)
 GREEDY = dict(max_new_tokens=5, do_sample=False)

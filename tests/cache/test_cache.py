@@ -14,12 +14,14 @@ from transformers.modeling_utils import AttentionInterface
 
 import fewer
 from decoders import COMMON, WINDOW, attention_of, decoder, prompt
-from fewer.cache import CacheError, ReducedLayer
 from fewer.compat import cached
 from fewer.core import Budget, KeepRatio, Place, Seen
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheSignals, Rotary, Rows
+from fewer.core.cache import CacheSignals, Rows
+from fewer.core.rope import Rotary
 from fewer.hosts import HostError
+from fewer.runtime.kv.layer import ReducedLayer
+from fewer.runtime.kv.state import CacheError
 from fewer.spec import parse, text
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)

@@ -69,7 +69,7 @@ def test_rows_fold_into_their_twins(family, lengths):
 
 def test_a_row_and_its_copy_become_one_and_strangers_are_dropped():
     from fewer.core import Place, Seen
-    from fewer.core.cached import CacheSignals, Rows
+    from fewer.core.cache import CacheSignals, Rows
     from fewer.spec import parse
 
     k = torch.eye(4)[None, None, [0, 1, 0, 2, 3, 0]]  # rows 0, 2 and 5 are alike; 1, 3, 4 are like nobody

@@ -13,7 +13,7 @@ import fewer
 from decoders import FAMILIES, WINDOW, decoder, hiding, prompt
 from fewer.compat import cached
 from fewer.core import Site
-from fewer.core.cached import Rereader
+from fewer.core.cache import Rereader
 
 METHODS = (
     "knorm:keep=0.5",

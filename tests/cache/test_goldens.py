@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import fewer
 from fewer.compat import cache_of, cached
 from fewer.core import Place, Seen
-from fewer.core.cached import CacheSignals, Rows
+from fewer.core.cache import CacheSignals, Rows
 from fewer.spec import parse
 from kvgoldens import GOLDENS, NAMES, golden, specs, stays
 

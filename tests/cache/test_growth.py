@@ -11,13 +11,13 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import decoder, prompt
-from fewer import cache as caches
-from fewer.caching import CacheSession
 from fewer.compat import cached
 from fewer.core import Seen, attention
-from fewer.core.cached import _highest
+from fewer.core.cache.selectors import _highest
 from fewer.core.ragged import Packing
 from fewer.core.tokens import Group
+from fewer.runtime.kv import layer as caches
+from fewer.runtime.sites.kv_cache import CacheSession
 
 ROW = 2 * 2 * 8 * 4  # two heads, keys and values of eight numbers of four bytes
 HEADWISE = "adakv:keep=0.5,window=3,kernel=3,alpha=0.1"

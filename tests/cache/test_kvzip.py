@@ -11,7 +11,7 @@ import fewer
 from decoders import decoder, hiding, prompt
 from fewer.compat import cached
 from fewer.core import Place, Seen
-from fewer.core.cached import CacheSignals, Rows
+from fewer.core.cache import CacheSignals, Rows
 from fewer.spec import parse, text
 
 FULL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 import fewer
 from decoders import FAMILIES, decoder, prompt
-from fewer.cache import CacheError
 from fewer.compat import cached
-from fewer.core.codes import Codec, Codes, dequantise, pack, quantise, unpack
+from fewer.core.cache.quantised import Codec, Codes, dequantise, pack, quantise, unpack
+from fewer.runtime.kv.state import CacheError
 from fewer.spec import parse, text
 
 GREEDY = dict(max_new_tokens=8, do_sample=False)

@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 import fewer
 from decoders import decoder, prompt
+from fewer.adapters.kvpress import Press, Pressed, PressError, adapt
 from fewer.compat import cache_of, cached
 from fewer.core.budgets import BudgetError
-from fewer.presses import Press, Pressed, PressError, adapt
 from kvgoldens import golden, specs, stays
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)

@@ -15,7 +15,7 @@ import fewer
 from decoders import FAMILIES, WINDOW, decoder, hiding, prompt
 from fewer.compat import cached
 from fewer.core import Budget, Hard, KeepRatio, Place, Plan, Seen
-from fewer.core.cached import CacheReducer, CacheSignals, Rows
+from fewer.core.cache import CacheReducer, CacheSignals, Rows
 from fewer.spec import parse
 
 GREEDY = dict(max_new_tokens=8, do_sample=False)

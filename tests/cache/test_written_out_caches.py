@@ -21,7 +21,7 @@ from decoders import VOCAB, prompt
 from fewer.compat import cached
 from fewer.core import KeepRatio, Site
 from fewer.methods.vision.random import Random
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing.checks import same_snapshot, snapshot
 
 IDS: dict[str, Any] = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -183,7 +183,7 @@ def test_the_session_comes_off_and_a_reduced_cache_is_not_used_without_it(family
             model(ids, attention_mask=mask, **cached(model, held), use_cache=True)
         same_snapshot(before, snapshot(model), family)
         assert torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, plain)
-        with pytest.raises(fewer.cache.CacheError, match="not on this model any more"):
+        with pytest.raises(fewer.runtime.kv.state.CacheError, match="not on this model any more"):
             model(ids[:, :1], attention_mask=torch.ones(2, 16), **cached(model, held), use_cache=True)
 
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fewer.core import Capacity, KeepRatio, PlanError, Shape, Threshold, Tokens, View
-from fewer.core.maps import as_maps
 from fewer.core.place import Place
-from fewer.core.regions import Regions, evenly, granted, queries, rectangle
+from fewer.core.visual.convolution import as_maps
+from fewer.core.visual.regions import Regions, evenly, granted, queries, rectangle
 from projecting import picture, ragged
 
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import fewer
-from fewer.data import ImageSet
+from fewer import hosts
+from fewer.datasets.images import ImageSet
 from fewer.evaluation import bench, stats
 from fewer.evaluation.bench import Settings, Watch, against_random, run
 from fewer.evaluation.record import Journal, JournalError, Row
 from fewer.evaluation.settings import UNREDUCED, default_methods, split_forms
 from fewer.evaluation.subject import Subject, SubjectError
+from fewer.models.zoo import Processor
 from fewer.registry import UnknownMethod
 from fewer.testing.models import tiny_vit
-from fewer.zoo import Processor
 
 SETTINGS = Settings(batch=8, repeats=3)
 FORMS = ("random:keep=0.5,layers=1", "tome:r=2", "tome:r=0", "evit:layers=1+2")
@@ -231,7 +232,7 @@ def test_the_draw_is_balanced_and_repeats() -> None:
 
 
 def test_the_default_list_fits_other_models() -> None:
-    host = fewer.session.hosts.find(tiny_vit(depth=6, image=56, patch=8))  # 49 patches, half the blocks
+    host = hosts.find(tiny_vit(depth=6, image=56, patch=8))  # 49 patches, half the blocks
     forms = default_methods(host)
     assert "tome:r=6" in forms  # 11 * 12 / 6 * 49 / 196 = 5.5, to even
     assert forms[0] == "random:keep=0.7"

@@ -8,8 +8,8 @@ import torch
 import fewer
 from fewer.core import BudgetError
 from fewer.evaluation.calibrate import calibrate, model_grid, predict
+from fewer.runtime.modules import UNTRAINED
 from fewer.testing.models import images, tiny_vit
-from fewer.trained import UNTRAINED
 
 SHAPE = {"image": 48, "patch": 8, "depth": 10}
 

@@ -10,9 +10,8 @@ from torch.testing import assert_close
 
 from decoders import VOCAB, decoder, prompt
 from fewer import hosts
-from fewer.core.cached import Rotary
 from fewer.core.plan import PlanError
-from fewer.core.rotary import pair_logits, slow_pairs
+from fewer.core.rope import Rotary, pair_logits, slow_pairs
 from fewer.evaluation import distance
 from fewer.evaluation.distance import Reach, control, probe, spearman, token_losses
 
@@ -170,7 +169,7 @@ def test_the_command_line_finds_silences_and_writes(tmp_path, monkeypatch: pytes
     from typer.testing import CliRunner
 
     from fewer import cli
-    from fewer import texts as shelf
+    from fewer.datasets import texts as shelf
 
     words = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     monkeypatch.setattr(cli, "_load", lambda name: (decoder("llama"), lambda text, **_: {"input_ids": words}))

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from fewer.core import Site
+from fewer.datasets.texts import Encoded
 from fewer.evaluation import bench
 from fewer.evaluation.bench import Settings, against_random
 from fewer.evaluation.encoders import TextSubject, every_block
 from fewer.evaluation.subject import SubjectError
-from fewer.texts import Encoded
 
 CONFIG = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,

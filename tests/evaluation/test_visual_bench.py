@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewer import scenes
+from fewer.datasets import scenes
 from fewer.evaluation import visual
 from fewer.evaluation.record import Row
 from fewer.evaluation.settings import UNREDUCED

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewer.datasets.texts import Paragraph
 from fewer.evaluation.language.tasks import Material
-from fewer.texts import Paragraph
 
 SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti")
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 
-from fewer import hosts, verify
+from fewer import hosts
 from fewer.core import Site
 from fewer.hosts import twin
+from fewer.runtime import verify
 
 BLOCK = {Site.BEFORE_BLOCK, Site.AROUND_BLOCK, Site.AFTER_BLOCK}
 MIDDLE, CACHE = {Site.MID_BLOCK}, {Site.KV_CACHE}

@@ -15,7 +15,7 @@ import fewer
 from decoders import VOCAB, decoder, hiding, prompt
 from fewer.compat import cached
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.faults import norms

@@ -11,13 +11,14 @@ import transformers
 from torch import Tensor, nn
 
 import fewer
-from fewer import hosts, verify_visual
-from fewer.core.signals import SignalError
+from fewer import hosts
+from fewer.core.errors import SignalError
 from fewer.hosts import HostError, LayoutError
 from fewer.hosts.bridge import bridge
 from fewer.hosts.twin import build, shrink
 from fewer.hosts.twin_visual import _fewer_rows, encodes, example
-from fewer.session import SessionError
+from fewer.runtime import verify_visual
+from fewer.runtime.program import SessionError
 from fewer.testing.vision_language import prompts, tiny_vlm
 
 torch.set_num_threads(1)

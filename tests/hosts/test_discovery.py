@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama import modeling_llama
 
 import fewer
-from fewer import verify
 from fewer.compat import given_cache
 from fewer.core import KeepRatio, Site
 from fewer.hosts import HostError, anatomy, find, stacks
@@ -25,6 +24,7 @@ from fewer.hosts.attention import Call, fused
 from fewer.hosts.steps import StepsError, bound, record
 from fewer.hosts.twin import build, shrink
 from fewer.methods.vision.random import Random
+from fewer.runtime import verify
 from fewer.testing.checks import same_snapshot, snapshot
 
 INSIDE = {Site.BEFORE_BLOCK, Site.AROUND_BLOCK, Site.MID_BLOCK, Site.AFTER_BLOCK}

@@ -800,7 +800,7 @@ def test_the_packaged_model_in_a_pipeline():
     from PIL import Image
     from transformers import pipeline
 
-    from fewer import zoo
+    from fewer.models import zoo
 
     model, processor = zoo.load_model()
     picture = Image.fromarray((255 * torch.rand(28, 28)).byte().numpy())

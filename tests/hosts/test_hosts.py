@@ -13,10 +13,10 @@ from torch.testing import assert_close
 import fewer
 from fewer.core import Budget, Plan, Remove, Signals, Site, Threshold, Tokens, select
 from fewer.hosts import HostError, find
+from fewer.runtime.verify import verify
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.faults import norms
-from fewer.verify import verify
 from vit import KINDS, images, run, tiny_vit
 
 BIASED = ("beit", "beit_shared")  # packed execution has no place for a bias between tokens

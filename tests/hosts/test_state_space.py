@@ -16,7 +16,7 @@ from decoders import VOCAB, prompt
 from fewer.compat import cache_of, cached
 from fewer.core import Budget, KeepRatio, Reducer, SignalError, Site
 from fewer.hosts import HostError
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 

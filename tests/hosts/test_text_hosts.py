@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import fewer
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, select
 from fewer.hosts.attention import spying
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 

@@ -12,13 +12,14 @@ from transformers import CLIPConfig, CLIPModel
 
 import fewer
 from fewer import hosts
+from fewer.adapters.clip_guide import Guide
 from fewer.compat import cache_of, cached
-from fewer.core import Plan, Signals, Tokens, rotary
+from fewer.core import Plan, Signals, Tokens
+from fewer.core import rope as rotary
 from fewer.core.learned import Learned
-from fewer.guide import Guide
 from fewer.hosts import LayoutError
 from fewer.methods.multimodal.fastv import FastV
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing.vision_language import IMAGE, MODELS, alone, prompts, tiny_vlm
 
 torch.set_num_threads(1)
@@ -364,7 +365,7 @@ def test_bad_input_is_told() -> None:
 def test_a_static_cache_is_refused() -> None:
     from transformers import StaticCache
 
-    from fewer.cache import CacheError
+    from fewer.runtime.kv.state import CacheError
 
     model = tiny_vlm("llava")
     inputs = prompts(model, [1])

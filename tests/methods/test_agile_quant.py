@@ -12,7 +12,7 @@ import fewer
 from cases import normal, seeds
 from decoders import decoder, prompt
 from fewer.core import Group, KeepRatio, Place, Seen, Signals, Tokens, attention, naive
-from fewer.core.codes import rounded
+from fewer.core.cache.quantised import rounded
 from fewer.methods.language.agile_quant import AgileQuant
 from fewer.testing.checks import same_snapshot, snapshot
 

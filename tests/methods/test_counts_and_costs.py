@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fewer
-from fewer.ledger import Entry
+from fewer.runtime.costs import Entry
 from fewer.testing.models import KINDS, Shape
 from vit import images, run, tiny_vit
 

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import decoder, prompt
-from fewer import trained
 from fewer.compat import cache_of, cached
 from fewer.core.attention import grouped_product
 from fewer.methods.language.tokenbutler import Butler
-from fewer.trained import ModulesError
+from fewer.runtime import modules as trained
+from fewer.runtime.modules import ModulesError
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
 
@@ -229,9 +229,9 @@ def test_the_package_has_a_predictor_for_smollm2():
 @pytest.mark.slow
 def test_the_packaged_predictor_finds_what_smollm2_attends_to():
     """On a text of another kind, through the measure the recipe uses; the default door finds the predictor."""
+    from fewer.datasets.texts import book
+    from fewer.models.zoo import load_model
     from fewer.recipes.predict import measure, read
-    from fewer.texts import book
-    from fewer.zoo import load_model
 
     model, tokenizer = load_model("smollm2-135m")
     ids = torch.tensor(tokenizer(book("moby-dick")[300_000:302_000])["input_ids"])[:256]

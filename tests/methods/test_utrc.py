@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from cases import batches, normal, padded, seeds, tied, tied_scores
 from fewer.core import KeepRatio, Place, Remove, Signals, Tokens, match, naive
-from fewer.core.signals import SignalError
+from fewer.core.errors import SignalError
 from fewer.methods.language.utrc import UTRC
 
 

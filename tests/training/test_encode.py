@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
 import fewer
+from fewer.datasets.texts import Encoded
 from fewer.recipes.encode import (
     Encode,
     Found,
@@ -25,8 +26,7 @@ from fewer.recipes.encode import (
     saliency,
     train,
 )  # fmt: skip
-from fewer.texts import Encoded
-from fewer.trained import read_card
+from fewer.runtime.modules import read_card
 from fewer.training import losses
 
 

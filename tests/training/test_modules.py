@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fewer
-from fewer import trained
-from fewer.trained import ModulesError
+from fewer.runtime import modules as trained
+from fewer.runtime.modules import ModulesError
 from vit import images, run, tiny_vit
 
 METHOD = "dynamicvit:keep=0.5,layers=1+2"

@@ -15,7 +15,7 @@ from fewer.methods.language.dynamic_pooling import SOURCES
 from fewer.models.hourglass import UNKNOWN, Hourglass, Settings
 from fewer.recipes import pooling
 from fewer.recipes.pooling import BLOCK, EVERY, Recipe, alphabet, bits, losses, split, unigram_ends
-from fewer.trained import ASSETS
+from fewer.runtime.modules import ASSETS
 
 SMALL = {
     "steps": 16,
@@ -153,8 +153,8 @@ def test_models_are_compared_on_the_same_windows(tmp_path: Path) -> None:
 
 
 def test_the_command_line_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewer import texts
     from fewer.cli import app
+    from fewer.datasets import texts
 
     monkeypatch.setattr(texts, "book", {"moby-dick": TEXT}.__getitem__)
     changes = [f"--set={key}={value}" for key, value in (SMALL | {"book": "moby-dick", "steps": 2}).items()]

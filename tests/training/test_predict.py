@@ -10,10 +10,11 @@ from torch.testing import assert_close
 
 import fewer
 from decoders import VOCAB, decoder, prompt
-from fewer import hosts, trained
+from fewer import hosts
 from fewer.methods.language.tokenbutler import Butler
 from fewer.recipes import predict
 from fewer.recipes.predict import Passage, Prediction, loss_of, measure, read
+from fewer.runtime import modules as trained
 
 TINY = Prediction(steps=60, length=96, rows=24, reuse=3, pool=6, lr=5e-3, test=3)
 
@@ -132,7 +133,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         Prediction(reuse=0)
     with pytest.raises(ValueError, match="32 tokens"):
         Prediction(length=8)
-    from fewer.zoo import load_model
+    from fewer.models.zoo import load_model
 
     with pytest.raises(hosts.HostError, match="decoder"):
         predict.train(TINY, tmp_path, model=load_model("vit-fashion"), ids=text_ids(3000))

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import fewer
+from fewer.datasets.scenes import Batch
 from fewer.recipes.projector import Projecting, train, with_answers
-from fewer.scenes import Batch
 from fewer.testing.vision_language import tiny_vlm
 
 

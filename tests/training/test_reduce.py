@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import fewer
-from fewer.data import ImageSet
+from fewer.datasets.images import ImageSet
 from fewer.recipes.reduce import Reduction, train
-from fewer.trained import read_card
+from fewer.runtime.modules import read_card
 from vit import tiny_vit
 
 

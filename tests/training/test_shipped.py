@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fewer
-from fewer.data import embedded
-from fewer.trained import ASSETS, ModulesError, read_card
+from fewer.datasets.images import embedded
+from fewer.models.zoo import load_model
+from fewer.runtime.modules import ASSETS, ModulesError, read_card
 from fewer.training import losses
-from fewer.zoo import load_model
 
 FILES = sorted((ASSETS / "vit-fashion").glob("*-*.safetensors")) + [
     ASSETS / "vit-fashion" / f"{name}.safetensors" for name in ("dynamicvit", "tokenlearner")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewer.datasets.texts import Encoded, TextSet, load
+from fewer.models.zoo import load_model
 from fewer.recipes import texts as recipe
 from fewer.recipes.texts import Recipe, train, vocabulary
-from fewer.texts import Encoded, TextSet, load
-from fewer.zoo import load_model
 
 WORDS = ["the", "of", "and", "a", "to", "in", "that", "is", "it", "was", "with", "for", "on", "as", "by", "at", "from"]
 TINY = Recipe(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import fewer
 from cases import golden, normal
 from fewer.core import Capacity, KeepRatio, Place, PlanError, Tokens, select
-from fewer.core.question import spread_out
+from fewer.core.visual.question import spread_out
 from fewer.methods.multimodal.cdpruner import CDPruner
 from insides import alone, inside, kept, with_visual
 

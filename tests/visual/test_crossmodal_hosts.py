@@ -13,7 +13,7 @@ import fewer
 from fewer.core import KeepRatio, Place
 from fewer.hosts import HostError, find
 from fewer.methods.multimodal.turbo_cross import TurboCross
-from fewer.session import SessionError
+from fewer.runtime.program import SessionError
 from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.models import images, run, texts, tiny_vit
 
@@ -279,7 +279,7 @@ def test_run_helper_reads_the_pooled_features() -> None:
 
 
 def test_cross_attention_methods_are_refused_where_there_is_none():
-    from fewer.session import SessionError
+    from fewer.runtime.program import SessionError
     from fewer.testing.vision_language import tiny_vlm
 
     with pytest.raises(SessionError, match="looks at itself"):

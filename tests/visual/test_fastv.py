@@ -18,9 +18,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fewer
-from fewer.core import Capacity, KeepRatio, Place, Seen, SignalError, Signals, Tokens, View, Visual, rotary
-from fewer.core.layout import Item, Layout, Standing, lifted, view
-from fewer.core.relevance import LEAST, attended
+from fewer.core import Capacity, KeepRatio, Place, Seen, SignalError, Signals, Tokens, View, Visual
+from fewer.core import rope as rotary
+from fewer.core.visual.attention import LEAST, attended
+from fewer.core.visual.layout import Item, Layout, Standing, lifted, view
 from fewer.methods.multimodal.fastv import FastV
 from fewer.spec import parse
 from insides import alone, inside, kept, with_visual

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import KeepRatio, attention
-from fewer.core.relevance import strongest
+from fewer.core.visual.attention import strongest
 from fewer.methods.multimodal.fitprune import FitPrune
 from fewer.recipes.fit import fit_schedule, leaving
 from insides import alone, inside, kept

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import PlanError
-from fewer.core.signals import SignalError
+from fewer.core.errors import SignalError
 from fewer.methods.multimodal.honeybee_c import Bottleneck
 from projecting import influence, made, picture, ragged
 from tvstub import timm

@@ -5,7 +5,7 @@ import torch
 
 import fewer
 from fewer.core import Place, Seen, Signals, Tokens, Tower, Visual
-from fewer.core.layout import Item, Layout, Standing, view
+from fewer.core.visual.layout import Item, Layout, Standing, view
 
 SIDE, WIDTH, CHANNELS = 4, 8, 12
 CROPS = ((2, 2), (1, 2))  # of each image

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import Capacity, KeepRatio
-from fewer.core.maps import as_maps
+from fewer.core.visual.convolution import as_maps
 from projecting import made, picture, ragged
 
 

@@ -15,7 +15,7 @@ import fewer
 from fewer.core import Place, Plan, Seen, Signals, Tokens
 from fewer.core.learned import Learned
 from fewer.methods.vision.madtp import MADTP, Dictionary, alignment, controlled, importance, threshold
-from fewer.session import Session
+from fewer.runtime.session import Session
 from fewer.testing import TinyHost
 from fewer.testing.models import answer, images, run, tiny_vit
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import fewer
-from fewer.core.maps import PixelEncoder
-from fewer.core.signals import SignalError
+from fewer.core.errors import SignalError
+from fewer.core.visual.convolution import PixelEncoder
 from fewer.methods.multimodal.mini_gemini import Mining
 from projecting import influence, made, picture, ragged
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import fewer
 from fewer.core import Group, KeepRatio, Place, Remove, Seen, SignalError, Signals, Tokens
 from fewer.methods.multimodal.pumer import PuMer
-from fewer.session import Session
+from fewer.runtime.session import Session
 from fewer.testing import TinyHost
 from fewer.testing.models import run, texts, tiny_vit
 from fewer.training.losses import logit_kl

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import fewer
 from fewer.compat import cache_of, cached
 from fewer.core import SignalError
-from fewer.core.layout import Item
+from fewer.core.visual.layout import Item
 from fewer.hosts import HostError
 from fewer.recipes.projector import Projecting, train
 from fewer.testing.vision_language import prompts, tiny_vlm

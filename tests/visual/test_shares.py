@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fewer.core import Capacity, Hard, KeepRatio, Outliers, Place, Tokens, match, select
 from fewer.core.budgets import BudgetError
-from fewer.core.canvas import Canvas
+from fewer.core.visual.crops import Canvas
 from towers import cut_view, whole_view
 
 

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import Signals
-from fewer.core.maps import as_maps
-from fewer.core.regions import Regions
+from fewer.core.visual.convolution import as_maps
+from fewer.core.visual.regions import Regions
 from projecting import influence, made, picture, ragged
 
 

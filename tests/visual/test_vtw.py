@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewer.core import Tokens
-from fewer.core.layout import Item, Layout, Standing, lifted, view
+from fewer.core.visual.layout import Item, Layout, Standing, lifted, view
 from fewer.methods.multimodal.vtw import VTW
 from fewer.spec import SpecError, parse
 from insides import inside

@@ -3,12 +3,14 @@
 from . import attention, cluster, match, select
 from .attention import Seen
 from .budgets import Budget, BudgetError, Capacity, KeepRatio, Mass, Outliers, Remove, Threshold
+from .errors import SignalError
 from .place import Place, Site
 from .plan import Hard, Masked, Plan, PlanError, Soft
 from .reducer import Card, Reducer, reducer
-from .signals import SignalError, Signals
+from .signals import Signals
 from .tokens import Group, Tokens
-from .visual import Shape, Tower, View, Visual, VisualReducer
+from .visual.method import Shape, VisualReducer
+from .visual.view import Tower, View, Visual
 
 __all__ = [
     "Budget", "BudgetError", "Capacity", "Card", "Group", "Hard", "KeepRatio", "Masked", "Mass", "Outliers", "Place",

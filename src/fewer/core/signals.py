@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import attention
 from .attention import Seen
+from .errors import SignalError
 from .place import Place
 from .tokens import Group, Tokens
 
 if TYPE_CHECKING:
-    from .visual import Visual
+    from .visual.view import Visual
 
 
 class lazy:
@@ -30,10 +31,6 @@ class lazy:
         value = self.function(instance)
         instance.__dict__[self.function.__name__] = value
         return value
-
-
-class SignalError(RuntimeError):
-    """A method asked for something this site cannot show."""
 
 
 @dataclass(eq=False)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewer import data as datasets
-from fewer import zoo
 from fewer.core import Reducer
-from fewer.entry import apply
-from fewer.ledger import Entry, Ledger
-from fewer.session import Session
+from fewer.datasets import images as datasets
+from fewer.models import zoo
+from fewer.runtime.apply import apply
+from fewer.runtime.costs import Entry, Ledger
+from fewer.runtime.modules import UNTRAINED, ModulesError
+from fewer.runtime.session import Session
 from fewer.spec import parse, text
-from fewer.trained import UNTRAINED, ModulesError
 
 from . import record, stats
 from .calibrate import calibrate

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewer import hosts
 from fewer.core import Budget, BudgetError, Capacity, KeepRatio, Mass, Reducer, Remove, Seen, Threshold
-from fewer.entry import apply
 from fewer.hosts import Call, Host
-from fewer.ledger import Ledger
-from fewer.passes import Pass
-from fewer.session import Session
+from fewer.runtime.apply import apply
+from fewer.runtime.costs import Ledger
+from fewer.runtime.modules import UNTRAINED
+from fewer.runtime.session import Session
+from fewer.runtime.sites.blocks import Pass
 from fewer.spec import parse, text
-from fewer.trained import UNTRAINED
 
 STEPS = 40  # halvings of the parameter's range
 FAR = 0.1  # a share of the target; a result further off is no answer

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from fewer import hosts
 from fewer.core import Seen, attention
-from fewer.core.rotary import pair_logits, slow_pairs
+from fewer.core.rope import pair_logits, slow_pairs
 from fewer.core.tokens import Group
 from fewer.hosts.decoder import DecoderHost
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer import texts, zoo
 from fewer.core import Site
+from fewer.datasets import texts
+from fewer.datasets.texts import Encoded
+from fewer.models import zoo
 from fewer.registry import lookup, names
-from fewer.texts import Encoded
 
 from .bench import Settings
 from .subject import Subject, SubjectError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import hosts
-from fewer.data import ImageSet
+from fewer.datasets.images import ImageSet
 from fewer.hosts import Host
 
 from .knn import knn_hits

@@ -2,7 +2,7 @@
 
     rows = run(Settings(limit=50), Path("runs/visual"))
 
-The questions are those of `fewer.scenes`, whose objects' places are known to the patch. Besides right answers a row
+The questions are those of `datasets.scenes`, whose objects' places are known to the patch. Besides right answers a row
 says whether the model sees what is not there, whether it sees the lower part of a picture better than the upper one,
 whether the object that was asked about kept its patches, how well the rest of the picture is still covered, and what
 happens when most of a picture is one patch repeated.
@@ -23,18 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewer import scenes, zoo
+from fewer.adapters.clip_guide import Guide
 from fewer.core import Budget, Capacity, Plan, Reducer, Signals, Tokens, VisualReducer, reducer, select
 from fewer.core.noise import noise
-from fewer.entry import apply
+from fewer.datasets import scenes
+from fewer.datasets.scenes import GRID, Question
 from fewer.evaluation import record, stats
 from fewer.evaluation.bench import FILE, Watch
 from fewer.evaluation.record import Journal, Passport, Row, Score
 from fewer.evaluation.settings import UNREDUCED, split_forms
-from fewer.guide import Guide
-from fewer.scenes import GRID, Question
+from fewer.models import zoo
+from fewer.runtime.apply import apply
+from fewer.runtime.modules import UNTRAINED, ModulesError
 from fewer.spec import parse
-from fewer.trained import UNTRAINED, ModulesError
 
 TASKS = {
     "presence": "is there a ...: half yes, half no",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Seen
-from fewer.core.cached import Rotary
+from fewer.core.rope import Rotary
 
 from . import rotary
 from .anatomy import Anatomy

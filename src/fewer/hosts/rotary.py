@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.core.cached import Rotary
+from fewer.core.rope import Rotary
 
 from .attention import HostError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Seen, Shape
-from fewer.core.layout import Item, Layout
+from fewer.core.visual.layout import Item, Layout
 
 from .anatomy import Stack, anatomy, stacks
 from .attention import HostError

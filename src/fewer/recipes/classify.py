@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, ViTConfig, ViTForImageClassification
 from transformers.masking_utils import sdpa_mask
 
-from fewer.data import ImageSet, fashion_mnist
-from fewer.zoo import Processor
+from fewer.datasets.images import ImageSet, fashion_mnist
+from fewer.models.zoo import Processor
 
 __all__ = ["PatchDrop", "Recipe", "Report", "accuracy", "build", "grid_sincos", "train"]
 
@@ -165,7 +165,7 @@ def train(
     processor: Processor = FASHION,
     log: Callable[[str], None] = print,
 ) -> Report:
-    """Train a classifier and save it where `fewer.zoo.load_model(out)` reads it.
+    """Train a classifier and save it where `fewer.models.zoo.load_model(out)` reads it.
 
     out: folder for the weights, the processor, log.jsonl and report.json; rewritten after every epoch and phase.
     epochs, seed, threads: change these fields of `recipe` (default `Recipe()`).

@@ -35,16 +35,16 @@ from torch.nn import functional as F
 
 from fewer.core import KeepRatio, Reducer
 from fewer.core.learned import Learned
-from fewer.entry import apply
+from fewer.datasets.texts import Encoded, load
 from fewer.evaluation.stats import paired_difference, share
 from fewer.hosts import find
-from fewer.session import Session
+from fewer.models.zoo import load_model
+from fewer.runtime.apply import apply
+from fewer.runtime.session import Session
 from fewer.spec import parse, text
-from fewer.texts import Encoded, load
 from fewer.training import losses
 from fewer.training.costs import vit_macs
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 __all__ = ["BASELINES", "Encode", "Found", "Report", "Score", "evolve", "saliency", "train"]
 

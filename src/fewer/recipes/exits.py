@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer import hosts
-from fewer.entry import apply
+from fewer.runtime.apply import apply
 from fewer.spec import parse, text
 from fewer.training.schedules import warm_cosine
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fewer import hosts
 from fewer.core import KeepRatio, Plan, Signals, Tokens
 from fewer.core.learned import Learned, remember
-from fewer.core.relevance import strongest
-from fewer.entry import apply
+from fewer.core.visual.attention import strongest
 from fewer.methods.multimodal.fitprune import FitPrune
+from fewer.runtime.apply import apply
 
 __all__ = ["Schedule", "fit_schedule", "leaving"]
 

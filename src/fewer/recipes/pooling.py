@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewer import texts
+from fewer.datasets import texts
 from fewer.evaluation import stats
 from fewer.methods.language.dynamic_pooling import entropy_spikes, prior_loss
 from fewer.models.hourglass import UNKNOWN, Hourglass, Reading, Settings
@@ -41,7 +41,7 @@ class Recipe:
     """Everything a run depends on besides the text; the defaults take two to five minutes of one idle core.
 
     method      text form of a `dynamic_pooling`; None trains the plain model
-    book        name of the text, see `fewer.texts.book`; runs of white space become one blank
+    book        name of the text, see `fewer.datasets.texts.book`; runs of white space become one blank
     steps       updates, of `batch` windows of `length` characters each
     lr, lr_rest peak learning rates of Muon (matrices in the blocks) and AdamW (everything else)
     warmup      share of the steps spent rising; from there half a cosine to zero

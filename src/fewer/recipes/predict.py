@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer import hosts, trained
+from fewer import hosts
 from fewer.core.attention import grouped_product
+from fewer.datasets.texts import book
 from fewer.hosts.decoder import DecoderHost
 from fewer.methods.language.tokenbutler import Butler
+from fewer.models.zoo import load_model
+from fewer.runtime import modules as trained
 from fewer.spec import parse, text
-from fewer.texts import book
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 __all__ = ["Passage", "Prediction", "Report", "learn", "loss_of", "measure", "read", "train"]
 

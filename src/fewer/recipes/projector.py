@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, KeepRatio, VisualReducer
-from fewer.entry import apply
+from fewer.datasets.scenes import KINDS, Batch, Question, Split, ask, batch, scene
 from fewer.hosts import VisionLanguageHost, find
-from fewer.scenes import KINDS, Batch, Question, Split, ask, batch, scene
-from fewer.seeing import SeeingSession
+from fewer.models.zoo import load_model
+from fewer.runtime.apply import apply
+from fewer.runtime.sites.vision_language import SeeingSession
 from fewer.spec import parse, text
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 __all__ = ["Projecting", "Report", "Scenes", "train", "train_on_scenes", "with_answers"]
 

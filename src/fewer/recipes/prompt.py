@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from fewer import hosts
 from fewer.compat import cached
-from fewer.entry import apply
+from fewer.datasets.texts import book
+from fewer.models.zoo import load_model
+from fewer.runtime.apply import apply
 from fewer.spec import parse, text
-from fewer.texts import book
 from fewer.training import losses
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 __all__ = ["Prompting", "Report", "continuation_loss", "saliency", "train"]
 

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.core import Reducer
-from fewer.data import ImageSet, load
-from fewer.entry import apply
-from fewer.ledger import Ledger
-from fewer.session import Session
+from fewer.datasets.images import ImageSet, load
+from fewer.models.zoo import load_model
+from fewer.runtime.apply import apply
+from fewer.runtime.costs import Ledger
+from fewer.runtime.session import Session
 from fewer.spec import parse, text
 from fewer.training import costs, losses
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 __all__ = ["Reduction", "Report", "train"]
 

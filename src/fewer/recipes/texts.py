@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fewer.texts import Encoded, TextSet, load
+from fewer.datasets.texts import Encoded, TextSet, load
+from fewer.models.zoo import load_model
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 from .classify import FLOAT32_ATTENTION
 
@@ -164,7 +164,7 @@ def train(
     data: tuple[TextSet, TextSet] | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
-    """Train a classifier and save it where `fewer.zoo.load_model(out)` reads it.
+    """Train a classifier and save it where `fewer.models.zoo.load_model(out)` reads it.
 
     out: folder for the weights, the tokenizer, log.jsonl and report.json.
     steps, seed, threads: change these fields of `recipe` (default `Recipe()`).

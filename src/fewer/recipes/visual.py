@@ -4,7 +4,7 @@
     report = train(Gates("dyvte"), "out")                                  # inside it
     report = train(Search("fitprune", flops=0.5), "out")                   # nothing learns, settings are found
 
-Scenes are those of `fewer.scenes`: the model has to know their words and to answer in one. On other data call the
+Scenes are those of `datasets.scenes`: the model has to know their words and to answer in one. On other data call the
 recipes themselves: `projector.train`, `exits.train_gates`, `exits.train_predictor`, `withdraw.search_layer`,
 `fit.fit_schedule`.
 """
@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from fewer.scenes import Split
+from fewer.datasets.scenes import Split
+from fewer.models.zoo import load_model
 from fewer.spec import parse, text
-from fewer.zoo import load_model
 
 from . import exits, fit, projector, withdraw
 from .exits import Gates, Predicting

@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fewer.scenes import (
+from fewer.datasets.scenes import (
     COLOURS,
     GRID,
     KINDS,
@@ -53,8 +53,8 @@ from fewer.scenes import (
     scene,
     words,
 )
+from fewer.models.zoo import load_model
 from fewer.training.schedules import warm_cosine
-from fewer.zoo import load_model
 
 from .classify import FLOAT32_ATTENTION, grid_sincos
 
@@ -513,7 +513,7 @@ def train(
     recipe: Recipe | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
-    """Train the model and save it, and what belongs to it, where `fewer.zoo.load_model(out)` reads it.
+    """Train the model and save it, and what belongs to it, where `fewer.models.zoo.load_model(out)` reads it.
 
     out: folder for weights (float16), processor, clip/, log.jsonl and report.json. The weights are written every 200
         updates too, and are whole then.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import hosts
-from fewer.entry import apply
+from fewer.runtime.apply import apply
 from fewer.training.losses import logit_kl
 
 __all__ = ["Search", "search_layer"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from fewer.datasets.scenes import GRID, Question
 from fewer.evaluation.settings import UNREDUCED
 from fewer.evaluation.visual import VisualSubject, answers
-from fewer.scenes import GRID, Question
 
 from .gallery import FOLDER
 from .pictures import _font, original, regions

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fewer.data import ImageSet
+from fewer.datasets.images import ImageSet
 from fewer.evaluation.subject import Subject
-from fewer.session import Session
+from fewer.runtime.session import Session
 from fewer.spec import text
 
 from .pictures import followed, sheet

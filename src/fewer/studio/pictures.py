@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .style import ACCENT, FAINT, GONE, INK, PAPER, QUIET, count, rgb
 
 if TYPE_CHECKING:
-    from fewer.session import Session
+    from fewer.runtime.session import Session
 
 TILE = 196  # pixels, longer edge of one picture
 DIMMED = 0.85  # how far dropped patches fade

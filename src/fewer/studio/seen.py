@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fewer.scenes import KINDS, Question, exam
+from fewer.datasets.scenes import KINDS, Question, exam
 
 from .pictures import TILE, moments, original, regions
 from .style import count
 
 if TYPE_CHECKING:
-    from fewer.core.layout import Layout
-    from fewer.seeing import SeeingSession
+    from fewer.core.visual.layout import Layout
+    from fewer.runtime.sites.vision_language import SeeingSession
 
 EXAMPLES = 400
 """Packaged scenes that can be asked for by number."""

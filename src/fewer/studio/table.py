@@ -11,7 +11,7 @@ from fewer.evaluation.language.tasks import TASKS
 from fewer.evaluation.record import Row, Score
 from fewer.evaluation.settings import RANDOM, UNREDUCED
 from fewer.evaluation.stats import Interval
-from fewer.trained import UNTRAINED
+from fewer.runtime.modules import UNTRAINED
 
 from .style import count
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, TextStreamer
 
 from fewer.compat import cached
 from fewer.evaluation.language.subject import Held
-from fewer.looking import Looking
+from fewer.runtime.sites.visual import Looking
 
 from .style import count
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewer.core import Hard, Place, Plan, Reducer, Seen, Signals, Soft, Tokens
-from fewer.passes import Step
+from fewer.runtime.trace import Step
 
 from .hosts import TinyHost, keep_all
 from .models import answer, run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewer.core import Budget, Group, Hard, Plan, Reducer, Remove, Signals, Threshold, Tokens, reducer, select
 from fewer.hosts import Call
-from fewer.session import Session
+from fewer.runtime.session import Session
 
 from . import checks
 from .hosts import TinyHost

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, KeepRatio, Mass, Reducer, Remove, Threshold
-from fewer.entry import apply
 from fewer.hosts import Host, find
-from fewer.session import Session
+from fewer.runtime.apply import apply
+from fewer.runtime.session import Session
 
 from .models import TEXTS, Shape, answer, images, texts, tiny_vit
 

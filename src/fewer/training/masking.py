@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewer.core.lattice import Block, heads_of
+from fewer.core.visual.resampler import Block, heads_of
 from fewer.training.schedules import warm_cosine
 
 

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewer import texts, zoo
-from fewer.caching import CacheLedger
 from fewer.core import Reducer
-from fewer.entry import apply
+from fewer.datasets import texts
 from fewer.evaluation import record, stats
 from fewer.evaluation.bench import FILE, Watch
 from fewer.evaluation.record import Journal, Passport, Row, Score
 from fewer.evaluation.settings import UNREDUCED, cache_methods, split_forms
-from fewer.ledger import Ledger
+from fewer.models import zoo
+from fewer.runtime.apply import apply
+from fewer.runtime.costs import CacheLedger, Ledger
+from fewer.runtime.modules import UNTRAINED, ModulesError
 from fewer.spec import parse
-from fewer.trained import UNTRAINED, ModulesError
 
 from .subject import Held, LanguageSubject
 from .tasks import DEFAULT, Context, Maker, Material, Outcome, TaskError, distinct, repetition

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewer.texts import Paragraph
+from fewer.datasets.texts import Paragraph
 
 Ids = tuple[int, ...]
 Kind = Literal["exact", "choice", "copy", "text"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, check_alpha, check_window, pooled_votes, shared
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, check_alpha, check_window, pooled_votes, shared
 
 
 @reducer("adakv", paper="arXiv:2407.11550", acts="prune", on="kv-cache", training="free")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewer.core import Budget, Capacity, KeepRatio, Plan, Signals, Tokens, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, ragged
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, ragged
 
 
 @reducer("chunkkv", paper="arXiv:2502.00299", acts="prune", on="kv-cache", training="free")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fewer.core import Budget, Hard, KeepRatio, Plan, Signals, Tokens, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, top
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, top
 
 
 @reducer("d2o", paper="arXiv:2406.13035", acts="merge", on="kv-cache", training="free")

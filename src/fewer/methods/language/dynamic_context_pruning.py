@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Hard, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, marked
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, marked
 from fewer.core.learned import Learned, remember
 
 TINY = 1e-40

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, check_alpha, shared, top
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, check_alpha, shared, top
 
 
 @reducer("expected_attention", paper="arXiv:2510.00636", acts="prune", on="kv-cache", training="free")

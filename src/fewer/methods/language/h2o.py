@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewer.core import Budget, KeepRatio, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheSignals, Ranker, Rows
+from fewer.core.cache import CacheSignals, Ranker, Rows
 
 
 @reducer("h2o", paper="arXiv:2306.14048", acts="prune", on="kv-cache", training="free")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, Rows, top
+from fewer.core.cache import CacheReducer, Rows, top
 
 
 @reducer("keydiff", paper="arXiv:2504.15364", acts="prune", on="kv-cache", training="free")

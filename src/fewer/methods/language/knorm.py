@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, Rows, top
+from fewer.core.cache import CacheReducer, Rows, top
 
 
 @reducer("knorm", paper="arXiv:2406.11430", acts="prune", on="kv-cache", training="free")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewer.core import Budget, Hard, KeepRatio, Place, reducer
 from fewer.core.attention import CHUNK, grouped_product
-from fewer.core.cached import CacheSignals, Rereader, Rows, shared, top
+from fewer.core.cache import CacheSignals, Rereader, Rows, shared, top
 from fewer.core.plan import take
 
 

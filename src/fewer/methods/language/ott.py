@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewer.core import reducer
-from fewer.core.cached import CacheReducer
-from fewer.core.codes import Codec
+from fewer.core.cache import CacheReducer
+from fewer.core.cache.quantised import Codec
 
 
 @reducer("ott", paper="arXiv:2505.10938", acts="quantise", on="kv-cache", training="free")

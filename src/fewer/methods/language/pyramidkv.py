@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewer.core import Budget, Capacity, KeepRatio, Place, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, top
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, top
 
 Fidelity = Literal["paper", "code", "kvpress"]
 

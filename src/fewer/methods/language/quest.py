@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewer.core import Budget, Capacity, Hard, Plan, reducer
 from fewer.core.attention import grouped_product
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, ragged
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, ragged
 
 
 @reducer("quest", paper="arXiv:2406.10774", acts="prune", on="kv-cache", training="free")

@@ -8,7 +8,7 @@ import torch
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheReducer, Rows, top
+from fewer.core.cache import CacheReducer, Rows, top
 from fewer.core.noise import noise
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, top
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, check_window, pooled_votes, top
 
 
 @reducer("snapkv", paper="arXiv:2404.14469", acts="prune", on="kv-cache", training="free")

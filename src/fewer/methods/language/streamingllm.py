@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewer.core import Budget, Capacity, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cached import CacheSignals, Ranker, Rows
+from fewer.core.cache import CacheSignals, Ranker, Rows
 
 
 @reducer("streamingllm", paper="arXiv:2309.17453", acts="prune", on="kv-cache", training="free")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fewer.core import Budget, Hard, KeepRatio, reducer
 from fewer.core.attention import grouped_product
-from fewer.core.cached import CacheReducer, CacheSignals, Rotary, Rows, top
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, top
+from fewer.core.rope import Rotary
 
 BASE = 10_000.0  # of the predictor's own rotary embeddings
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewer.core import Budget, Capacity, reducer
-from fewer.core.cached import CacheSignals, Ranker, Rows
+from fewer.core.cache import CacheSignals, Ranker, Rows
 
 
 @reducer("tova", paper="arXiv:2401.06104", acts="prune", on="kv-cache", training="free")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import Block, heads_of, linear_flops
-from fewer.core.maps import PixelEncoder
-from fewer.core.regions import evenly, granted, queries
+from fewer.core.visual.convolution import PixelEncoder
+from fewer.core.visual.regions import evenly, granted, queries
+from fewer.core.visual.resampler import Block, heads_of, linear_flops
 
 
 class MEQFormer(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, VisualReducer, reducer, select
-from fewer.core.question import inverted, resemblance, spread_out
+from fewer.core.visual.question import inverted, resemblance, spread_out
 
 
 @reducer("cdpruner", paper="arXiv:2506.10967", acts="prune", on="multimodal", training="free")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Hard, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, CacheSignals, Rows, marked
+from fewer.core.cache import CacheReducer, CacheSignals, Rows, marked
 from fewer.core.learned import Learned, gumbel, keep_decision, remember
 
 FLOOR = 1e-30  # of a policy whose logarithm is taken: the gradient of the product comes out right down to here

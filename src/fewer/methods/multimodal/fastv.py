@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Site, Tokens, VisualReducer, reducer, select
-from fewer.core.relevance import Score, attended, check_score
 from fewer.core.visual import Scope
+from fewer.core.visual.attention import Score, attended, check_score
 
 
 @reducer("fastv", paper="arXiv:2403.06764", acts="prune", on="multimodal", training="free")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Site, Tokens, VisualReducer, reducer, select
-from fewer.core.relevance import strongest
 from fewer.core.visual import Scope
+from fewer.core.visual.attention import strongest
 
 
 @reducer("fitprune", paper="arXiv:2409.10197", acts="prune", on="multimodal", training="free")

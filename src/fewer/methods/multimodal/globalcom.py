@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, VisualReducer, reducer, select
-from fewer.core.canvas import Canvas
+from fewer.core.visual.crops import Canvas
 
 
 @reducer("globalcom", paper="arXiv:2501.05179", acts="prune", on="multimodal", training="free")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Plan, Shape, SignalError, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import (
+from fewer.core.plan import on_device
+from fewer.core.visual.resampler import (
     Attention,
     Formed,
     agree,
@@ -28,7 +29,6 @@ from fewer.core.lattice import (
     runs,
     sines,
 )
-from fewer.core.plan import on_device
 
 GUIDES = ("none", "coarse", "fine", "direct")
 FRAMES = 256

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, VisualReducer, reducer, select
-from fewer.core.canvas import Canvas
+from fewer.core.visual.crops import Canvas
 
 
 @reducer("hired", paper="arXiv:2408.10945", acts="prune", on="multimodal", training="free")

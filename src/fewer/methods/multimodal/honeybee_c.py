@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import lattice, linear_flops
-from fewer.core.maps import ChannelNorm, Positions, as_maps
-from fewer.core.regions import Regions, granted, rectangle
+from fewer.core.visual.convolution import ChannelNorm, Positions, as_maps
+from fewer.core.visual.regions import Regions, granted, rectangle
+from fewer.core.visual.resampler import lattice, linear_flops
 
 
 class Bottleneck(nn.Module):

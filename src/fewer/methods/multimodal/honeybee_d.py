@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, View, VisualReducer, reducer
-from fewer.core.lattice import heads_of, lattice, linear_flops, mlp
-from fewer.core.maps import Positions, as_maps
-from fewer.core.regions import Regions, granted, queries
+from fewer.core.visual.convolution import Positions, as_maps
+from fewer.core.visual.regions import Regions, granted, queries
+from fewer.core.visual.resampler import heads_of, lattice, linear_flops, mlp
 
 
 class DeformableAttention(nn.Module):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, BudgetError, Plan, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import (
+from fewer.core.plan import on_device
+from fewer.core.visual.resampler import (
     Block,
     Formed,
     Wording,
@@ -23,7 +24,6 @@ from fewer.core.lattice import (
     lattice,
     material,
 )
-from fewer.core.plan import on_device
 
 
 class Asking(nn.Module):

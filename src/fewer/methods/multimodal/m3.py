@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewer.core import Budget, Capacity, KeepRatio, Plan, Signals, Tokens, VisualReducer, reducer
-from fewer.core.regions import Regions, granted
+from fewer.core.visual.regions import Regions, granted
 
 
 @reducer("m3", paper="arXiv:2405.17430", acts="pool", on="multimodal", training="optional")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, KeepRatio, Plan, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import linear_flops
-from fewer.core.maps import PixelEncoder
+from fewer.core.visual.convolution import PixelEncoder
+from fewer.core.visual.resampler import linear_flops
 
 
 class Mining(nn.Module):

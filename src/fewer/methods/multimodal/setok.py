@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Plan, Shape, Signals, Tokens, VisualReducer, cluster, reducer
-from fewer.core.lattice import Block, Formed, channels_of, check_material, heads_of, material, sines
+from fewer.core.visual.resampler import Block, Formed, channels_of, check_material, heads_of, material, sines
 
 
 class Merger(nn.Module):

@@ -25,9 +25,9 @@ from fewer.core import (
     select,
 )
 from fewer.core.plan import on_device, take
-from fewer.core.relevance import Score, attended, check_score, per_sample
 from fewer.core.select import Fidelity
 from fewer.core.visual import Scope
+from fewer.core.visual.attention import Score, attended, check_score, per_sample
 
 OF = 576  # visual tokens the published counts are for
 PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, Shape, Signals, Tokens, VisualReducer, reducer
-from fewer.core.lattice import heads_of, linear_flops, mlp
-from fewer.core.regions import Regions, granted
+from fewer.core.visual.regions import Regions, granted
+from fewer.core.visual.resampler import heads_of, linear_flops, mlp
 
 
 class Packer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewer.core import Budget, Hard, Outliers, Plan, Signals, Tokens, VisualReducer, reducer, select
-from fewer.core.question import inverted, resemblance
+from fewer.core.visual.question import inverted, resemblance
 
 
 @reducer("trim", paper="arXiv:2409.10994", acts="prune+merge", on="multimodal", training="optional")

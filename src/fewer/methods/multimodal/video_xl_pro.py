@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fewer.core import Budget, Plan, Shape, Signals, Tokens, VisualReducer, reducer, select
 from fewer.core.budgets import Capacity
-from fewer.core.lattice import (
+from fewer.core.plan import on_device, take
+from fewer.core.visual.resampler import (
     Attention,
     Formed,
     centres,
@@ -23,7 +24,6 @@ from fewer.core.lattice import (
     material,
     mlp,
 )
-from fewer.core.plan import on_device, take
 
 FRAMES = 4
 

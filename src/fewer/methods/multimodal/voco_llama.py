@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.core import Budget, BudgetError, Capacity, Plan, Signals, Tokens, reducer
-from fewer.core.cached import CacheReducer, Rows, top
+from fewer.core.cache import CacheReducer, Rows, top
 
 
 @reducer("voco_llama", paper="arXiv:2406.12275", acts="distill", on="multimodal", training="required")

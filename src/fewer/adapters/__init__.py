@@ -1,0 +1,1 @@
+"""Other libraries' objects, as ours: presses of kvpress, CLIP as a guide."""

@@ -1,0 +1,1 @@
+"""Pictures, texts and scenes to train on and to measure with."""

@@ -1,0 +1,1 @@
+"""Where methods meet models: programs, sites, sessions, traces."""

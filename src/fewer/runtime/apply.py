@@ -1,0 +1,94 @@
+"""apply: the one door. It asks where the methods act and opens the session for that place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from .. import hosts
+from ..adapters.clip_guide import Guide
+from ..adapters.kvpress import Press, adapt
+from ..compat import virtual_tokens
+from ..core import Reducer, Site
+from ..core.visual import looks
+from ..spec import parse, text
+from . import session, verify
+from .program import Execution, SessionError
+from .session import Session
+
+
+def apply(
+    model: nn.Module,
+    method: str | Reducer | Press | Sequence[str | Reducer | Press],
+    *,
+    execution: Execution = "padded",
+    modules: nn.Module | str | Path | None = None,
+    guide: Guide | None = None,
+    positions: Literal["kept", "compact"] = "kept",
+    **parameters: Any,
+) -> Session:
+    """Put a method, or several, into a model. The model is then called as before, `generate()` included.
+
+    model       a model of transformers or timm; see `fewer doctor`
+    method      a name with its parameters as keywords, a text form ("tome:r=8", "snapkv:keep=0.5,window=64"), a
+                reducer, a press of kvpress (see `fewer.adapters.kvpress`), or a list of these
+    execution   how samples with different counts are run; see Session
+    modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
+                and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
+                random ones. By default those the package has for the packaged model at hand.
+    guide       for vision-language models: how well patches fit a question, where a method asks (see `fewer.Guide`)
+    positions   for vision-language models: "kept", or "compact" to number rows anew where visual ones have left
+
+    Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
+             or unfitting trained modules; SessionError for a second session on the same model. The model is left as
+             it was.
+
+    >>> session = fewer.apply(model, "tome", r=8)  # doctest: +SKIP
+    """
+    items = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+    if not items:
+        raise SessionError("the list of methods is empty: give at least one")
+    if parameters and len(items) > 1:
+        raise SessionError("give parameters inside each method when several are stacked, e.g. 'tome:r=8'")
+    reducers = [parse(adapt(item), **parameters) for item in items]
+    if execution not in get_args(Execution):
+        raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
+    if learned := virtual_tokens(model):
+        raise SessionError(
+            f"{type(model).__name__} puts {learned} learned rows in front of every input (prefix or prompt tuning), "
+            "which a method would drop as if they were words; tune the model with LoRA instead, or apply the method to "
+            "model.get_base_model() and call that"
+        )
+    host = hosts.find(model)
+    if isinstance(host, hosts.VisionLanguageHost):
+        from . import verify_visual
+        from .sites import vision_language as seeing
+
+        for reducer in reducers:
+            verify_visual.check(host, reducer, text(reducer))
+        verify.check(host, [r for r in reducers if not seeing.in_tower(r)], text)
+        if host.tower is not None:
+            verify.check(host.tower, [r for r in reducers if seeing.in_tower(r)], text)
+        return seeing.start(model, reducers, execution, modules, host, guide, positions)
+    if guide is not None or positions != "kept":
+        raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
+    if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
+        raise hosts.HostError(
+            f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
+            "none; a whole one is (AutoModelForImageTextToText)"
+        )
+    if isinstance(host, hosts.DecoderHost):
+        from .sites import kv_cache as caching  # needs transformers, which other hosts may do without
+
+        verify.check(host, reducers, text)
+        return caching.start(model, reducers, execution, modules, host)
+    if cached := [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]:
+        raise hosts.HostError(
+            f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.name} keeps none; a model with a causal "
+            "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
+        )
+    verify.check(host, reducers, text)
+    return session.start(model, reducers, execution, modules, host)

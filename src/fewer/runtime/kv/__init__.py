@@ -1,0 +1,1 @@
+"""The KV cache of a decoder, with rows missing."""

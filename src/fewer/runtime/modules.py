@@ -1,0 +1,189 @@
+"""A method's own trained modules: built for a host, loaded from a file or the package, saved with a card.
+
+One safetensors file holds one method's modules: `<folder>/<method>.safetensors`, or `<method>-<anything>.safetensors`
+for further settings. The package ships some, in the folder of the packaged model they were trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..core import Reducer, VisualReducer
+from ..core.cache import CacheReducer
+from ..hosts import DecoderHost, Host, VisionLanguageHost
+from ..spec import text
+
+ASSETS = Path(__file__).parents[1] / "assets"
+UNTRAINED = "untrained"
+SUFFIX = ".safetensors"
+
+
+ALSO = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-q4")}
+"""Folders of the package whose models are not in it: their hub names, and those of the folders `load_model` keeps."""
+
+
+class ModulesError(ValueError):
+    """A method's trained modules are missing, or do not fit the method or the model."""
+
+
+def build(method: Reducer, host: Host, stages: int) -> nn.ModuleList:
+    """Fresh modules of a method: one nn.ModuleDict per stage, or one for all of them or for a whole cache; empty where
+    it has none."""
+    if isinstance(method, CacheReducer):
+        assert isinstance(host, DecoderHost)
+        whole = nn.ModuleDict(method.predictors(host.channels, host.heads, host.kv_heads, len(host.blocks)))
+        return nn.ModuleList([whole] if len(whole) else [])
+    sets = min(stages, 1) if method.one_for_all else stages
+    if isinstance(method, VisualReducer):
+        assert isinstance(host, VisionLanguageHost)
+        own = [method.parts(host.shape()) for _ in range(stages)] if _has_parts(method) else []
+        return nn.ModuleList(map(nn.ModuleDict, own) if any(own) else [])
+    made = [nn.ModuleDict(method.modules(host.channels, host.heads, stages, host.patches)) for _ in range(sets)]
+    return nn.ModuleList(made if any(map(len, made)) else [])
+
+
+def _has_parts(method: VisualReducer) -> bool:
+    """Whether it has modules of its own, in this form: those that can do without have a field `trained`."""
+    return type(method).parts is not VisualReducer.parts and getattr(method, "trained", True)
+
+
+def prepare(
+    model: nn.Module, host: Host, methods: Sequence[Reducer], stages: Sequence[int],
+    source: nn.Module | str | Path | None,
+) -> nn.ModuleList:  # fmt: skip
+    """The modules of all methods, one nn.ModuleList per method, on the model's device and in its dtype.
+
+    source: see `fewer.apply`. Raises ModulesError where a method's modules are missing or do not fit.
+    """
+    fresh = nn.ModuleList(build(method, host, count) for method, count in zip(methods, stages, strict=True))
+    if isinstance(source, nn.Module):
+        fresh = _given(source, fresh, methods)
+    elif source != UNTRAINED:
+        if source is not None and not any(map(len, fresh)):  # type: ignore[arg-type]
+            raise ModulesError(f"{', '.join(map(text, methods))}: no trained modules to load; leave modules= out")
+        for method, own in zip(methods, fresh, strict=True):
+            if len(own):  # type: ignore[arg-type]
+                assert isinstance(own, nn.ModuleList)
+                _load(own, method, _find(method, _packaged(model, method) if source is None else source))
+    parameter = next(host.root.parameters())
+    return fresh.to(parameter.device, parameter.dtype)
+
+
+def _given(source: nn.Module, fresh: nn.ModuleList, methods: Sequence[Reducer]) -> nn.ModuleList:
+    """Modules handed over as they are: what `session.modules` of an earlier session was, or one method's stages."""
+    modules = source if isinstance(source, nn.ModuleList) else nn.ModuleList([source])
+    if modules and isinstance(modules[0], nn.ModuleDict):
+        modules = nn.ModuleList([modules])
+    wanted = [[sorted(stage) for stage in own] for own in fresh]  # type: ignore
+    found = [[sorted(stage) for stage in own] for own in modules if isinstance(own, nn.ModuleList)]  # type: ignore
+    if wanted != found:
+        raise ModulesError(
+            f"modules= holds {found}, but {' and '.join(map(text, methods))} needs {wanted} "
+            "(methods, stages, module names); give session.modules of a session with the same methods"
+        )
+    return modules
+
+
+def _packaged(model: nn.Module, method: Reducer) -> str | None:
+    """The packaged model this one was loaded from, by its name or its folder inside the package; None where it is
+    another, or where the package has no modules of the method for it."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    path = Path(name)
+    inside = ASSETS / name if "/" not in name else path
+    known = next((folder for folder, names in ALSO.items() if name in names or path.name in names), None)
+    inside = inside if known is None else ASSETS / known
+    if not name or not inside.is_dir() or inside.resolve().parent != ASSETS.resolve():
+        return None
+    return inside.name if any(inside.glob(f"{method.card.name}{SUFFIX}")) else None
+
+
+def _find(method: Reducer, source: str | Path | None) -> list[Path]:
+    """The files that may hold a method's modules: the file itself, those in a folder, or in the package."""
+    name = method.card.name
+    way_out = (
+        f"train them with `fewer train {name} --model MODEL --out DIR` and pass modules=DIR, "
+        f"or pass modules={UNTRAINED!r} for random ones"
+    )
+    if source is None:
+        raise ModulesError(f"{text(method)} needs trained modules, and the package has none for this model: {way_out}")
+    if Path(source).is_file():
+        return [Path(source)]
+    for folder in (Path(source), ASSETS / source):
+        files = [folder / f"{name}{SUFFIX}", *sorted(folder.glob(f"{name}-*{SUFFIX}"))]
+        if files := [f for f in files if f.is_file()]:
+            return files
+    shipped = sorted({p.parent.name for p in ASSETS.glob(f"*/{name}{SUFFIX}")})
+    known = f" (the package has them for {', '.join(shipped)})" if shipped else ""
+    raise ModulesError(
+        f"modules={str(source)!r}: no file, folder or packaged model with {name}{SUFFIX}{known}; {way_out}"
+    )
+
+
+def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path]) -> None:
+    """Fill the modules from a file trained for these shapes and layers: at the same setting if there is one."""
+    from safetensors.torch import load_file
+
+    files = sorted(files, key=lambda path: read_card(path).get("method") != text(method))  # stable: else the first
+    misfits = [misfit for path in files if (misfit := _misfit(modules, method, path))]
+    if len(misfits) == len(files):
+        raise ModulesError(f"{text(method)}: no trained modules fit. " + ". ".join(misfits))
+    path = next(path for path in files if not _misfit(modules, method, path))
+    modules.load_state_dict(load_file(path))
+
+
+def _misfit(modules: nn.ModuleList, method: Reducer, path: Path) -> str:
+    """What speaks against a file, in words; "" where it fits."""
+    from safetensors import safe_open
+
+    card = read_card(path)
+    said = f"{path.name} was trained as {card.get('method', 'an unknown method')}"
+    if (layers := card.get("layers")) is not None and layers != _layers(method):
+        return f"{said}, at layers {layers}, not {_layers(method)}"
+    with safe_open(path, framework="pt") as file:
+        found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+    wanted = {k: tuple(v.shape) for k, v in modules.state_dict().items()}
+    wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if not wrong:
+        return ""
+    key, width = wrong[0], card.get("width", "unknown")
+    return f"{said}, for width {width}: {key} is {found.get(key)}, not {wanted.get(key)}"
+
+
+def _layers(method: Reducer) -> str:
+    return "all" if method.layers is None else "+".join(map(str, method.layers))
+
+
+def read_card(path: str | Path) -> dict[str, str]:
+    """What a file of trained modules says about itself: method, model shape, recipe, data, results."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def save(
+    path: str | Path, methods: Sequence[Reducer], modules: nn.ModuleList, host: Host, card: Mapping[str, str]
+) -> list[Path]:
+    """Write every method's modules as safetensors. Returns the files.
+
+    path: a folder, which gets one `<method>.safetensors` each; or a .safetensors file, for a single trained method.
+    """
+    from safetensors.torch import save_file
+
+    path, files = Path(path), []
+    trained = [(method, own) for method, own in zip(methods, modules, strict=True) if len(own)]  # type: ignore[arg-type]
+    if not trained:
+        raise ModulesError(f"{', '.join(map(text, methods))}: no trained modules to save")
+    single = path.suffix == SUFFIX
+    if single and len(trained) > 1:
+        raise ModulesError(f"{path}: {len(trained)} methods have trained modules; give a folder, each gets its file")
+    (path.parent if single else path).mkdir(parents=True, exist_ok=True)
+    for method, own in trained:
+        file = path if single else path / f"{method.card.name}{SUFFIX}"
+        about = {"method": text(method), "layers": _layers(method), "width": str(host.width), "heads": str(host.heads)}
+        save_file({k: v.detach().cpu().contiguous() for k, v in own.state_dict().items()}, file, about | dict(card))
+        files.append(file)
+    return files

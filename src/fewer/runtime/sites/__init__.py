@@ -1,0 +1,1 @@
+"""The places where tokens leave, one file each."""

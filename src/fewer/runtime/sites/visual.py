@@ -1,0 +1,235 @@
+"""A decoder reads a prompt with visual rows in it: the pass in which methods see those rows only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...compat import without_cache
+from ...core import (
+    Group,
+    Hard,
+    Masked,
+    Plan,
+    Reducer,
+    Seen,
+    Signals,
+    Tokens,
+    View,
+    Visual,
+    VisualReducer,
+    attention,
+)
+from ...core.errors import SignalError
+from ...core.place import Place
+from ...core.plan import on_device, take
+from ...core.visual import looks
+from ...core.visual.layout import Standing, lifted, view, written
+from ...hosts import Call
+from ..trace import Step
+from .compact_positions import at_positions
+from .prefill import Reading
+from .visual_context import Sight
+
+if TYPE_CHECKING:
+    from ..kv.layer import ReducedLayer
+    from ..session import Session
+
+
+class Looking(Reading):
+    """A reading whose prompts hold visual rows: methods made for them plan over these, text and separators stay."""
+
+    def __init__(
+        self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
+        sight: Sight, at: dict[int, ReducedLayer] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(session, x, layers, valid, at_rope)
+        self.at = dict(enumerate(layers)) if at is None else at  # by block
+        self.sight, self.embedded = sight, x
+        self.standing = Standing.of(sight.layout)
+        self._kwargs: dict[str, Any] = {}
+        self._renumbered: tuple[Tensor, Tensor] | None = None  # places of this block's rows, and their new positions
+
+    def _layer(self, layer: int) -> ReducedLayer | None:
+        """What a block keeps of keys and values; None where it keeps a state, or nothing."""
+        return self.at.get(layer)
+
+    # -- the sites ----------------------------------------------------------------------------------------------------
+    def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
+        """As of any reading; of blocks that keep a state, those without padding only.
+
+        Raises   SignalError where prompts are left with different numbers of rows and some blocks keep a state.
+        """
+        if self.steps and self.host.layers[layer].attention is None:
+            if self.tokens.valid is not None and not bool(self.tokens.valid.all()):
+                raise SignalError(
+                    "prompts of this batch are left with different numbers of rows, and blocks of this model keep a "
+                    "state that would read the padding behind the shorter ones; give it prompts and pictures of one "
+                    "length, or one prompt at a time"
+                )
+            return None
+        held = self.layers
+        if held:
+            self.layers = [self._layer(i) or held[0] for i in range(len(self.host.blocks))]
+        try:
+            return super().bias(layer, full)
+        finally:
+            self.layers = held
+
+    def before(self, layer: int, x: Tensor) -> Tensor:
+        if layer == 0 and self.sight.present is not None:
+            x = self._without_absent(x)
+        return super().before(layer, x)
+
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return super().after(layer, self.sight.deepened(layer, x, self.tokens.place()), call)
+
+    def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self._kwargs, self._renumbered = kwargs, None
+        moved = super().streams(layer, kwargs)
+        held = self._layer(layer)
+        old = None if held is None else held.shift
+        if not self.session.compact or not (self.steps or old is not None):  # type: ignore[attr-defined]
+            return moved
+        ids = kwargs.get("position_ids")
+        first = self.tokens.place()[:, :1]
+        first = self.start + first if ids is None else ids.expand(len(first), -1).gather(-1, first)
+        if old is not None:
+            first = first - old[:, None]
+        if held is not None:
+            left = first.new_full(first.shape[:1], self.tokens.n)
+            here = left if self.tokens.valid is None else self.tokens.valid.sum(-1)
+            entered = self.first.n if self.first.valid is None else self.first.valid.sum(-1)
+            gone = entered - here
+            held.shift = gone if old is None else old + gone
+        at = first + torch.arange(self.tokens.n, device=first.device)
+        self._renumbered = self.tokens.place(), at
+        return at_positions(self.session, layer, moved, at)
+
+    def _without_absent(self, x: Tensor) -> Tensor:
+        """Rows whose patches were dropped inside the vision tower stand empty in the prompt: they go."""
+        layout, present = self.sight.layout, self.sight.present
+        assert present is not None
+        if self.tokens.valid is not None:
+            x, _ = self._gathered(x, None, self.tokens.valid, 0)
+        place = self.tokens.place()
+        source = layout.source.gather(-1, place)
+        keep = (source < 0) | present[source.clamp(min=0)]
+        width: int | None = None
+        if self.sight.share is not None and layout.located:
+            kept, of = self.sight.share
+            most = [c * kept // of for c in layout.counts]
+            self.standing = self.standing.reduced(layout, "image", most, True)
+            width = max(self.standing.rows)
+        else:
+            self.standing = replace(self.standing, exact=False, exact_totals=False)
+        if self.tokens.valid is not None:
+            keep = keep & self.tokens.valid
+        order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        same = width is not None and self.tokens.valid is None and len(set(self.standing.rows)) == 1
+        plan = Plan.keep(order, self.tokens.n, None if same else keep.sum(-1))
+        self.steps.append(Step(-1, -1, plan, x))
+        self.tokens = self.tokens.after(plan)
+        return plan.gather(x)
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+    def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
+        if not looks(reducer):
+            return super()._all_stay(reducer, tokens, place)
+        if reducer.adaptive or getattr(reducer, "changes", False):
+            return not any(self.standing.totals)
+        image = _scope(reducer) == "image"
+        counts, exact = self.standing.of_scope(image)
+        start, _ = Standing.of(self.sight.layout).of_scope(image)
+        quiet = replace(place, note=lambda _: None)
+        stays = (reducer.budget.keep(c, replace(quiet, start=s)) == c for c, s in zip(counts, start, strict=True))
+        return not any(counts) or (exact and all(stays))
+
+    def _planned(
+        self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
+    ) -> tuple[Plan, Tensor]:
+        reducer = self.session.methods[method]
+        if not looks(reducer):
+            return super()._planned(method, hidden, tokens, place, seen, branch)
+        layout, scope = self.sight.layout, _scope(reducer)
+        shown = view(layout, self.standing, tokens, scope)
+        inner = Tokens.plain(shown.lines, shown.n, device=hidden.device, valid=shown.valid)
+        start, _ = Standing.of(layout).of_scope(scope == "image")
+        starts = None if shown.valid is None else on_device(list(start), hidden.device)
+        signals = Signals(
+            shown.of(hidden), inner, replace(place, start=max(start), starts=starts), None, layout.grid,
+            self.session.modules_of(method, place.stage), self.session.training, self.memory[method],
+            beside=self._beside(shown, hidden, tokens, place, seen, reducer.site.sees_attention),
+        )  # fmt: skip
+        plan = reducer.plan(signals, inner)
+        if isinstance(plan, Masked):
+            policy = torch.ones(*hidden.shape[:2], 1, device=hidden.device)
+            policy = written(policy, plan.policy[..., None], shown.index, shown.sample, shown.valid)
+            return Plan.mask(policy[..., 0]), hidden
+        anchors = plan if isinstance(plan, Hard) else Plan.keep(plan.position, plan.n, plan.lengths)
+        whole = anchors
+        if reducer.adaptive:  # the device alone knows how many stay: one look, or the others would be carried along
+            anchors = anchors.trimmed()
+        rows = None
+        if isinstance(reducer, VisualReducer) and type(reducer).rows is not VisualReducer.rows:
+            rows = reducer.rows(signals, plan)
+        elif whole is not plan or whole.averages:
+            rows = plan.reduce(signals.hidden)
+        if rows is not None:
+            rows = rows[:, : anchors.m]
+            slot, real = shown.index.gather(-1, anchors.anchor), _real(anchors, shown)
+            hidden = written(hidden, rows, slot, shown.sample, real)
+        full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)
+        return full, hidden
+
+    def _given(self) -> dict[str, Any]:
+        """A block's arguments at the rows that are left, without a cache: to look at its attention before it runs."""
+        given = {**super().streams(0, without_cache(self._kwargs)), "attention_mask": None}
+        return {name: value for name, value in given.items() if name != "use_cache"}
+
+    def _beside(
+        self, shown: View, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, behind: bool
+    ) -> Visual:
+        """behind: whether the site is behind its block's attention, so that the block ahead is the next one."""
+        origin = tokens.place()
+        text = self.sight.layout.text.gather(-1, origin)
+        if tokens.valid is not None:
+            text = text & tokens.valid
+        if (answers := getattr(self.session, "answers", None)) is not None:
+            text = text & ~answers.gather(-1, origin)
+        ahead_known = behind and place.layer + 1 < place.layers
+
+        def tables() -> tuple[Tensor, Tensor]:
+            given = self._kwargs["position_embeddings"]
+            if self._renumbered is not None:
+                standing, at = self._renumbered
+                new = at.new_zeros(len(standing), self.first.n).scatter(-1, standing, at.expand_as(standing))
+                return self.session.rotary(place.layer).tables(new.gather(-1, origin), given[0].dtype)  # type: ignore[attr-defined]
+            cos, sin = (take(t.expand(len(origin), -1, -1), origin) for t in given)
+            return cos, sin
+
+        def peek(queries: Group) -> Tensor:
+            given = {**self._given(), "position_embeddings": tables()}
+            ahead = self.host.peek(place.layer + 1, hidden, given, tokens.valid)  # type: ignore[attr-defined]
+            return attention.rows(ahead, queries)
+
+        return Visual(
+            shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.sight.tower,
+            self.sight.guide(shown), place.spend, peek if ahead_known else None,
+            tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
+        )  # fmt: skip
+
+
+def _scope(reducer: Reducer) -> Any:
+    return getattr(reducer, "scope", "image")
+
+
+def _real(plan: Hard, shown: View) -> Tensor | None:
+    """(R, M) bool: which of a plan's rows are no padding; None = all."""
+    stays = None if shown.valid is None else shown.valid.gather(-1, plan.anchor)
+    if plan.valid is None or stays is None:
+        return plan.valid if stays is None else stays
+    return plan.valid & stays

@@ -1,0 +1,338 @@
+"""What a class is trusted with: a session is put on a twin of it, and its answers are held against the twin's own.
+
+Nothing of the user's is run: the twin is small, random, of the same class and config. Each place to act is tried by
+itself; a place that fails is refused with what was seen, and the others stay open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import hosts
+from ..compat import cache_of, cached
+from ..core import KeepRatio, Reducer, Site
+from ..core.budgets import Capacity
+from ..hosts import Call, Host, HostError, remembered
+from ..hosts.anatomy import classes_of, code_of, inputs_of, key_of, twin_of
+from ..hosts.twin import one_thread
+from ..hosts.written_out import entered
+from ..methods.language.knorm import KNorm
+from ..methods.language.streamingllm import StreamingLLM
+from ..methods.vision.random import Random
+from . import session
+from .kv.state import CacheError
+
+ATOL, RTOL = 2e-4, 2e-3  # the same sums in another order, in float32
+PLACES = {
+    Site.BEFORE_BLOCK: "before a block", Site.AROUND_BLOCK: "around a block",
+    Site.MID_BLOCK: "between attention and MLP", Site.AFTER_BLOCK: "after a block", Site.KV_CACHE: "the KV cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of each place to act: why it is not trusted; empty where it is. first: the same of the first block's entry."""
+
+    places: dict[Site, str]
+    first: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", {Site(site): why for site, why in self.places.items()})
+
+    def of(self, site: Site) -> str:
+        """Why a place is not trusted; empty where it is. The bridge and what stands before it are not judged here."""
+        return self.places.get(site, "" if site is Site.BRIDGE else "there is no such place in it")
+
+
+class _Unlike(AssertionError):
+    """What was seen is not what should be."""
+
+
+_verdicts: dict[tuple[Any, ...], Verdict] = {}
+
+
+def verify(host: Host) -> Verdict:
+    """Which places of a host's class are trusted; tried once per class and config."""
+    if not hasattr(host.root, "config") or host.kind == "cross":  # timm and BLIP's text: known by name, tested here
+        return Verdict({site: "" for site in PLACES if site is not Site.KV_CACHE})
+    paths = tuple(layer.path for layer in host.layers)
+    key = (key_of(host.root), code_of(host.root), paths)
+    if key not in _verdicts:
+        classes, fact = classes_of(host.root), " ".join([key[0], *paths])
+        found = remembered.read("verdict", fact, classes, (Verdict,))
+        if found is None:
+            with one_thread():
+                found = _tried(host, paths)
+            remembered.write("verdict", fact, classes, found)
+        _verdicts[key] = found
+    return _verdicts[key]
+
+
+def _tried(host: Host, paths: tuple[str, ...]) -> Verdict:
+    small = host.found.shrunk
+    twin = twin_of(host.root, small)
+    bound = hosts.bind(hosts.Stack(twin, "", paths))
+    trial = Trial(twin, bound)
+    sites = [site for site in PLACES if site is not Site.KV_CACHE or bound.kind == "decoder"]
+    places = {site: trial.why(site) for site in sites}
+    first = trial.why_first() if bound.kind != "scan" and not places[Site.BEFORE_BLOCK] else ""
+    return Verdict(places, first)
+
+
+class Trial:
+    """A twin and what it answers without us."""
+
+    def __init__(self, twin: nn.Module, host: Host) -> None:
+        self.twin, self.host = twin, host
+        self.given = inputs_of(twin)
+        if host.kind == "decoder":
+            self.given["use_cache"] = False
+        self.depth = len(host.blocks)
+        self.middle = max(self.depth // 2 - 1, 0)  # the last block that others stand behind, at the least
+        self.plain = self.run()
+
+    def why(self, site: Site) -> str:
+        """Why a place is not trusted; empty where it is."""
+        check = self._cache if site is Site.KV_CACHE else self._block
+        try:
+            check(site)
+        except (_Unlike, HostError, CacheError, session.SessionError) as error:
+            return str(error)
+        except Exception as error:  # whatever a stranger's code raises
+            return f"on a small twin of it a trial ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return ""
+
+    def why_first(self) -> str:
+        """Why tokens cannot leave before the first block, where it makes the bias between tokens for all others."""
+        got, kept = self._dropped(Site.BEFORE_BLOCK, 0)
+        want = _rows(self._hidden(kept, range(self.depth)), kept, True)
+        alike = torch.allclose(_rows(got, kept, self.host.dense), want, atol=ATOL, rtol=RTOL)
+        return "" if alike else "its first block makes the position bias of all others, from the tokens it is given"
+
+    # -- places around blocks ------------------------------------------------------------------------------------------
+    def _block(self, site: Site) -> None:
+        host = self.host
+        if "block" not in host.acts:
+            raise _Unlike("its blocks do not hand on one sequence of features")
+        if site is Site.MID_BLOCK and host.kind != "scan" and "middle" not in host.acts:
+            raise _Unlike("attention and MLP run side by side in its blocks, or cannot be told apart")
+        if host.kind != "scan" and "attention" not in host.acts:
+            raise _Unlike("the attention of some of its blocks cannot be entered, so nothing could be hidden from it")
+        if host.kind != "scan" and any(layer.attention is None for layer in host.layers):
+            raise _Unlike(
+                "some of its blocks keep a state instead of attention, which tokens that leave in between would stay in"
+            )
+        every = tuple(range(self.depth))
+        with self._session(Random(KeepRatio(1.0), every, site=site)):
+            _same(self.run(), self.plain, "keeping all tokens changes what the model says")
+        _same(self.run(), self.plain, "after a session the model does not say what it said before")
+        if site is Site.AROUND_BLOCK:
+            self._around()
+            return
+        inside = site in (Site.MID_BLOCK, Site.AFTER_BLOCK)
+        layer = self.middle if inside else min(self.middle + 1, self.depth - 1)
+        got, kept = self._dropped(site, layer)
+        if host.kind != "scan":
+            want = _rows(self._hidden(kept, range(layer + inside, self.depth)), kept, True)
+            _close(_rows(got, kept, host.dense), want, "dropping tokens is not what hiding them is")
+
+    def _around(self) -> None:
+        """Tokens that pass a block by keep what they were; the others are as in a block that is given them alone."""
+        last = self.depth - 1
+        _, kept = self._dropped(Site.BEFORE_BLOCK, last)
+        with self._session(Random(KeepRatio(0.6, of="start"), (last,), site=Site.AROUND_BLOCK)):
+            got = self.run()
+        if self.host.kind != "scan":
+            want = _rows(self._hidden(kept, range(last, self.depth)), kept, True)
+            _close(_rows(got, kept, True), want, "passing tokens by is not what hiding them is")
+
+    def _dropped(self, site: Site, layer: int) -> tuple[Tensor, Tensor]:
+        """What the last block gives where tokens leave in one block, and which tokens its rows are."""
+        with self._session(Random(KeepRatio(0.6, of="start"), (layer,), site=site)) as on:
+            got, kept = self.run(), on.last.kept(self.depth - 1)
+            acted = any(step.method >= 0 for step in on.last.steps)
+        if not acted:
+            raise _Unlike("a method that drops tokens did not act")
+        return got, kept
+
+    def _hidden(self, kept: Tensor, where: range) -> Tensor:
+        """What the last block gives when nothing leaves, but in some blocks nobody sees what was dropped."""
+        host, n = self.host, self.plain.shape[1]
+        gone = torch.ones(len(kept), n + 1, dtype=torch.bool)
+        gone = gone.scatter(1, torch.where(kept < 0, n, kept), False)[:, :n]
+        bias = torch.zeros(gone.shape).masked_fill(gone, torch.finfo(torch.float32).min)[:, None, None]
+
+        def block(layer: int) -> Callable[..., Any]:
+            def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                call = Call(bias if layer in where else None)
+                with host.attending(layer, call, x):
+                    out = host.own(layer)(x, *args, **kwargs)
+                host.reached(layer, call)
+                return (out[0], tuple(out[1:])) if isinstance(out, (tuple, list)) else (out, ())
+
+            return run
+
+        with ExitStack() as undo:
+            host.attach(block, undo)
+            return self.run()
+
+    def _session(self, method: Reducer, execution: session.Execution = "padded") -> session.Session:
+        if self.host.kind == "decoder":
+            from .sites import kv_cache as caching
+
+            return caching.start(self.twin, [method], execution, None, self.host)  # type: ignore[arg-type]
+        return session.start(self.twin, [method], execution, None, self.host)
+
+    def run(self, **more: Any) -> Tensor:
+        """(B, N or M, C): what the last block gives."""
+        out, _ = self._forward({**self.given, **more})
+        return out
+
+    def _forward(self, given: dict[str, Any]) -> tuple[Tensor, Any]:
+        caught: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple, out: Any) -> None:
+            caught.append(out[0] if isinstance(out, (tuple, list)) else out)
+
+        with ExitStack() as undo:
+            undo.callback(self.host.blocks[-1].register_forward_hook(hook).remove)
+            undo.enter_context(torch.random.fork_rng(devices=[]))
+            undo.enter_context(torch.no_grad())
+            torch.manual_seed(0)
+            output = self.twin(**given)
+        return caught[-1], output
+
+    # -- the KV cache --------------------------------------------------------------------------------------------------
+    def _cache(self, site: Site) -> None:
+        host: Any = self.host
+        if not any(m is not None for m in host.attentions):
+            raise _Unlike("it has no attention that could be entered, so that what its cache gives cannot be followed")
+        first, cache = self._read()
+        try:
+            plain = first, self._written(cache)
+        except Exception as error:
+            raise _Unlike("it does not go on from a cache when it is given the next word alone") from error
+        with self._session(StreamingLLM(Capacity(10**6), sinks=2, positions="original")):
+            first, cache = self._read()
+            for got, want in zip((first, self._written(cache)), plain, strict=True):
+                _same(got, want, "a cache that keeps all rows changes what the model says")
+        self._evicted(StreamingLLM(Capacity(7), sinks=2, positions="original", decodes=False))
+        if host.unasking:  # its arguments are told of the rows that are left, which are not the same in all heads
+            self._evicted(KNorm(Capacity(7)))
+
+    def _evicted(self, method: Reducer) -> None:
+        """A cache without some rows gives what it gives with these rows hidden."""
+        host: Any = self.host
+        with self._session(method) as on:
+            _, cache = self._read()
+            kept = {i: on.kept(i) for i, m in enumerate(host.attentions) if m is not None}
+            counts = [k.shape[-1] for k in kept.values()]
+            got = self._written(cache)
+        length = self.given["input_ids"].shape[1]
+        if not kept or min(counts) >= length:
+            raise _Unlike("a method that evicts rows did not act on its cache")
+        _, cache = self._read()
+        hides = _Hides(host, kept, length)
+        with host.watched(hides), ExitStack() as undo:
+            host.surround(hides.around, undo)
+            want = self._written(cache)
+        _close(got, want, "a cache without some rows is not what hiding these rows is")
+
+    def _read(self) -> tuple[Tensor, Any]:
+        """What the last block gives for a prompt, and the cache that holds it."""
+        first, output = self._forward({**self.given, "use_cache": True})
+        return first, cache_of(output)
+
+    def _written(self, cache: Any) -> Tensor:
+        """What the last block gives for one word behind the prompt."""
+        more = {"input_ids": self.given["input_ids"][:, -1:], "use_cache": True, **cached(self.twin, cache)}
+        if (mask := self.given.get("attention_mask")) is not None:
+            more["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return self._forward(more)[0]
+
+
+class _Hides:
+    """Takes part in the attention of a decoder with a whole cache and hides rows of a prompt behind it."""
+
+    def __init__(self, host: Any, kept: dict[int, Tensor], length: int) -> None:
+        self.host, self.kept, self.length = host, kept, length
+
+    def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+               kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        index = self.host.index(module)
+        if index in self.kept and q.shape[2] == 1:
+            shown = self._shown(index)[..., -k.shape[2] :]
+            shown = shown if shown.shape[1] == 1 else shown.repeat_interleave(q.shape[1] // shown.shape[1], dim=1)
+            if mask is None:
+                mask = shown
+            elif mask.dtype == torch.bool:
+                mask = mask & shown
+            else:
+                mask = mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
+        return plain(module, q, k, v, mask, **kwargs)
+
+    def around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
+        """The same for attention that asks no table."""
+        x = given[features]
+        if index not in self.kept or x.shape[1] > 1:
+            return own(**given)
+        shown = self._shown(index)
+        shown = shown.repeat_interleave(self.host.heads // shown.shape[1], dim=1)
+        bias = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+        with entered(Call(bias), batch=len(x), keys=shown.shape[-1]):
+            return own(**given)
+
+    def _shown(self, index: int) -> Tensor:
+        """(B, 1 or G, 1, N + 1) bool: which rows of a layer are in sight, the new word's among them."""
+        kept, total = self.kept[index], self.length + 1
+        stays = torch.zeros(*kept.shape[:2], total + 1, dtype=torch.bool)
+        stays = stays.scatter(-1, torch.where(kept < 0, total, kept), True)[..., :total]
+        stays[..., self.length :] = True
+        return stays[:, :, None]
+
+
+def _rows(x: Tensor, kept: Tensor, whole: bool) -> Tensor:
+    """The rows that stay; padding as zeros. whole: whether x has a row for each input token."""
+    real = (kept >= 0)[..., None]
+    if whole:
+        x = x.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+    return x[:, : kept.shape[1]].masked_fill(~real, 0)
+
+
+def _same(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape or not torch.equal(got, want):
+        off = f"by {(got - want).abs().max():.2g}" if got.shape == want.shape else f"in shape {tuple(got.shape)}"
+        raise _Unlike(f"{what} ({off})")
+
+
+def _close(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape or not torch.allclose(got, want, atol=ATOL, rtol=RTOL):
+        off = f"off by {(got - want).abs().max():.2g}" if got.shape == want.shape else f"of shape {tuple(got.shape)}"
+        raise _Unlike(f"{what} ({off})")
+
+
+def told(host: Host) -> list[tuple[str, str]]:
+    """The verdict in words, as (place, what is known of it) rows."""
+    return [(PLACES[site], (why and f"refused: {why}") or "verified") for site, why in verify(host).places.items()]
+
+
+def check(host: Host, methods: Sequence[Reducer], spoken: Callable[[Reducer], str]) -> None:
+    """Raises HostError where a method would act in a place that is not trusted."""
+    verdict = verify(host)
+    for method in methods:
+        entering = method.site in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK)
+        if verdict.first and entering and 0 in method.acts_at(len(host.blocks)):
+            raise HostError(f"{spoken(method)} acts before block 0 of {host.name}: {verdict.first}; pass layers=1+...")
+        if why := verdict.of(method.site):
+            others = [PLACES[s] for s, bad in verdict.places.items() if not bad]
+            way = f"places that are: {', '.join(others)}" if others else "no place in it is"
+            raise HostError(
+                f"{spoken(method)} acts {PLACES.get(method.site, method.site.value)}, which is not trusted in "
+                f"{host.name}: {why}; {way}"
+            )
