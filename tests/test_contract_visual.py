@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import fewer
 from fewer.core import Budget, Capacity, Plan, Signals, Tokens, VisualReducer, select
-from fewer.core.visual import looks
+from fewer.core.visual import acts_on_visual_rows
 from fewer.testing.vision_language import alone, prompts, tiny_vlm
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
@@ -282,4 +282,4 @@ def test_check_catches_its_fault(check: Callable[[Case], None], method: str | Vi
 
 @pytest.mark.parametrize(("form", "visual"), [("divprune", True), ("random:site=bridge", True), ("tome", False)])
 def test_who_is_shown_visual_rows_only(form: str, visual: bool) -> None:
-    assert looks(fewer.parse(form)) == visual
+    assert acts_on_visual_rows(fewer.parse(form)) == visual

@@ -73,13 +73,13 @@ class StrangeLayer(nn.Module):
 
     def __init__(self, config: StrangeConfig) -> None:
         super().__init__()
-        self.looks = StrangeAttention(config)
+        self.acts_on_visual_rows = StrangeAttention(config)
         self.one, self.two = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.up, self.down = nn.Linear(config.hidden_size, 64), nn.Linear(64, config.hidden_size)
         self.gain = 0.7
 
     def forward(self, states: Tensor, far: Tensor, shut: Tensor | None = None) -> tuple[Tensor, str]:
-        states = self.one(states + self.gain * self.looks(states, far, shut))
+        states = self.one(states + self.gain * self.acts_on_visual_rows(states, far, shut))
         return self.two(states + self.down(torch.tanh(self.up(states)))), "besides"
 
 
@@ -117,7 +117,7 @@ def test_a_model_that_came_out_last_week() -> None:
         "text",
         3,
         "written",
-        "looks",
+        "acts_on_visual_rows",
     )
     assert trusted(model) == INSIDE
     ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

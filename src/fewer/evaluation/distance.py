@@ -116,7 +116,7 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class _Look:
-    """A visit that measures every layer of one text as it passes. Implements the hosts' Visit."""
+    """A visit that measures every layer of one text as it passes. Implements the hosts' BlockRun."""
 
     host: DecoderHost
     reach: Reach

@@ -11,15 +11,33 @@ from torch import nn
 from . import timm_vision, transformers_crossmodal, vision_language
 from .anatomy import Anatomy, Layer, Stack, Stream, anatomy, placed, reach, stacks
 from .attention import Call, HostError, Table, running, under
-from .base import Host, Visit
+from .base import BlockRun, Host
 from .decoder import DecoderHost
 from .state_space import StateSpaceHost
 from .vision_language import LayoutError, VisionLanguageHost
 from .weights import PLAIN as MATRICES
 
 __all__ = [
-    "MATRICES", "Anatomy", "Call", "DecoderHost", "Host", "HostError", "Layer", "LayoutError", "Stack", "Stream",
-    "Table", "VisionLanguageHost", "Visit", "bind", "find", "placed", "reach", "running", "stacks", "under",
+    "MATRICES",
+    "Anatomy",
+    "BlockRun",
+    "Call",
+    "DecoderHost",
+    "Host",
+    "HostError",
+    "Layer",
+    "LayoutError",
+    "Stack",
+    "Stream",
+    "Table",
+    "VisionLanguageHost",
+    "bind",
+    "find",
+    "placed",
+    "reach",
+    "running",
+    "stacks",
+    "under",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy, Layer
 
 
-class Visit(Protocol):
+class BlockRun(Protocol):
     """What a session does at the sites of one forward pass. x: (B, N, C)."""
 
     def before(self, layer: int, x: Tensor) -> Tensor: ...
@@ -35,7 +35,7 @@ class Visit(Protocol):
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
-    def fork(self) -> Visit: ...
+    def fork(self) -> BlockRun: ...
 
 
 class Stand:
@@ -223,7 +223,7 @@ class Host:
         return fused(call) if way == "fused" else entered(call, batch=x.shape[0], keys=x.shape[1])
 
     def run(
-        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: BlockRun
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """One block with the visit's plans executed at its sites. x: (B, N, C); mask: the model's own for the block's
         attention; kwargs: the block's other arguments. Returns the features and what the block gives besides."""
@@ -373,4 +373,4 @@ def _restore(block: nn.Module, stand: Stand, before: Any) -> None:
             held[slot] = type(block).forward.__get__(block)
 
 
-__all__ = ["Call", "Host", "HostError", "Stand", "Visit"]
+__all__ = ["BlockRun", "Call", "Host", "HostError", "Stand"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import Call
-from .base import Host, Visit
+from .base import BlockRun, Host
 
 
 class StateSpaceHost(Host):
@@ -30,7 +30,7 @@ class StateSpaceHost(Host):
         return 0
 
     def run(
-        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: BlockRun
     ) -> tuple[Tensor, tuple[Any, ...]]:
         block: Any = self.blocks[layer]
         x = visit.before(layer, x)

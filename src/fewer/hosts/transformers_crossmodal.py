@@ -17,7 +17,7 @@ from fewer.core import Group, Tokens
 
 from .anatomy import Anatomy, Layer
 from .attention import Call, HostError
-from .base import Host, Visit
+from .base import BlockRun, Host
 from .weights import multiplied
 from .written_out import entered
 
@@ -136,7 +136,7 @@ class CrossHost(Host):
         return 0
 
     def run(
-        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: Visit
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: BlockRun
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """x: (B, T, C), the text; its mask hides padding. The visit's sites see the image tokens."""
         if given_cache(kwargs) is not None:

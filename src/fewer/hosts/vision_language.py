@@ -37,7 +37,7 @@ class Encoding:
     shapes         of each image's rows in what the encoding gave: (n,), or (tiles, n)
     packed, tiles  where the model packs tiles itself: `coordinates` of each image, packed, (n, 4), and its tiles
     seen, outputs  of the tower's blocks that somebody looks at: attention calls, and what came out
-    present, share see `Sight`
+    present, share see `VisualContext`
     """
 
     kind: str

@@ -13,7 +13,7 @@ from ..adapters.clip_guide import Guide
 from ..adapters.kvpress import Press, adapt
 from ..compat import virtual_tokens
 from ..core import Reducer, Site
-from ..core.visual import looks
+from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
 from . import session, verify
 from .program import Execution, SessionError
@@ -75,7 +75,7 @@ def apply(
         return seeing.start(model, reducers, execution, modules, host, guide, positions)
     if guide is not None or positions != "kept":
         raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
-    if visual := [text(reducer) for reducer in reducers if looks(reducer)]:
+    if visual := [text(reducer) for reducer in reducers if acts_on_visual_rows(reducer)]:
         raise hosts.HostError(
             f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
             "none; a whole one is (AutoModelForImageTextToText)"

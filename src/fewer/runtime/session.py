@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .. import hosts
 from ..core import Reducer, Site, Soft
 from ..core.cache.quantised import rounded
-from ..core.visual import looks
+from ..core.visual import acts_on_visual_rows
 from ..spec import text
 from . import modules as trained
 from .costs import Ledger
 from .program import Execution, SessionError, check_free
 from .sites.blocks import Pass
-from .sites.scan import Scan
+from .sites.scan import StateSpaceRun
 
 REENTRANT = 'call gradient_checkpointing_enable({"use_reentrant": False})'  # the way out
 
@@ -49,7 +49,7 @@ class Session:
         stages = []
         for index, method in enumerate(self.methods):
             layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
-            if method.needs_cls and not (host.tower_has_cls if looks(method) else host.has_cls):  # type: ignore[attr-defined]
+            if method.needs_cls and not (host.tower_has_cls if acts_on_visual_rows(method) else host.has_cls):  # type: ignore[attr-defined]
                 raise SessionError(
                     f"{text(method)} ranks tokens by the class token's attention, and {host.name} has none; "
                     "choose a method that does without, such as tome or evit"
@@ -157,12 +157,12 @@ class Session:
             return "tokens that are dropped and have a row in the output"
         return "the sizes of merged tokens" if any(isinstance(step.plan, Soft) for step in steps) else None
 
-    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.Visit | None:
+    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> hosts.BlockRun | None:
         """The forward pass that reaches a block; None where no method acts in it."""
         if layer == 0:
             x, mask = self.host.entering(x, mask, kwargs)
         if layer == 0 and self.host.text:
-            kind = Scan if self.host.kind == "scan" else Pass
+            kind = StateSpaceRun if self.host.kind == "scan" else Pass
             self._local.current = kind(self, x, valid=None if mask is None else _seen_by_any(mask))
         elif layer == 0:
             self._local.current = Pass(self, x, getattr(self._local, "grid", None))

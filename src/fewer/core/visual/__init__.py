@@ -5,7 +5,7 @@ prompt (`scope = "prompt"`). Its plan is made over these rows; the session lifts
 and separators stay.
 """
 
-from .method import Shape, VisualReducer, looks
+from .method import Shape, VisualReducer, acts_on_visual_rows
 from .view import Scope, Tower, Unplaced, View, Visual
 
-__all__ = ["Scope", "Shape", "Tower", "Unplaced", "View", "Visual", "VisualReducer", "looks"]
+__all__ = ["Scope", "Shape", "Tower", "Unplaced", "View", "Visual", "VisualReducer", "acts_on_visual_rows"]

@@ -60,6 +60,6 @@ class VisualReducer(Reducer):
         return plan.reduce(signals.hidden)
 
 
-def looks(reducer: Reducer) -> bool:
+def acts_on_visual_rows(reducer: Reducer) -> bool:
     """Whether a method is shown the visual rows of a prompt only."""
     return reducer.site is Site.BRIDGE or isinstance(reducer, VisualReducer)

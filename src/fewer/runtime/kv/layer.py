@@ -27,7 +27,7 @@ from ...core.cache.quantised import Codec, Codes
 from ...core.plan import take
 from ...core.ragged import Packing
 from ...core.rope import Rotary
-from .state import SPARE, Arrivals, CacheError, Record, Room, Waiting
+from .state import SPARE, Arrivals, CacheError, GrowthBuffer, Parked, Record
 
 
 class ReducedLayer(DynamicLayer):
@@ -50,7 +50,7 @@ class ReducedLayer(DynamicLayer):
         self.window = window
         self.record = Record()
         self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
-        self.awaited = False  # set by the session for one pass: it will see this layer's attention
+        self.expected = False  # set by the session for one pass: it will see this layer's attention
         self.steady = False  # the same: no method will look at the rows of a decoding step, none will go
         self.apart = False  # the same: heads of different lengths may be read one by one
         self.loose = False  # the same: nobody asks in which order the rows lie
@@ -59,16 +59,16 @@ class ReducedLayer(DynamicLayer):
     def _clear(self) -> None:
         self.length = 0
         self.began = 0  # tokens seen before the pass under way
-        self.waiting: Waiting | None = None  # tokens that were dropped before they reached this layer
+        self.waiting: Parked | None = None  # tokens that were dropped before they reached this layer
         self.shift: Tensor | None = None  # (B,) by how much later tokens stand nearer than their number says
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
         self.shuffled = False  # whether the rows lie in another order than they came
         self.position: Tensor | None = None
-        self.ahead: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
+        self.rotated_by: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
         self.received: Tensor | None = None
         self.packing: Packing | None = None
         self.packed: tuple[Tensor, Tensor] | None = None
-        self.room: Room | None = None
+        self.room: GrowthBuffer | None = None
         self.totals: list[int] = []  # real tokens seen, per sample
         self.memory: dict[int, dict[str, Any]] = {}  # of each method, by logical tokens: see CacheSignals
         self.local: dict[int, dict[str, Any]] = {}  # of each method, by stored rows
@@ -120,7 +120,7 @@ class ReducedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all rows, (B, G, S, d). Holes of ragged heads are zero: `mask` hides them."""
-        if not self.awaited and self.reduced:
+        if not self.expected and self.reduced:
             raise CacheError(
                 "this cache was reduced by a session that is not on this model any more: its rows do not stand where "
                 "the model's mask expects them. Start a new cache, or keep the session until the generation is over"
@@ -139,7 +139,7 @@ class ReducedLayer(DynamicLayer):
         if self.headwise(key_states.shape[-2]):
             return key_states, value_states
         rows = self.view()
-        if not self.awaited:
+        if not self.expected:
             self._trim()
         return rows
 
@@ -156,7 +156,7 @@ class ReducedLayer(DynamicLayer):
             self.keys, self.values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
             return
         if self.room is None or not self.room.holds(self.keys):
-            self.room = Room(self.keys, self.values, spare)
+            self.room = GrowthBuffer(self.keys, self.values, spare)
         self.keys, self.values = self.room.add(keys, values)
 
     def headwise(self, queries: int) -> bool:
@@ -308,15 +308,15 @@ class ReducedLayer(DynamicLayer):
         heads = max(place.shape[1], plan.lead[1])
         index, lengths = plan.position.expand(b, heads, -1), None
         place = take(place.expand(b, heads, -1), index)
-        ahead = self._ahead(keys.shape[-2])
+        rotated_by = self._rotated_by(keys.shape[-2])
         if plan.lengths is not None:
             lengths = plan.lengths.expand(b, g).reshape(-1).tolist()
             if len(set(lengths)) == 1:
                 index, place, lengths = index[..., : lengths[0]], place[..., : lengths[0]], None
             else:
                 place = place.masked_fill(~plan.valid, -1)  # type: ignore[operator]
-        if ahead is not None:
-            self.ahead = take(ahead.expand(b, heads, -1), index)
+        if rotated_by is not None:
+            self.rotated_by = take(rotated_by.expand(b, heads, -1), index)
         full = index.expand(b, g, -1)
         if self.received is not None:
             self.received = take(self.received, full)
@@ -345,9 +345,9 @@ class ReducedLayer(DynamicLayer):
         place = self.positions()
         heads = max(place.shape[1], gone.shape[1])
         place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
-        if self.ahead is not None:
-            ahead = self._ahead(place.shape[-1])
-            self.ahead = ahead.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]  # type: ignore[union-attr]
+        if self.rotated_by is not None:
+            rotated_by = self._rotated_by(place.shape[-1])
+            self.rotated_by = rotated_by.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]  # type: ignore[union-attr]
         self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
         gone = gone.expand(b, g, 1)
         if self.received is not None:
@@ -362,12 +362,12 @@ class ReducedLayer(DynamicLayer):
             self.keep(Hard(order.shape[-1], order), self.keys, self.values)
             self.shuffled = False
 
-    def _ahead(self, rows: int) -> Tensor | None:
-        if self.ahead is None:
+    def _rotated_by(self, rows: int) -> Tensor | None:
+        if self.rotated_by is None:
             return None
-        return F.pad(self.ahead, (0, rows - self.ahead.shape[-1]))
+        return F.pad(self.rotated_by, (0, rows - self.rotated_by.shape[-1]))
 
-    def travel(self, rotary: Rotary, rows: int) -> None:
+    def rerotate(self, rotary: Rotary, rows: int) -> None:
         """Turn the first `rows` rows of each head on, so that they stand right before the others: no gap is left."""
         if self.position is None:
             return
@@ -376,9 +376,9 @@ class ReducedLayer(DynamicLayer):
         held = (self.position >= 0).sum(-1, keepdim=True)
         came = self.length - (self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width))
         target = came - held + torch.arange(lead.shape[-1], device=lead.device)
-        ahead = torch.zeros_like(self.position, dtype=torch.long) if self.ahead is None else self.ahead
-        by = (target - lead - ahead[..., : lead.shape[-1]]).masked_fill(~real, 0)
-        self.ahead = torch.cat([ahead[..., : lead.shape[-1]] + by, ahead[..., lead.shape[-1] :]], -1)
+        rotated_by = torch.zeros_like(self.position, dtype=torch.long) if self.rotated_by is None else self.rotated_by
+        by = (target - lead - rotated_by[..., : lead.shape[-1]]).masked_fill(~real, 0)
+        self.rotated_by = torch.cat([rotated_by[..., : lead.shape[-1]] + by, rotated_by[..., lead.shape[-1] :]], -1)
         if self.packing is None:
             self.keys[:, :, : lead.shape[-1]] = rotary.turn(self.keys[:, :, : lead.shape[-1]], by)
         else:
@@ -390,7 +390,7 @@ class ReducedLayer(DynamicLayer):
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.awaited = self.steady = self.apart = self.loose = False
+        self.expected = self.steady = self.apart = self.loose = False
         self.arriving = None
         self._trim()
         self._note()
@@ -412,7 +412,7 @@ class ReducedLayer(DynamicLayer):
         else:  # as many rows came since as the window holds: the packed ones are out of sight
             left, self.packing, self.packed = 0, None, None
         self.position = self.position[..., self.evicted_width - left :]
-        self.ahead = None if self.ahead is None else self.ahead[..., self.ahead.shape[-1] - left :]
+        self.rotated_by = None if self.rotated_by is None else self.rotated_by[..., self.rotated_by.shape[-1] - left :]
 
     def _note(self) -> None:
         if self.room is not None and self.room.keys is not self.keys:
@@ -518,7 +518,7 @@ class ReducedLayer(DynamicLayer):
             kept.update({k: t.index_select(0, rows) for k, t in kept.items() if isinstance(t, Tensor)})
         self.waiting = None if self.waiting is None else self.waiting.of(rows)
         self.shift = None if self.shift is None else self.shift.index_select(0, rows)
-        for name in ("position", "ahead", "received"):
+        for name in ("position", "rotated_by", "received"):
             if (stream := getattr(self, name)) is not None:
                 setattr(self, name, stream.index_select(0, rows))
         self._note()

@@ -16,7 +16,7 @@ class CacheError(ValueError):
     """A cache that cannot be reduced, or that was reduced and is now used by somebody who does not know."""
 
 
-class Room:
+class GrowthBuffer:
     """Keys and values with free rows behind them: a token is added without a copy of all the others.
 
     keys, values: (B, G, S, d), the filled part of the storage.
@@ -63,7 +63,7 @@ class Arrivals:
 
 
 @dataclass(frozen=True, eq=False)
-class Waiting:
+class Parked:
     """Tokens that were dropped before a layer and may come back: what would have entered it.
 
     hidden: (B, D, C); place: (B, D) where they stand in the input, -1 = nobody; at_rope: (B, D) their position ids.
@@ -73,27 +73,27 @@ class Waiting:
     place: Tensor
     at_rope: Tensor
 
-    def of(self, samples: Tensor) -> Waiting:
+    def of(self, samples: Tensor) -> Parked:
         """Samples in a new order."""
-        return Waiting(*(x.index_select(0, samples) for x in (self.hidden, self.place, self.at_rope)))
+        return Parked(*(x.index_select(0, samples) for x in (self.hidden, self.place, self.at_rope)))
 
-    def before(self, length: int) -> Waiting:
+    def before(self, length: int) -> Parked:
         """Those of the first `length` tokens."""
-        return Waiting(self.hidden, self.place.masked_fill(self.place >= length, -1), self.at_rope)
+        return Parked(self.hidden, self.place.masked_fill(self.place >= length, -1), self.at_rope)
 
-    def joined(self, other: Waiting) -> Waiting:
+    def joined(self, other: Parked) -> Parked:
         pairs = zip((self.hidden, self.place, self.at_rope), (other.hidden, other.place, other.at_rope), strict=True)
-        return Waiting(*(torch.cat(pair, 1) for pair in pairs))
+        return Parked(*(torch.cat(pair, 1) for pair in pairs))
 
-    def split(self, chosen: Tensor) -> tuple[Waiting, Waiting]:
+    def split(self, chosen: Tensor) -> tuple[Parked, Parked]:
         """Those chosen, as few columns as that takes, and the others. chosen: (B, D) bool. Reads one number."""
         width = int(chosen.sum(-1).max())
         index = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
         rows = take(self.hidden, index) if width else self.hidden[:, :0]
-        taken = Waiting(rows, self.place.gather(-1, index), self.at_rope.gather(-1, index))
+        taken = Parked(rows, self.place.gather(-1, index), self.at_rope.gather(-1, index))
         real = chosen.gather(-1, index)
-        taken = Waiting(taken.hidden, taken.place.masked_fill(~real, -1), taken.at_rope)
-        return taken, Waiting(self.hidden, self.place.masked_fill(chosen, -1), self.at_rope)
+        taken = Parked(taken.hidden, taken.place.masked_fill(~real, -1), taken.at_rope)
+        return taken, Parked(self.hidden, self.place.masked_fill(chosen, -1), self.at_rope)
 
 
 @dataclass(eq=False)

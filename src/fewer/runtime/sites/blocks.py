@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Pass:
-    """Everything one forward pass needs and leaves. Implements the hosts' Visit.
+    """Everything one forward pass needs and leaves. Implements the hosts' BlockRun.
 
     valid: (B, N) bool, which tokens of a text are no padding; None = all. Real rows need not come first: the first
     plan that is executed moves them there.

@@ -16,7 +16,7 @@ from ...core.cache import Attending, CacheReducer, CacheSignals, Ranker, Rereade
 from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
-from ...hosts import Call, HostError, Visit, under
+from ...hosts import BlockRun, Call, HostError, under
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
 from ...spec import text
@@ -24,24 +24,24 @@ from ..kv.attention import trained_attention, watched
 from ..kv.layer import ReducedLayer
 from ..kv.state import CacheError
 from ..program import SessionError
-from .prefill import Reading
+from .prefill import DecoderPrefill
 
 if TYPE_CHECKING:
     from .kv_cache import CacheSession
-    from .visual_context import Sight
+    from .visual_context import VisualContext
 
 
-class CachePass:
-    """One forward pass over one cache. Implements the hosts' Visit."""
+class CacheRun:
+    """One forward pass over one cache. Implements the hosts' BlockRun."""
 
     def __init__(self, session: CacheSession, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.session, self.cache, self.given = session, cache, mask
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
         self.at: dict[int, ReducedLayer] = {i: layer for i, layer in held if isinstance(layer, ReducedLayer)}
         self.layers = list(self.at.values())
-        self.reading: Reading | None = None  # the tokens' way through the blocks, where methods act there
-        self.sight: Sight | None = None  # the visual rows among them
-        self.visit: Visit | None = None  # the same behind a prompt: dropped tokens may come back, or moved together
+        self.reading: DecoderPrefill | None = None  # the tokens' way through the blocks, where methods act there
+        self.sight: VisualContext | None = None  # the visual rows among them
+        self.visit: BlockRun | None = None  # the same behind a prompt: dropped tokens may come back, or moved together
         self.position_ids = positions
         self.fresh = cache is not None and cache.get_seq_length() == 0
         self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
@@ -50,7 +50,7 @@ class CachePass:
         self._padded: bool | None = None
         self._totals: list[int] = []
         for layer in self.layers:
-            layer.awaited, layer.steady, layer.apart = True, session.steady, session.apart
+            layer.expected, layer.steady, layer.apart = True, session.steady, session.apart
             layer.loose = session.loose
         self.weighs = session.weighs and not torch.is_grad_enabled()
         # Behind a cache only a training step has the training form: generation takes the other, whatever the mode.
@@ -312,7 +312,7 @@ class CachePass:
         if method.travelling:
             rotary = self.session.rotary(index)
             assert rotary is not None
-            layer.travel(rotary, method.travelling)
+            layer.rerotate(rotary, method.travelling)
 
     @staticmethod
     def _held(layer: ReducedLayer, method: Reducer, plan: Hard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,7 +333,7 @@ class CachePass:
 
     def _store(self, layer: ReducedLayer, index: int) -> None:
         """What is left by all methods is stored as one of them says."""
-        if self.fresh and layer.awaited and any(isinstance(m, Rereader) for m in self.session.methods):
+        if self.fresh and layer.expected and any(isinstance(m, Rereader) for m in self.session.methods):
             return  # the prompt is read again before
         for which, *_ in self.session.acting(Site.KV_CACHE, index):
             codec = self.session.methods[which].codec  # type: ignore[attr-defined]

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ..session import Session
 
 
-class Shifted:
+class CompactPositions:
     """A pass over text behind a prompt whose rows were renumbered: it stands nearer than its number says, in each layer
-    by what was dropped before it. Implements the hosts' Visit."""
+    by what was dropped before it. Implements the hosts' BlockRun."""
 
     def __init__(self, session: Session, layers: list[ReducedLayer]) -> None:
         self.session, self.layers = session, layers
@@ -49,7 +49,7 @@ class Shifted:
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def fork(self) -> Shifted:
+    def fork(self) -> CompactPositions:
         return self
 
 

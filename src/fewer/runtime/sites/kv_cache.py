@@ -17,7 +17,7 @@ from ...adapters.kvpress import Pressed
 from ...compat import CACHE_NAMES, cached, given_cache, without_cache
 from ...core import Reducer, Site
 from ...core.cache import Attending, CacheReducer, Ranker, Rereader
-from ...hosts import DecoderHost, Table, Visit, under
+from ...hosts import BlockRun, DecoderHost, Table, under
 from ...spec import text
 from ..costs import CacheLedger
 from ..kv.layer import ReducedLayer, install
@@ -25,10 +25,10 @@ from ..kv.state import Record
 from ..program import Execution, SessionError, check_free
 from ..session import Session
 from .blocks import Pass
-from .cache_pass import CachePass, _text_positions
-from .prefill import Reading
+from .cache_pass import CacheRun, _text_positions
+from .prefill import DecoderPrefill
 from .reread import reread
-from .revival import Revival
+from .revival import TokenRevival
 
 if TYPE_CHECKING:
     pass
@@ -177,7 +177,7 @@ class CacheSession(Session):
                     layer.slide(window)  # a cache that was made without a config does not know
         if cache is None or cache.get_seq_length() == 0:
             self._flops, self._notes, self._latest = 0, [], None
-        run = CachePass(self, cache, given.get("attention_mask"), _text_positions(given.get("position_ids")))
+        run = CacheRun(self, cache, given.get("attention_mask"), _text_positions(given.get("position_ids")))
         self._records, self.seconds = {i: layer.record for i, layer in run.at.items()}, 0.0
         under.run, self.remembered = run, run.memory
         return (), given
@@ -185,7 +185,7 @@ class CacheSession(Session):
     def _around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
         """An attention module that asks no table runs: as a part of a pass, if one is under way."""
         run = under.run
-        return run.around(index, own, given, features) if isinstance(run, CachePass) else own(**given)
+        return run.around(index, own, given, features) if isinstance(run, CacheRun) else own(**given)
 
     @property
     def _passes(self) -> list[Any]:
@@ -211,7 +211,7 @@ class CacheSession(Session):
         """After the decoder has run, or failed: the turn of methods that have the prompt read again."""
         run = under.run
         under.run = self._passes.pop() if self._passes else None
-        if output is None or not isinstance(run, CachePass) or not run.layers:
+        if output is None or not isinstance(run, CacheRun) or not run.layers:
             return
         for which, method in enumerate(self.methods):
             if not isinstance(method, Rereader):
@@ -223,16 +223,16 @@ class CacheSession(Session):
                 self.note(f"{text(method)} compresses what an empty cache reads first; later passes are kept whole")
             self.seconds += time.perf_counter() - began
 
-    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Visit | None:
+    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BlockRun | None:
         """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""
         run = under.run
-        assert isinstance(run, CachePass)
+        assert isinstance(run, CacheRun)
         if layer == 0:
             valid = None if mask is None else run.real(x.shape[1])
             if x.shape[1] > 1:
-                run.reading = Reading(self, x, run.layers, valid, kwargs.get("position_ids"))
+                run.reading = DecoderPrefill(self, x, run.layers, valid, kwargs.get("position_ids"))
             elif run.layers and any(m.revives for m in self.methods):
-                run.visit = Revival(self, x, run.layers, run.given)
+                run.visit = TokenRevival(self, x, run.layers, run.given)
         return run.reading or run.visit
 
     @property
@@ -334,7 +334,7 @@ def _padded_behind(mask: Any) -> bool:
 def _attend(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before an attention module: show the pass its call."""
     run = under.run
-    if isinstance(run, CachePass):
+    if isinstance(run, CacheRun):
         hidden = args[0] if args else kwargs["hidden_states"]
         run.attending = Attending(module, hidden, _spoken(kwargs))
 
@@ -347,7 +347,7 @@ def _spoken(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _enter(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before the first block: show the pass what enters it."""
-    if isinstance(under.run, CachePass):
+    if isinstance(under.run, CacheRun):
         under.run.entry = args[0] if args else kwargs["hidden_states"]
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...core import Hard, Plan, Reducer, Tokens
 from ...core.masks import hidden
 from ...core.place import Place
-from ...core.visual import looks
+from ...core.visual import acts_on_visual_rows
 from ...hosts import Call
-from ..kv.state import Arrivals, Waiting
+from ..kv.state import Arrivals, Parked
 from .blocks import Pass
 from .scan import check_causal
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..session import Session
 
 
-class Reading(Pass):
+class DecoderPrefill(Pass):
     """A pass of several tokens over a decoder. The last token of each sample stays whatever a method says: the next
     one is predicted from it. Layers behind a plan store only the rows that reach them, at their own positions."""
 
@@ -44,7 +44,7 @@ class Reading(Pass):
             gone = gone & self.tokens.valid
         place = self.tokens.place()
         at_rope = self.start + place if self.at_rope is None else self.at_rope.expand(len(place), -1).gather(-1, place)
-        fresh = Waiting(x, (self.start + place).masked_fill(~gone, -1), at_rope).split(gone)[0]
+        fresh = Parked(x, (self.start + place).masked_fill(~gone, -1), at_rope).split(gone)[0]
         old = self.layers[layer + 1].waiting
         self.layers[layer + 1].waiting = fresh if old is None else old.joined(fresh)
 
@@ -52,7 +52,7 @@ class Reading(Pass):
         return tokens.protect(tokens.last)
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
-        return looks(reducer) or super()._all_stay(reducer, tokens, place)  # no visual rows here
+        return acts_on_visual_rows(reducer) or super()._all_stay(reducer, tokens, place)  # no visual rows here
 
     def call(self, layer: int) -> Call:
         call = super().call(layer)

@@ -15,17 +15,17 @@ from ...core.cache import Rereader, Rows
 from ..program import SessionError
 
 if TYPE_CHECKING:
-    from .cache_pass import CachePass
+    from .cache_pass import CacheRun
 
 
-class Again:
-    """One pass over a part of the prompt, once more. Implements the hosts' Visit; nothing is evicted in it."""
+class RepeatedRun:
+    """One pass over a part of the prompt, once more. Implements the hosts' BlockRun; nothing is evicted in it."""
 
-    def __init__(self, run: CachePass, which: int, rows: Rows, part: tuple[int, int], asking: Tensor | None) -> None:
+    def __init__(self, run: CacheRun, which: int, rows: Rows, part: tuple[int, int], asking: Tensor | None) -> None:
         self.run, self.which, self.rows, self.part, self.asking = run, which, rows, part, asking
         self.votes: list[Tensor] = []  # of each layer where the method acts, (B, G, chunk)
         for layer in run.layers:
-            layer.awaited = True
+            layer.expected = True
 
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -48,7 +48,7 @@ class Again:
 
 
 @torch.no_grad()
-def reread(run: CachePass, which: int, root: nn.Module, given: dict[str, Any]) -> None:
+def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) -> None:
     """Compress what a pass has put into an empty cache. given: the arguments the decoder was called with."""
     method, layers = run.session.methods[which], run.layers
     assert isinstance(method, Rereader)
@@ -83,7 +83,7 @@ def reread(run: CachePass, which: int, root: nn.Module, given: dict[str, Any]) -
             )
         asking = None if real is None else torch.cat([torch.ones_like(cue, dtype=torch.bool), real[:, span]], 1)
         behind = torch.arange(length, device=tokens.device)[None] if asking is None else asking.cumsum(-1) - 1
-        visit = Again(run, which, rows, (first, last), asking)
+        visit = RepeatedRun(run, which, rows, (first, last), asking)
         run.session.inner(visit, root, **{
             name: again, **cached(root, run.cache), "use_cache": True, "position_ids": totals + behind.clamp(min=0),
             "attention_mask": None if asking is None or real is None else torch.cat([real, asking], 1).long(),

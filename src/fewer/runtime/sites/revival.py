@@ -14,16 +14,16 @@ from ...core.attention import full_precision
 from ...core.masks import _only
 from ...core.place import Place
 from ...hosts import Call
-from ..kv.state import Arrivals, Waiting
+from ..kv.state import Arrivals, Parked
 
 if TYPE_CHECKING:
     from ..kv.layer import ReducedLayer
     from ..session import Session
 
 
-class Revival:
+class TokenRevival:
     """A step of one token through a decoder whose prompt was read with methods that revive. Implements the hosts'
-    Visit.
+    BlockRun.
 
     At each of its blocks such a method chooses anew, among the rows that took part there, who takes part further on.
     Tokens chosen for a layer they never reached are computed on from where they were dropped, once, together with the
@@ -34,7 +34,7 @@ class Revival:
         self.session, self.layers, self.given = session, layers, given
         self.start = layers[0].length
         self.place = torch.full((len(x), 1), self.start, device=x.device)
-        self.back: Waiting | None = None  # who comes along besides the new token
+        self.back: Parked | None = None  # who comes along besides the new token
         self.wanted: Tensor | None = None  # (B, logical) bool, who takes part from here on; None = all
 
     def before(self, layer: int, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Revival:
                 x = self._choose(reducer, layer, stage, stages, x, call.seen, call.where)
         return x if layer + 1 < len(self.layers) else x[:, -1:]
 
-    def fork(self) -> Revival:
+    def fork(self) -> TokenRevival:
         """A copy, for running a block once more."""
         return copy.copy(self)
 

@@ -18,7 +18,7 @@ def check_causal(plan: Plan) -> None:
         )
 
 
-class Scan(Pass):
+class StateSpaceRun(Pass):
     """A pass over a state-space model: no mask but which rows are real. The last token of each sample stays: the next
     one is predicted from it."""
 

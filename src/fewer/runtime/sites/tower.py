@@ -10,8 +10,8 @@ from ...core import Seen
 from ...hosts import Call
 
 
-class Watch:
-    """Looks at one block of the vision tower and changes nothing. Implements the hosts' Visit."""
+class TowerRecorder:
+    """Looks at one block of the vision tower and changes nothing. Implements the hosts' BlockRun."""
 
     def __init__(self, seen: dict[int, Seen], outputs: dict[int, Tensor], attends: bool) -> None:
         self.seen, self.outputs, self.attends = seen, outputs, attends
@@ -40,5 +40,5 @@ class Watch:
         self.outputs.setdefault(layer, x)
         return x
 
-    def fork(self) -> Watch:
+    def fork(self) -> TowerRecorder:
         return self

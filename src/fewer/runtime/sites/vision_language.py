@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from ...adapters.clip_guide import Guide
 from ...core import Reducer, Site, Tower, View, VisualReducer
-from ...core.visual import looks
+from ...core.visual import acts_on_visual_rows
 from ...core.visual.layout import Layout
-from ...hosts import Host, VisionLanguageHost, Visit, under
+from ...hosts import BlockRun, Host, VisionLanguageHost, under
 from ...hosts.twin_visual import shapes_of
 from ...hosts.vision_language import Encoding, LayoutError, coordinates
 from ...spec import text
 from .. import session
 from ..program import Execution, SessionError, check_free
-from .cache_pass import CachePass
+from .cache_pass import CacheRun
 from .cache_pass import _text_positions as text_positions
-from .compact_positions import Shifted
+from .compact_positions import CompactPositions
 from .kv_cache import CacheSession
-from .tower import Watch
-from .visual import Looking
-from .visual_context import Sight
+from .tower import TowerRecorder
+from .visual import VisualPrefill
+from .visual_context import VisualContext
 
 Positions = Literal["kept", "compact"]
 PIXELS = ("pixel_values", "flattened_patches")  # how arguments with pictures begin
@@ -55,14 +55,14 @@ class SeeingSession(CacheSession):
         self.guide, self.compact = guide, positions == "compact"
         if positions not in get_args(Positions):
             raise SessionError(f"positions={positions!r}: choose {' or '.join(get_args(Positions))}")
-        if self.compact and any(m.site is not Site.KV_CACHE and not looks(m) for m in self.methods):
+        if self.compact and any(m.site is not Site.KV_CACHE and not acts_on_visual_rows(m) for m in self.methods):
             raise SessionError("positions='compact' numbers rows anew for methods on visual tokens only; leave it out")
         if self.compact and self.rotary(0) is None:
             raise SessionError(f"{host.name} learns its positions, so rows cannot be numbered anew; leave it out")
         self.answers: Tensor | None = None  # (B, S) bool, text that is to be learned: no method may read it
         self.inside = self.inside or bool(inside)
         self._blind = ""  # why methods on visual tokens left all of them, where they did
-        sighted = [m for m in methods if looks(m) or in_tower(m)]
+        sighted = [m for m in methods if acts_on_visual_rows(m) or in_tower(m)]
         if sighted and host.bridge.why:
             raise SessionError(
                 f"{text(sighted[0])} acts on visual tokens, and which rows of {host.title} are some is not known: "
@@ -187,7 +187,7 @@ class SeeingSession(CacheSession):
         kwargs |= dict(zip(tower.arguments, args, strict=False))
         mask = None if tower.found.mask is None else kwargs.pop(tower.found.mask, None)
         encoding = self._encoding or Encoding("image", {})
-        visit = Watch(encoding.seen, encoding.outputs, layer in self._looks)
+        visit = TowerRecorder(encoding.seen, encoding.outputs, layer in self._looks)
         return tower.run(layer, x, mask, kwargs, visit)
 
     def _before_projector(self, _projector: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ class SeeingSession(CacheSession):
         deep, marked = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
         args, kwargs = super()._open(root, args, kwargs)
         run, given = under.run, getattr(self._local, "given", None)
-        if not isinstance(run, CachePass) or given is None:
+        if not isinstance(run, CacheRun) or given is None:
             return args, kwargs
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and _other(run.given):
@@ -292,7 +292,7 @@ class SeeingSession(CacheSession):
                 warnings.warn(self._blind, stacklevel=2)
             self.note(self._blind)
 
-    def _sight(self, layout: Layout, calls: Sequence[Encoding]) -> Sight:
+    def _sight(self, layout: Layout, calls: Sequence[Encoding]) -> VisualContext:
         dropped = [c for c in calls if c.present is not None and (c.share is None or c.share[0] < c.share[1])]
         if dropped and not layout.located:
             assert self.tower is not None
@@ -302,14 +302,14 @@ class SeeingSession(CacheSession):
                 "that acts behind the tower, such as divprune"
             )
         if any(call.entered is None for call in calls):
-            return Sight(layout)
+            return VisualContext(layout)
         features = torch.cat([call.features.reshape(call.rows, -1) for call in self._joined(calls)])
         if len(calls) > 1:
-            return Sight(layout, Tower(features, self._project, self.host.used))
+            return VisualContext(layout, Tower(features, self._project, self.host.used))
         call, tower, prompts = calls[0], self._tower_host, layout.line.shape[0]
         if tower is None or self.host.joins:
             shown = Tower(features, self._project, self.host.used)
-            return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
+            return VisualContext(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
         depth, out = len(tower.blocks), call.outputs.get(self.host.used)
         seen = {**call.seen, **{layer - depth: one for layer, one in call.seen.items()}}
         levels = {t: call.outputs[t % depth][:, tower.prefix :].flatten(0, 1) for t in self._taps}
@@ -319,7 +319,7 @@ class SeeingSession(CacheSession):
             out[:, 0] if out is not None and tower.has_cls else None, levels,
             pixels if isinstance(pixels, Tensor) and pixels.dim() == 4 else None,
         )  # fmt: skip
-        return Sight(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
+        return VisualContext(layout, shown, call.present, call.share, guide=partial(self._guided, shown, prompts))
 
     def _joined(self, calls: Sequence[Encoding]) -> list[Encoding]:
         """Where the projector itself joins patches: what entered it, joined."""
@@ -350,16 +350,16 @@ class SeeingSession(CacheSession):
             raise SessionError("no guide reads questions here: give apply guide=fewer.Guide(clip, tokenizer)")
         self.guide.ask(questions)
 
-    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Visit | None:
+    def _visit(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BlockRun | None:
         run = under.run
-        assert isinstance(run, CachePass)
+        assert isinstance(run, CacheRun)
         if layer == 0 and x.shape[1] > 1 and run.sight is not None:
             real, at_rope = run.real(x.shape[1]), text_positions(kwargs.get("position_ids"))
-            run.reading = Looking(self, x, run.layers, real, at_rope, run.sight, run.at)
+            run.reading = VisualPrefill(self, x, run.layers, real, at_rope, run.sight, run.at)
             return run.reading
         if self.compact and run.layers and any(layer.shift is not None for layer in run.layers):
             if layer == 0:
-                run.visit = Shifted(self, run.layers)
+                run.visit = CompactPositions(self, run.layers)
             return run.reading or run.visit
         return super()._visit(layer, x, mask, kwargs)
 
@@ -377,8 +377,8 @@ class SeeingSession(CacheSession):
         return self._looking.sight.layout
 
     @property
-    def _looking(self) -> Looking:
-        if not isinstance(self.last, Looking):
+    def _looking(self) -> VisualPrefill:
+        if not isinstance(self.last, VisualPrefill):
             raise SessionError("the last prompt held no visual rows")
         return self.last
 
@@ -401,7 +401,7 @@ class SeeingSession(CacheSession):
         inside = [] if self.tower is None else [text(m) for m in self.tower.methods]
         first, *rest = super().report().split("\n")
         seen = []
-        if isinstance(self._latest, Looking):
+        if isinstance(self._latest, VisualPrefill):
             counts = " ".join(f"{c:g}" for c in (round(x, 1) for x in self.visual_counts))
             mean = sum(self.layout.counts) / max(self._latest.first.batch, 1)
             seen = [f"visual rows {mean:g} -> {counts}"]
@@ -420,7 +420,7 @@ def _other(mask: Any) -> bool:
 
 
 def in_tower(method: Reducer) -> bool:
-    return not looks(method) and method.card.on == "vision"
+    return not acts_on_visual_rows(method) and method.card.on == "vision"
 
 
 def start(

@@ -26,25 +26,25 @@ from ...core import (
 from ...core.errors import SignalError
 from ...core.place import Place
 from ...core.plan import on_device, take
-from ...core.visual import looks
+from ...core.visual import acts_on_visual_rows
 from ...core.visual.layout import Standing, lifted, view, written
 from ...hosts import Call
 from ..trace import Step
 from .compact_positions import at_positions
-from .prefill import Reading
-from .visual_context import Sight
+from .prefill import DecoderPrefill
+from .visual_context import VisualContext
 
 if TYPE_CHECKING:
     from ..kv.layer import ReducedLayer
     from ..session import Session
 
 
-class Looking(Reading):
+class VisualPrefill(DecoderPrefill):
     """A reading whose prompts hold visual rows: methods made for them plan over these, text and separators stay."""
 
     def __init__(
         self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
-        sight: Sight, at: dict[int, ReducedLayer] | None = None,
+        sight: VisualContext, at: dict[int, ReducedLayer] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(session, x, layers, valid, at_rope)
         self.at = dict(enumerate(layers)) if at is None else at  # by block
@@ -137,7 +137,7 @@ class Looking(Reading):
 
     # -- plans --------------------------------------------------------------------------------------------------------
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
-        if not looks(reducer):
+        if not acts_on_visual_rows(reducer):
             return super()._all_stay(reducer, tokens, place)
         if reducer.adaptive or getattr(reducer, "changes", False):
             return not any(self.standing.totals)
@@ -152,7 +152,7 @@ class Looking(Reading):
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
     ) -> tuple[Plan, Tensor]:
         reducer = self.session.methods[method]
-        if not looks(reducer):
+        if not acts_on_visual_rows(reducer):
             return super()._planned(method, hidden, tokens, place, seen, branch)
         layout, scope = self.sight.layout, _scope(reducer)
         shown = view(layout, self.standing, tokens, scope)
@@ -213,8 +213,8 @@ class Looking(Reading):
 
         def peek(queries: Group) -> Tensor:
             given = {**self._given(), "position_embeddings": tables()}
-            ahead = self.host.peek(place.layer + 1, hidden, given, tokens.valid)  # type: ignore[attr-defined]
-            return attention.rows(ahead, queries)
+            upcoming = self.host.peek(place.layer + 1, hidden, given, tokens.valid)  # type: ignore[attr-defined]
+            return attention.rows(upcoming, queries)
 
         return Visual(
             shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.sight.tower,

@@ -15,7 +15,7 @@ Guide = Callable[[View], tuple[Tensor, Tensor] | None]
 
 
 @dataclass(eq=False)
-class Sight:
+class VisualContext:
     """What is known of the visual rows of a batch of prompts besides the rows themselves.
 
     layout    where they stand
