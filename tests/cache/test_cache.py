@@ -313,7 +313,7 @@ def test_sinks_travel_so_that_no_gap_is_left():
             cache = read(model, ids[:, :20])
             for i in range(20, 29):
                 model(ids[:, i : i + 1], **cached(model, cache))
-            rotary = session.rotary(1)
+            rotary = session.host.rotary(1)
             keys, kept = cache.layers[1].keys, session.kept(1)
         assert kept[0, 0].tolist() == [0, 1, 2, *range(22, 29)]
         back = rotary.turn(keys, -torch.arange(19, 29).expand(1, 2, 10))

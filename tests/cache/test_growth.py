@@ -17,7 +17,7 @@ from fewer.core.cache.selectors import _highest
 from fewer.core.ragged import Packing
 from fewer.core.tokens import Group
 from fewer.runtime.kv import layer as caches
-from fewer.runtime.sites.kv_cache import CacheSession
+from fewer.runtime.sites.kv_cache import KVCacheSite
 
 ROW = 2 * 2 * 8 * 4  # two heads, keys and values of eight numbers of four bytes
 HEADWISE = "adakv:keep=0.5,window=3,kernel=3,alpha=0.1"
@@ -106,11 +106,11 @@ def test_read_in_inference_mode_written_outside_of_it():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_heads_read_one_by_one_give_what_padded_heads_give(family, lengths, monkeypatch):
     with fewer.apply(decoder(family), HEADWISE) as session:
-        monkeypatch.setattr(CacheSession, "apart", False)
+        monkeypatch.setattr(KVCacheSite, "headwise", False)
         cache, padded = written(session, 5, *lengths)
         assert any(layer.packing is not None for layer in cache.layers)
         monkeypatch.undo()
-        assert session.apart
+        assert session._shown.headwise
         with monkeypatch.context() as inside:
             if family != "gemma3":  # a layer whose rows left its window has no packed ones, but its prompt may
                 inside.setattr(Packing, "pad", None)
@@ -178,7 +178,7 @@ def test_a_token_takes_the_place_of_the_one_that_goes(family, form, monkeypatch)
     if family == "gpt2" and form.startswith("streamingllm") and "original" not in form:
         form += ",positions=original"  # learned positions cannot be moved
     with fewer.apply(decoder(family), form) as session:
-        monkeypatch.setattr(CacheSession, "loose", False)
+        monkeypatch.setattr(KVCacheSite, "unordered", False)
         _, copied = written(session, 9, 40, 40)
         wanted = [session.kept(i) for i in range(3)]
         monkeypatch.undo()
@@ -228,7 +228,7 @@ def test_shuffled_rows_stand_in_order_for_all_that_comes_after(form, monkeypatch
         return out
 
     with fewer.apply(model, form) as session:
-        monkeypatch.setattr(CacheSession, "loose", False)
+        monkeypatch.setattr(KVCacheSite, "unordered", False)
         wanted = after(session)
         monkeypatch.undo()
         monkeypatch.setattr(caches, "SPARE", (4, 1))

@@ -384,12 +384,12 @@ def test_deep_features_reach_the_rows_that_are_left() -> None:
         dropped = model(**inputs, use_cache=False).logits
         stays = inputs["attention_mask"].bool() & (~session.layout.visual | session.seen())
         last = session.last
-        shifted = last.sight.deep_index.roll(1, 1)
+        shifted = last.beside.deep_index.roll(1, 1)
     with fewer.apply(model, "fastv:keep=0.4,k=1", execution="masked"), torch.no_grad():
         masked = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(dropped[stays], masked[stays], atol=2e-5, rtol=2e-5)
     x = torch.zeros(2, inputs["input_ids"].shape[1], 32)
     place = torch.arange(x.shape[1]).expand(2, -1)
-    right = last.sight.deepened(0, x, place)
-    last.sight.deep_index = shifted
-    assert not torch.equal(right, last.sight.deepened(0, x, place))
+    right = last.beside.deepened(0, x, place)
+    last.beside.deep_index = shifted
+    assert not torch.equal(right, last.beside.deepened(0, x, place))

@@ -57,6 +57,10 @@ class Budget:
         """How many of the `free` tokens stay at this place, 0 <= keep <= free."""
         raise NotImplementedError
 
+    def spares(self, free: int, at: Place) -> bool:
+        """Whether all tokens of all samples stay, as far as shapes tell: a padded sample has at most `free` of them."""
+        return self.keep(free, at) == free
+
     def counts(self, free: int, at: Place, *, least: int = 0) -> list[int]:
         """How many stay of 0, 1, ..., free tokens, at least `least`: what a batch of different lengths needs to know.
 
@@ -153,6 +157,12 @@ class KeepRatio(Budget):
             wanted = free * ratio
         count = ROUNDING[self.rounding](wanted if self.rounding == "trunc" else _nearly(wanted))
         return max(min(count, free), min(1, free))
+
+    def spares(self, free: int, at: Place) -> bool:
+        if self.of == "current" or at.starts is None:
+            return super().spares(free, at)
+        quiet = replace(at, note=lambda _: None)  # a shorter sample is granted less, whatever the longest has left
+        return all(self.keep(n, replace(quiet, start=n)) == n for n in range(at.start + 1))
 
     def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
         if self.of == "current" or at.starts is None:

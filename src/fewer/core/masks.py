@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def _hidden(bias: Tensor | None, valid: Tensor) -> Tensor:
+def hiding(bias: Tensor | None, valid: Tensor) -> Tensor:
     """An additive bias, or none, with padding's keys hidden. valid: (B, N). Returns (B, 1 or H, 1 or N, N)."""
     if bias is None:
         bias = torch.zeros(valid.shape, device=valid.device)[:, None, None, :]
     return bias.masked_fill(~valid[:, None, None, :], False if bias.dtype == torch.bool else float("-inf"))
 
 
-def _only(bias: Tensor | None, valid: Tensor) -> Tensor:
+def only(bias: Tensor | None, valid: Tensor) -> Tensor:
     """A bias, or none, with all but some keys hidden. valid: (B, S)."""
     gone = ~valid[:, None, None, :]
     return ~gone if bias is None else hidden(bias, gone)

@@ -16,8 +16,8 @@ from fewer.hosts import Call, Host
 from fewer.runtime.apply import apply
 from fewer.runtime.costs import Ledger
 from fewer.runtime.modules import UNTRAINED
-from fewer.runtime.session import Session
-from fewer.runtime.sites.blocks import Pass
+from fewer.runtime.session import bind
+from fewer.runtime.sites.blocks import BlockSite, Pass
 from fewer.spec import parse, text
 
 STEPS = 40  # halvings of the parameter's range
@@ -39,19 +39,19 @@ def predict(method: str | Reducer, model: nn.Module, grid: tuple[int, int] | Non
     if reducer.adaptive:
         raise BudgetError(f"{text(reducer)} keeps a number that depends on the image; only a forward pass tells")
     host = hosts.find(model)
-    own = Session(model, [reducer], "padded", host, UNTRAINED)  # counts do not depend on what was learned
+    site = BlockSite(bind(model, host, [reducer], "padded", UNTRAINED))  # counts do not depend on what was learned
     grid = grid or model_grid(model)
     n = host.prefix + grid[0] * grid[1]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x = torch.empty(1, n, host.width)
-        walk = Pass(own, x, grid)
+        walk = Pass(site, x, grid)
         for layer in range(len(host.blocks)):
             x = walk.before(layer, x)
             call = Call()
             call.seen = _unseen(x, host)
             x = walk.mid(layer, x, call)
             x = walk.after(layer, x, call)
-    return walk.ledger
+    return walk.trace.ledger
 
 
 def calibrate(

@@ -537,7 +537,7 @@ def _left(session: Any, pictures: int) -> tuple[Tensor, Tensor]:
     cell = layout.row * GRID + layout.column
     kept = torch.zeros(pictures, GRID * GRID, dtype=torch.bool)
     kept[layout.line[left].cpu(), cell[left].cpu()] = True
-    embedded = session.last.embedded
+    embedded = session.last.beside.embedded
     features = torch.zeros(pictures, GRID * GRID, embedded.shape[-1])
     every = layout.visual
     features[layout.line[every].cpu(), cell[every].cpu()] = embedded[every].float().cpu()

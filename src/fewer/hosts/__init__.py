@@ -11,7 +11,7 @@ from torch import nn
 from . import timm_vision, transformers_crossmodal, vision_language
 from .anatomy import Anatomy, Layer, Stack, Stream, anatomy, placed, reach, stacks
 from .attention import Call, HostError, Table, running, under
-from .base import BlockRun, Host
+from .base import BlockRun, Host, PlainRun
 from .decoder import DecoderHost
 from .state_space import StateSpaceHost
 from .vision_language import LayoutError, VisionLanguageHost
@@ -27,6 +27,7 @@ __all__ = [
     "HostError",
     "Layer",
     "LayoutError",
+    "PlainRun",
     "Stack",
     "Stream",
     "Table",

@@ -38,6 +38,34 @@ class BlockRun(Protocol):
     def fork(self) -> BlockRun: ...
 
 
+class PlainRun:
+    """A BlockRun that changes nothing."""
+
+    def before(self, layer: int, x: Tensor) -> Tensor:
+        return x
+
+    def call(self, layer: int) -> Call:
+        return Call()
+
+    def splits(self, layer: int) -> bool:
+        return False
+
+    def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
+        return full
+
+    def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs
+
+    def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def fork(self) -> BlockRun:
+        return self
+
+
 class Stand:
     """Stands in for a block's forward while a session is on; afterwards it runs the block's own, if still called."""
 
@@ -373,4 +401,4 @@ def _restore(block: nn.Module, stand: Stand, before: Any) -> None:
             held[slot] = type(block).forward.__get__(block)
 
 
-__all__ = ["BlockRun", "Call", "Host", "HostError", "Stand"]
+__all__ = ["BlockRun", "Call", "Host", "HostError", "PlainRun", "Stand"]

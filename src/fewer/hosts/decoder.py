@@ -81,11 +81,6 @@ class DecoderHost(Host):
 
             self.stand_in(module, ours, undo)
 
-    def open(self, hook: Callable, undo: ExitStack) -> None:
-        """Register our entries and the hook that opens each pass; what `undo` holds takes them off again."""
-        self.enter(undo)
-        undo.callback(self.root.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
     @contextmanager
     def watched(self, run: AttentionRun) -> Iterator[None]:
         """Until the block ends, every attention call of the model goes through `run.attend`."""
@@ -120,10 +115,19 @@ class DecoderHost(Host):
         return self.windows[layer] is not None
 
     def rotary(self, layer: int) -> Rotary | None:
-        """A layer's rotary embedding; None where positions are not rotated.
+        """A layer's rotary embedding, found once; None where positions are not rotated.
 
         Raises   HostError where rows cannot be turned by it.
         """
+        if layer not in self._rotaries:
+            self._rotaries[layer] = self._rotary(layer)
+        return self._rotaries[layer]
+
+    @cached_property
+    def _rotaries(self) -> dict[int, Rotary | None]:
+        return {}
+
+    def _rotary(self, layer: int) -> Rotary | None:
         turned = self.layers[layer].turns
         told = layer in self.unasking and rotary.found_in(self.root) is not None  # by ALiBi, if its keys do not turn
         if self.found.rotation is not None or turned is False or (turned is None and told):

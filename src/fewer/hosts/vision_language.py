@@ -253,6 +253,12 @@ class VisionLanguageHost(DecoderHost):
         return None
 
     @property
+    def cut_off(self) -> int:
+        """Rows in front of the patches that are cut off before the projector."""
+        cut = getattr(self.whole.config, "vision_feature_select_strategy", "full") == "default"
+        return self.tower.prefix if self.tower is not None and cut else 0
+
+    @property
     def used(self) -> int:
         """The tower's block whose output is projected; where there are several, the last one."""
         layer = getattr(self.whole.config, "vision_feature_layer", -1)

@@ -29,7 +29,6 @@ from fewer.datasets.scenes import KINDS, Batch, Question, Split, ask, batch, sce
 from fewer.hosts import VisionLanguageHost, find
 from fewer.models.zoo import load_model
 from fewer.runtime.apply import apply
-from fewer.runtime.sites.vision_language import SeeingSession
 from fewer.spec import parse, text
 from fewer.training.schedules import warm_cosine
 
@@ -238,7 +237,6 @@ def _answering(
     if form is None:
         return model(**inputs, use_cache=False).logits, 0.0
     with apply(model, form, modules=modules if modules is not None and _own(modules) else None) as session:
-        assert isinstance(session, SeeingSession)
         session.answers = given["labels"] != -100
         logits = model(**inputs, use_cache=False).logits
         return logits, 0.0 if model.training else session.visual_counts[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -15,9 +15,10 @@ from ..compat import virtual_tokens
 from ..core import Reducer, Site
 from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
-from . import session, verify
+from . import verify, verify_visual
 from .program import Execution, SessionError
-from .session import Session
+from .session import Session, start
+from .sites.bridge import Positions, in_tower
 
 
 def apply(
@@ -27,7 +28,7 @@ def apply(
     execution: Execution = "padded",
     modules: nn.Module | str | Path | None = None,
     guide: Guide | None = None,
-    positions: Literal["kept", "compact"] = "kept",
+    positions: Positions = "kept",
     **parameters: Any,
 ) -> Session:
     """Put a method, or several, into a model. The model is then called as before, `generate()` included.
@@ -64,15 +65,12 @@ def apply(
         )
     host = hosts.find(model)
     if isinstance(host, hosts.VisionLanguageHost):
-        from . import verify_visual
-        from .sites import vision_language as seeing
-
         for reducer in reducers:
             verify_visual.check(host, reducer, text(reducer))
-        verify.check(host, [r for r in reducers if not seeing.in_tower(r)], text)
+        verify.check(host, [r for r in reducers if not in_tower(r)], text)
         if host.tower is not None:
-            verify.check(host.tower, [r for r in reducers if seeing.in_tower(r)], text)
-        return seeing.start(model, reducers, execution, modules, host, guide, positions)
+            verify.check(host.tower, [r for r in reducers if in_tower(r)], text)
+        return start(model, reducers, execution, modules, host, guide, positions)
     if guide is not None or positions != "kept":
         raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
     if visual := [text(reducer) for reducer in reducers if acts_on_visual_rows(reducer)]:
@@ -80,15 +78,11 @@ def apply(
             f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
             "none; a whole one is (AutoModelForImageTextToText)"
         )
-    if isinstance(host, hosts.DecoderHost):
-        from .sites import kv_cache as caching  # needs transformers, which other hosts may do without
-
-        verify.check(host, reducers, text)
-        return caching.start(model, reducers, execution, modules, host)
-    if cached := [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]:
+    cached = [text(reducer) for reducer in reducers if reducer.site is Site.KV_CACHE]
+    if cached and not isinstance(host, hosts.DecoderHost):
         raise hosts.HostError(
             f"{', '.join(cached)} acts on the KV cache of a decoder, and {host.name} keeps none; a model with a causal "
             "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
         )
     verify.check(host, reducers, text)
-    return session.start(model, reducers, execution, modules, host)
+    return start(model, reducers, execution, modules, host)

@@ -183,10 +183,6 @@ class Trial:
             return self.run()
 
     def _session(self, method: Reducer, execution: session.Execution = "padded") -> session.Session:
-        if self.host.kind == "decoder":
-            from .sites import kv_cache as caching
-
-            return caching.start(self.twin, [method], execution, None, self.host)  # type: ignore[arg-type]
         return session.start(self.twin, [method], execution, None, self.host)
 
     def run(self, **more: Any) -> Tensor:

@@ -19,7 +19,7 @@ from ..hosts.twin import one_thread
 from ..hosts.twin_visual import NoExample, example, twins
 from ..methods.vision.random import Random
 from .program import Execution
-from .sites.vision_language import SeeingSession
+from .session import Session, start
 
 ATOL, RTOL = 5e-4, 5e-3  # the same sums in another order, in float32
 LEFT = 2  # rows of each picture
@@ -110,10 +110,8 @@ class _Trial:
         if not torch.equal(self._read(), plain):
             raise _Unlike("after a session its language model does not say what it said before")
 
-    def _session(self, budget: Any, execution: Execution = "padded") -> SeeingSession:
-        session = SeeingSession(self.twin, [Random(budget, site=Site.BRIDGE)], execution, self.host)
-        session._attach()
-        return session
+    def _session(self, budget: Any, execution: Execution = "padded") -> Session:
+        return start(self.twin, [Random(budget, site=Site.BRIDGE)], execution, None, self.host)
 
     def _read(self) -> Tensor:
         """(B, S, d): what the decoder makes of the prompts."""

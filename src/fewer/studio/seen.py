@@ -17,7 +17,7 @@ from .style import count
 
 if TYPE_CHECKING:
     from fewer.core.visual.layout import Layout
-    from fewer.runtime.sites.vision_language import SeeingSession
+    from fewer.runtime.session import Session
 
 EXAMPLES = 400
 """Packaged scenes that can be asked for by number."""
@@ -99,7 +99,7 @@ def as_seen(processor: Any, given: dict[str, Tensor], picture: Image.Image) -> I
 
 
 def left(
-    session: SeeingSession, picture: Image.Image, *, most: int = 4, size: int = TILE
+    session: Session, picture: Image.Image, *, most: int = 4, size: int = TILE
 ) -> tuple[list[str], list[Image.Image]]:
     """The picture of the last prompt beside what was left of it, block by block of the language model.
 

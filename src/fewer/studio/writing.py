@@ -18,7 +18,6 @@ from transformers import DynamicCache, TextStreamer
 
 from fewer.compat import cached
 from fewer.evaluation.language.subject import Held
-from fewer.runtime.sites.visual import VisualPrefill
 
 from .style import count
 
@@ -157,7 +156,7 @@ class _Stream(TextStreamer):
 def visual_rows(session: Any) -> str:
     """Of the last prompt of a session on a vision-language model: how many there were, and behind each block; "" where
     there were none, or no method acts before or inside the language model."""
-    if not getattr(session, "inside", False) or not isinstance(session.last, VisualPrefill):
+    if not session.inside or session.last.beside is None:
         return ""
     return f"{sum(session.layout.counts):,} -> {_runs(session.visual_counts)}"
 

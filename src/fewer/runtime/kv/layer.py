@@ -27,7 +27,7 @@ from ...core.cache.quantised import Codec, Codes
 from ...core.plan import take
 from ...core.ragged import Packing
 from ...core.rope import Rotary
-from .state import SPARE, Arrivals, CacheError, GrowthBuffer, Parked, Record
+from .state import SPARE, Access, Arrivals, CacheError, GrowthBuffer, Parked, Record
 
 
 class ReducedLayer(DynamicLayer):
@@ -50,10 +50,7 @@ class ReducedLayer(DynamicLayer):
         self.window = window
         self.record = Record()
         self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
-        self.expected = False  # set by the session for one pass: it will see this layer's attention
-        self.steady = False  # the same: no method will look at the rows of a decoding step, none will go
-        self.apart = False  # the same: heads of different lengths may be read one by one
-        self.loose = False  # the same: nobody asks in which order the rows lie
+        self.access: Access | None = None  # the same: it will see this layer's attention, and what it may do
         self._clear()
 
     def _clear(self) -> None:
@@ -120,7 +117,7 @@ class ReducedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all rows, (B, G, S, d). Holes of ragged heads are zero: `mask` hides them."""
-        if not self.expected and self.reduced:
+        if self.access is None and self.reduced:
             raise CacheError(
                 "this cache was reduced by a session that is not on this model any more: its rows do not stand where "
                 "the model's mask expects them. Start a new cache, or keep the session until the generation is over"
@@ -139,7 +136,7 @@ class ReducedLayer(DynamicLayer):
         if self.headwise(key_states.shape[-2]):
             return key_states, value_states
         rows = self.view()
-        if not self.expected:
+        if self.access is None:
             self._trim()
         return rows
 
@@ -147,9 +144,10 @@ class ReducedLayer(DynamicLayer):
         """New rows behind the others. While tokens come one by one, with some room for the next ones: where no row
         will go, or where the one that goes makes place for the new one."""
         spare = min(SPARE[0], self.keys.shape[-2] // SPARE[1]) if self.keys.dim() == 4 else 0
-        loose = self.loose and self.packing is None and not self.holes and len(set(self.totals)) == 1
+        access = self.access or Access()
+        loose = access.unordered and self.packing is None and not self.holes and len(set(self.totals)) == 1
         if (
-            not ((self.steady or loose) and spare and keys.shape[-2] == 1)
+            not ((access.steady or loose) and spare and keys.shape[-2] == 1)
             or self.window is not None
             or torch.is_grad_enabled()
         ):
@@ -161,7 +159,8 @@ class ReducedLayer(DynamicLayer):
 
     def headwise(self, queries: int) -> bool:
         """Whether `attention` reads the rows of this pass where they lie, so that no view of them is needed."""
-        return self.apart and self.packing is not None and queries == 1 and self.keys.device.type == "cpu"
+        apart = self.access is not None and self.access.headwise
+        return apart and self.packing is not None and queries == 1 and self.keys.device.type == "cpu"
 
     def attention(self, q: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """One query over heads of different lengths, none of them padded. q: (B, H, 1, d), mask: the model's own.
@@ -335,7 +334,8 @@ class ReducedLayer(DynamicLayer):
 
     def replaces(self, keys: Tensor) -> bool:
         """Whether the newest of these rows, as `update` returned them, may take the place of one that goes."""
-        return self.loose and keys is self.keys and self.room is not None and keys is self.room.keys
+        loose = self.access is not None and self.access.unordered
+        return loose and keys is self.keys and self.room is not None and keys is self.room.keys
 
     def replace(self, gone: Tensor) -> None:
         """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which."""
@@ -390,7 +390,7 @@ class ReducedLayer(DynamicLayer):
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.expected = self.steady = self.apart = self.loose = False
+        self.access = None
         self.arriving = None
         self._trim()
         self._note()

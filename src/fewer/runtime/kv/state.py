@@ -16,6 +16,20 @@ class CacheError(ValueError):
     """A cache that cannot be reduced, or that was reduced and is now used by somebody who does not know."""
 
 
+@dataclass(frozen=True)
+class Access:
+    """What a pass may do with a layer's rows.
+
+    steady     no method will look at the rows of a decoding step, none will go
+    headwise   heads of different lengths may be read one by one
+    unordered  nobody asks in which order the rows lie
+    """
+
+    steady: bool = False
+    headwise: bool = False
+    unordered: bool = False
+
+
 class GrowthBuffer:
     """Keys and values with free rows behind them: a token is added without a copy of all the others.
 

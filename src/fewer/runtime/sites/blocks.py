@@ -1,68 +1,268 @@
-"""One forward pass: the state a session keeps while a model runs, and what can be read from it afterwards."""
+"""Between and inside the blocks of a stack: the site, and one pass over it."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...core import Hard, Masked, Plan, Reducer, Seen, Signals, Site, Tokens
+from ...core import Hard, Masked, Plan, Reducer, Seen, Signals, Site, Soft, Tokens
 from ...core.attention import full_precision, size_bias
-from ...core.masks import _hidden
+from ...core.masks import hiding
 from ...core.place import Place
 from ...core.plan import take
 from ...core.ragged import Packing
-from ...hosts import Call, HostError, Stream, placed, reach
-from ..costs import Entry, Ledger
-from ..trace import Step
+from ...hosts import BlockRun, Call, HostError, Stream, placed, reach, running, under
+from ..program import Bound, SessionError, Turn
+from ..trace import ATTENTION, BEHIND, MLP, Step, Trace
 
-if TYPE_CHECKING:
-    from ..session import Session
+REENTRANT = 'call gradient_checkpointing_enable({"use_reentrant": False})'  # the way out
+NESTED = 8  # passes of one thread that may be under way at once
+Opener = Callable[[Tensor, Tensor | None, dict[str, Any]], "BlockRun | None"]
+
+
+class BlockSite:
+    """A stack of blocks with methods on.
+
+    opens: what runs when a pass reaches the first block, given its features, mask and other arguments; by default a
+    pass of this kind.
+    """
+
+    def __init__(self, bound: Bound, opens: Opener | None = None, kind: type[Pass] | None = None) -> None:
+        self.bound, self.host, self.program = bound, bound.host, bound.program
+        self._opens, self._kind = opens or self._open, kind or Pass
+        self._local = threading.local()
+        self._latest: Trace | None = None
+
+    # -- on ------------------------------------------------------------------------------------------------------------
+    def attach(self, undo: ExitStack) -> None:
+        """Take part in the blocks until `undo` closes."""
+        self.host.replace(lambda layer: partial(self._block, layer), undo)
+        patch, norm, pooler = self.host.patch, self.host.final_norm, self.host.pooler
+        if patch is not None:
+            undo.callback(patch.register_forward_hook(self._see_grid).remove)
+        if norm is not None and not self.host.dense:
+            undo.callback(norm.register_forward_hook(self._fill_padding).remove)
+        if self.host.reader is not None:
+            undo.callback(self.host.reader.register_forward_pre_hook(self._follow, with_kwargs=True).remove)
+        if pooler is not None:
+            undo.callback(pooler.register_forward_pre_hook(self._mask_pooler, with_kwargs=True).remove)
+
+    @property
+    def trace(self) -> Trace | None:
+        """Of this thread's last finished pass, else of the last of any thread."""
+        mine: Trace | None = getattr(self._local, "finished", None)
+        return mine or self._latest
+
+    def forget(self) -> None:
+        """Nothing has been seen yet."""
+        self._local.finished = self._latest = None
+
+    def finished(self, trace: Trace) -> None:
+        """A forward pass came to its end: what the session shows from now on."""
+        self._local.finished = self._latest = trace
+
+    # -- called by the host --------------------------------------------------------------------------------------------
+    def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """Stands in for a block's forward."""
+        host = self.host
+        kwargs |= dict(zip(host.arguments, args, strict=False))
+        if layer == 0:
+            host.renew()
+        mask = None if host.found.mask is None else kwargs.pop(host.found.mask, None)
+        checkpoint = host.checkpoint(layer)
+        visit = self._reached(layer, x, mask, kwargs)
+        if visit is None:
+            out = host.own(layer)(x, **({} if host.found.mask is None else {host.found.mask: mask}), **kwargs)
+            return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
+        last = layer + 1 == len(host.blocks) and host.final_norm is None and not host.dense
+        if checkpoint is None:
+            x, rest = host.run(layer, x, mask, kwargs, visit)
+            return self._filled(x) if last else x, rest
+        # The backward pass runs the block once more: from a copy of the state at its entry, leaving the trace alone.
+        entry, visits, under_way = visit.fork(), [visit], under.run
+
+        def run(x: Tensor) -> Any:
+            apart = bool(visits) and not torch.is_grad_enabled()  # reentrant: a graph of its own for every block
+            if apart and any(p.requires_grad for p in self.bound.modules.parameters()):
+                raise SessionError(f"reentrant checkpointing loses the gradient of learned masks; {REENTRANT}")
+            with running(under_way):
+                out = host.run(layer, x, mask, kwargs, visits.pop() if visits else entry.fork())
+            if apart and (what := self._beside(visit)):
+                raise SessionError(f"reentrant checkpointing loses the gradient of {what}; {REENTRANT}")
+            return out
+
+        x, rest = checkpoint(run, x)
+        return self._filled(x) if last else x, rest
+
+    def _beside(self, visit: BlockRun) -> str | None:
+        """What reaches later blocks or the output beside the features, and carries a gradient."""
+        steps = [step for step in visit.trace.steps if step.method >= 0] if isinstance(visit, Pass) else []
+        if steps and self.host.text:
+            return "tokens that are dropped and have a row in the output"
+        return "the sizes of merged tokens" if any(isinstance(step.plan, Soft) for step in steps) else None
+
+    def _reached(self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BlockRun | None:
+        """The pass that reaches a block; None where no method acts in it.
+
+        A hook may call the model anew while a pass is under way: the innermost one that waits for this block goes on.
+        What an error left behind waits for nothing any more, and is forgotten.
+        """
+        passes: list[tuple[int, BlockRun | None]] = self._local.__dict__.setdefault("passes", [])
+        if layer == 0:
+            x, mask = self.host.entering(x, mask, kwargs)
+            run = self._opens(x, mask, kwargs)
+            del passes[: len(passes) - NESTED]
+        else:
+            while passes and passes[-1][0] != layer:
+                passes.pop()
+            if not passes:
+                raise SessionError(f"block {layer} was called before block {layer - 1}; run the model from its first")
+            run = passes.pop()[1]
+        if layer + 1 < len(self.host.blocks):
+            passes.append((layer + 1, run))
+        return run
+
+    def _open(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
+        if self.host.text:
+            return self._kind(self, x, valid=None if mask is None else _seen_by_any(mask))
+        return self._kind(self, x, getattr(self._local, "grid", None))
+
+    def _follow(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """A decoder that looks at the encoder's rows looks at those that are left: its mask of them follows. Beams
+        repeat each sample."""
+        names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        rows, last = given.get("encoder_hidden_states"), self.trace
+        if rows is None or last is None or not last.steps or rows.shape[1] != last.tokens.n:
+            return None
+        place = last.kept(len(self.host.blocks) - 1).repeat_interleave(max(len(rows) // last.first.batch, 1), 0)
+        mask = given.get("encoder_attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape[-1] == last.first.n:
+            return (), {**given, "encoder_attention_mask": mask.gather(1, place.clamp(min=0)) * (place >= 0)}
+        if last.tokens.valid is None:
+            return None
+        if "encoder_attention_mask" not in names:
+            raise SessionError(
+                f"samples keep different numbers of rows, and {type(decoder).__name__} takes no mask of its encoder's "
+                "rows; use a budget that keeps the same number in all samples"
+            )
+        return (), {**given, "encoder_attention_mask": (place >= 0).long()}
+
+    def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.dim() == 4:
+            self._local.grid = (output.shape[-2], output.shape[-1])
+
+    def _fill_padding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return self._filled(output)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Rows that are padding or masked take the mean of the sample's real patch rows: mean pooling stays exact."""
+        real = self._real(x)
+        if real is None:
+            return x
+        weight = real.to(x.dtype)[..., None]
+        pooled, share = x[:, self.host.pools_from :], weight[:, self.host.pools_from :]
+        mean = (pooled * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp_min(1)
+        return torch.where(weight > 0, x, mean)
+
+    def _mask_pooler(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """An attention-pooling head looks at real rows only."""
+        x = args[-1]
+        real = self._real(x)
+        if real is None:
+            return None
+        mask = self.host.pooler_mask(real[:, -x.shape[1] :] > 0)
+        if not mask.keys() <= inspect.signature(module.forward).parameters.keys():
+            raise HostError(
+                f"{type(module).__name__} pools all rows and takes no mask; use a budget that keeps the same number in "
+                "all samples"
+            )
+        return args, kwargs | mask
+
+    def _real(self, x: Tensor) -> Tensor | None:
+        """(B, N) how much each final row is there, bool or the learned policy; None where all rows are."""
+        trace: Trace | None = getattr(self._local, "finished", None)
+        if trace is None or x.dim() != 3:
+            return None
+        tokens = trace.tokens
+        return tokens.policy if tokens.policy is not None else tokens.valid
+
+
+@dataclass
+class Beside:
+    """What goes with the features through the plans at a site.
+
+    seen    the block's attention, of the rows that are there; branch: (B, N, C), what a mixer without attention gave
+    entry   (B, N, C), the block's input, where tokens dropped inside it keep that
+    """
+
+    seen: Seen | None = None
+    branch: Tensor | None = None
+    entry: Tensor | None = None
+
+    def gathered(self, plan: Plan, valid: Tensor | None, *, watched: bool) -> Beside:
+        """At the rows of a plan. valid: (B, M) bool, those that are no padding. watched: whether anybody looks on."""
+        seen = self.seen.gathered(plan.position) if watched and self.seen is not None else None
+        if seen is not None and valid is not None:
+            seen.bias = hiding(seen.bias, valid)
+        branch = plan.gather(self.branch) if watched and self.branch is not None else None
+        return Beside(seen, branch, None if self.entry is None else plan.gather(self.entry))
+
+    def padded(self, packing: Packing) -> Beside:
+        """Out of packed rows."""
+        seen = self.seen
+        if seen is not None:
+            bias = None if seen.bias is None else packing.pad(seen.bias.transpose(-1, -2)).transpose(-1, -2)
+            q, k, v = (packing.pad(x) for x in (seen.q, seen.k, seen.v))
+            seen = replace(seen, q=q, k=k, v=v, bias=hiding(bias, packing.valid))
+        branch, entry = (None if x is None else packing.pad(x) for x in (self.branch, self.entry))
+        return Beside(seen, branch, entry)
 
 
 class Pass:
-    """Everything one forward pass needs and leaves. Implements the hosts' BlockRun.
+    """One forward pass over the blocks. Implements the hosts' BlockRun.
 
     valid: (B, N) bool, which tokens of a text are no padding; None = all. Real rows need not come first: the first
     plan that is executed moves them there.
     """
 
-    causal = False
-
     def __init__(
-        self, session: Session, x: Tensor, grid: tuple[int, int] | None = None, valid: Tensor | None = None
+        self, site: BlockSite, x: Tensor, grid: tuple[int, int] | None = None, valid: Tensor | None = None
     ) -> None:
-        host = session.host
-        self.session, self.host = session, host
+        host = site.host
+        self.site, self.bound, self.host, self.program = site, site.bound, host, site.program
         b, n = x.shape[:2]
         self.first = self.opening(Tokens.plain(b, n, host.prefix, has_cls=host.has_cls, device=x.device, valid=valid))
         self.tokens = self.first
-        self.itemsize = x.element_size()
-        self.grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
+        grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
+        self.trace = Trace(host, self.first, len(self.program.methods), x.element_size(), grid)
         self._entry: Tensor | None = None  # text: the block's input, what tokens dropped inside it keep
         self._starts = None if valid is None else (valid.sum(-1) - n + self.first.free_count).clamp(min=0)
         # To undo behind a block: steps before its plans, and tokens, masked rows and features as they were.
         self._around: list[tuple[int, Tokens, Hard | None, Tokens, Tensor]] = []
         self._moved: dict[tuple[int, str, tuple], tuple[Any, Any, Any]] = {}  # what `streams` gave last
-        self.steps: list[Step] = []
         self.packing: Packing | None = None
         self.live: Hard | None = None  # masked execution: the rows still there,
         self.compact = self.first  # and the tokens they are
         self.proportional = False
-        self.memory: list[dict] = [{} for _ in session.methods]
-        self.notes: list[str] = []
-        self._cost = [[0, 0, 0] for _ in host.blocks]  # rows in attention, rows in the MLP, FLOPs of the methods
-        self._out = [0 for _ in host.blocks]
-        self._lengths: list[list[Tensor | None]] = [[None, None, None] for _ in host.blocks]  # the same and out, ragged
         self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
         self._start = time.perf_counter() if self._clock else 0.0
         self._own = 0.0
-        self.seconds: float | None = None
         self.counted = True  # False in a block's second run by gradient checkpointing
+
+    @property
+    def steps(self) -> list[Step]:
+        return self.trace.steps
 
     def leaving(self, reducer: Reducer, plan: Plan, x: Tensor, layer: int) -> None:
         """A plan is about to be executed behind, inside or before a block. x: (B, N, C), its input."""
@@ -73,13 +273,13 @@ class Pass:
 
     # -- the sites ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, x: Tensor) -> Tensor:
-        x = self._at(Site.BRIDGE, layer, x, None)
-        x = self._at(Site.BEFORE_BLOCK, layer, x, None)
-        if self.session.acting(Site.AROUND_BLOCK, layer):
+        x, _ = self._at(Site.BRIDGE, layer, x, Beside())
+        x, _ = self._at(Site.BEFORE_BLOCK, layer, x, Beside())
+        if self.program.at(Site.AROUND_BLOCK, layer):
             self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
-            x = self._at(Site.AROUND_BLOCK, layer, x, None)
+            x, _ = self._at(Site.AROUND_BLOCK, layer, x, Beside())
         self._entry = x if self.host.dense else None
-        self._cost[layer][0], self._lengths[layer][0] = self._count(), self._live_lengths()
+        self._count(layer, ATTENTION)
         return x
 
     def call(self, layer: int) -> Call:
@@ -90,18 +290,12 @@ class Pass:
             size = tokens.size if self.packing is None else self.packing.pack(tokens.size[..., None])[..., 0]
             bias = size_bias(size, torch.float32)
         if self.packing is None and tokens.valid is not None and self.steps:  # before, the model's own mask hides it
-            bias = _hidden(bias, tokens.valid)
+            bias = hiding(bias, tokens.valid)
         policy = tokens.policy
-        eps = self.session.mask_eps if policy is not None and policy.requires_grad else 0.0
+        eps = self.bound.mask_eps if policy is not None and policy.requires_grad else 0.0
         split = None if self.packing is None else self.packing.attention
-        return Call(
-            bias,
-            policy,
-            eps,
-            self.session.watches(layer),
-            split,
-            fit=self._fit if self.host.layers[layer].inside else None,
-        )
+        fit = self._fit if self.host.layers[layer].inside else None
+        return Call(bias, policy, eps, self.program.looks_on(layer), split, fit=fit)
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
         """The model's own (B or 1, 1 or H, N0, N0) bias at the tokens that are left: each row keeps its
@@ -126,7 +320,7 @@ class Pass:
 
     def splits(self, layer: int) -> bool:
         """Whether a method acts between this block's attention and its MLP."""
-        return bool(self.session.acting(Site.MID_BLOCK, layer))
+        return bool(self.program.at(Site.MID_BLOCK, layer))
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What travels beside the features, at the tokens that are left: rotary tables, position ids and the like."""
@@ -150,18 +344,19 @@ class Pass:
         return value if moved is None else placed(value, stream.path, moved)
 
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
-        x = self._at(Site.MID_BLOCK, layer, x, call.seen, call.branch)
-        if not self.session.acting(Site.AFTER_BLOCK, layer):
-            call.seen = None  # nobody will look again: q, k and v need not live through the MLP
-        self._cost[layer][1], self._lengths[layer][1] = self._count(), self._live_lengths()
+        x, beside = self._at(Site.MID_BLOCK, layer, x, Beside(call.seen, call.branch, self._entry))
+        call.seen, call.branch, self._entry = beside.seen, beside.branch, beside.entry
+        if not self.program.at(Site.AFTER_BLOCK, layer):
+            call.seen = call.branch = None  # nobody will look again: q, k and v need not live through the MLP
+        self._count(layer, MLP)
         return x
 
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
         self._entry = None
-        x = self._at(Site.AFTER_BLOCK, layer, x, call.seen, call.branch)
-        if self.session.acting(Site.AROUND_BLOCK, layer):
+        x, _ = self._at(Site.AFTER_BLOCK, layer, x, Beside(call.seen, call.branch))
+        if self.program.at(Site.AROUND_BLOCK, layer):
             x = self._undone(x)
-        self._out[layer], self._lengths[layer][2] = self._count(), self._live_lengths()
+        self._count(layer, BEHIND)
         return x if layer + 1 < len(self.host.blocks) else self._finish(x)
 
     def _undone(self, x: Tensor) -> Tensor:
@@ -182,15 +377,17 @@ class Pass:
         return x
 
     def _finish(self, x: Tensor) -> Tensor:
+        trace = self.trace
         if self._clock:
-            self.seconds = time.perf_counter() - self._start
+            trace.seconds, trace.own_seconds = time.perf_counter() - self._start, self._own
+        trace.tokens, trace.live = self.tokens, self.live
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
         if self.host.dense:
             x = self._spread(x)
         if self.counted:
-            self.session.finished(self)
+            self.site.finished(self.trace)
         return x
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -202,120 +399,110 @@ class Pass:
                 x = step.plan.restore(x, 0.0 if step.left is None else step.left)
         return x
 
-    def _count(self) -> int:
-        return self.tokens.n if self.live is None else self.live.m
+    def _count(self, layer: int, which: int) -> None:
+        """Write down how many rows are there."""
+        block, valid = self.trace.blocks[layer], self.tokens.valid if self.live is None else self.compact.valid
+        block.rows[which] = self.tokens.n if self.live is None else self.live.m
+        block.lengths[which] = None if valid is None else valid.sum(-1)
 
-    def _live_lengths(self) -> Tensor | None:
-        valid = self.tokens.valid if self.live is None else self.compact.valid
-        return None if valid is None else valid.sum(-1)
-
-    def _at(
-        self, site: Site, layer: int, x: Tensor, seen: Seen | None, branch: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
-        acting = self.session.acting(site, layer)
-        if not acting:
-            return x
+    # -- plans --------------------------------------------------------------------------------------------------------
+    def _at(self, site: Site, layer: int, x: Tensor, beside: Beside) -> tuple[Tensor, Beside]:
+        """All methods at a site of a block, one after the other: each is shown what the others left."""
+        turns = self.program.at(site, layer)
+        if not turns:
+            return x, beside
         began = time.perf_counter() if self._clock else 0.0
         if self.packing is not None:
-            x, seen = self.packing.pad(x), _padded(seen, self.packing)
-            branch = None if branch is None else self.packing.pad(branch)
-            if self._entry is not None and site is Site.MID_BLOCK:
-                self._entry = self.packing.pad(self._entry)
-        for turn, (method, stage, stages) in enumerate(acting):
+            x, beside = self.packing.pad(x), beside.padded(self.packing)
+        further = site is Site.MID_BLOCK and bool(self.program.at(Site.AFTER_BLOCK, layer))
+        for number, turn in enumerate(turns, 1):
             with full_precision(x):
-                x, plan = self._act(method, stage, stages, layer, site, x, seen, branch)
-            branch = None if branch is None or plan is None else plan.gather(branch)
-            if seen is not None and plan is not None and turn + 1 < len(acting):
-                seen = seen.gathered(plan.position)
-                if self.tokens.valid is not None:
-                    seen.bias = _hidden(seen.bias, self.tokens.valid)
-        if self.session.execution == "packed" and self.tokens.valid is not None and len(x):
+                x, beside = self._act(turn, layer, site, x, beside, watched=further or number < len(turns))
+        if self.program.execution == "packed" and self.tokens.valid is not None and len(x):
             lengths = self.tokens.valid.sum(-1).tolist()
             self.packing = Packing(lengths, self.tokens.n, x.device)
             x = self.packing.pack(x)
+            beside = self._packed(beside, self.packing) if further else beside
         if self._clock:
             self._own += time.perf_counter() - began
-        return x
+        return x, beside
+
+    @staticmethod
+    def _packed(beside: Beside, packing: Packing) -> Beside:
+        """Into packed rows, as what comes behind the MLP finds it."""
+        seen = beside.seen
+        if seen is not None:
+            q, k, v = (_rows_packed(x, packing) for x in (seen.q, seen.k, seen.v))
+            bias = None if seen.bias is None else _rows_packed(seen.bias.transpose(-1, -2), packing).transpose(-1, -2)
+            seen = replace(seen, q=q, k=k, v=v, bias=bias)
+        branch, entry = (None if x is None else packing.pack(x) for x in (beside.branch, beside.entry))
+        return Beside(seen, branch, entry)
 
     def _act(
-        self,
-        method: int,
-        stage: int,
-        stages: int,
-        layer: int,
-        site: Site,
-        x: Tensor,
-        seen: Seen | None,
-        branch: Tensor | None = None,
-    ) -> tuple[Tensor, Plan | None]:
-        """One method at one site: signals, plan, execution. Returns the features and the plan whose rows they are."""
-        reducer: Reducer = self.session.methods[method]
-        entry = self._cost[layer]
+        self, turn: Turn, layer: int, site: Site, x: Tensor, beside: Beside, *, watched: bool
+    ) -> tuple[Tensor, Beside]:
+        """One method at one site: signals, plan, execution. watched: whether another will look at this attention."""
+        reducer, block = self.program.methods[turn.method], self.trace.blocks[layer]
 
         def spend(flops: int) -> None:
-            entry[2] += flops
+            block.own += flops
 
-        tokens, hidden = self.tokens, x
+        place = Place(
+            layer, len(self.host.blocks), turn.stage, turn.stages, self.first.free_count, spend,
+            self.trace.notes.append, self._starts,
+        )  # fmt: skip
+        tokens = self.tokens if self.live is None else self.compact
+        if self._all_stay(reducer, tokens, place):
+            return x, beside  # keeping all is the identity, for every method
+        if not self.steps and tokens.valid is not None and self.live is None:
+            x, beside = self._gathered(x, beside, tokens.valid, layer)
+            tokens = self.tokens
+        hidden, seen = x, beside.seen
         if self.live is not None:
-            tokens, hidden = self.compact, take(x, self.live.anchor)
+            hidden = take(x, self.live.anchor)
             seen = None if seen is None else seen.gathered(self.live.anchor)
             if seen is not None and tokens.valid is not None:
-                seen.bias = _hidden(seen.bias, tokens.valid)
-        place = Place(
-            layer, len(self.host.blocks), stage, stages, self.first.free_count, spend, self.notes.append, self._starts
-        )
-        if self._all_stay(reducer, tokens, place):
-            return x, None  # keeping all is the identity, for every method
-        if not self.steps and tokens.valid is not None and self.live is None:
-            x, seen = self._gathered(x, seen, tokens.valid, layer)
-            tokens, hidden = self.tokens, x
-            branch = None if branch is None else self.steps[-1].plan.gather(branch)
-        plan, hidden = self._planned(method, hidden, tokens, place, seen, branch)
+                seen.bias = hiding(seen.bias, tokens.valid)
+        plan, hidden = self._planned(turn.method, hidden, tokens, place, seen, beside.branch)
         self.proportional = self.proportional or reducer.proportional
         left = None
         if self.host.dense:
-            left = self._entry if self._entry is not None and site is Site.MID_BLOCK else hidden
-        self.steps.append(Step(layer, method, plan, left))
+            left = hidden if beside.entry is None else beside.entry
+        self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
         if plan.m == 0:
             raise HostError(
                 f"{reducer.card.name} leaves no token at all in block {layer}: {self.host.name} has none in front "
                 "that always stay; give it a budget that keeps some"
             )
-        if self.session.execution == "masked" and isinstance(plan, Hard):
-            return self._act_masked(x, hidden, plan, tokens), None
+        if self.program.execution == "masked" and isinstance(plan, Hard):
+            return self._act_masked(x, hidden, plan, tokens), beside
         x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here
         self.tokens = tokens.after(plan)
-        if self._entry is not None and site is Site.MID_BLOCK:
-            self._entry = plan.gather(self._entry)  # for the next method here
-        return x, None if isinstance(plan, Masked) else plan
+        return x, beside if isinstance(plan, Masked) else beside.gathered(plan, self.tokens.valid, watched=watched)
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         """Whether a method drops nothing here, as far as shapes tell."""
-        return not reducer.adaptive and reducer.budget.keep(tokens.free_count, place) == tokens.free_count
+        return not reducer.adaptive and reducer.budget.spares(tokens.free_count, place)
 
     def _planned(
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
     ) -> tuple[Plan, Tensor]:
         """A method's plan, and the features it is executed on."""
-        modules = self.session.modules_of(method, place.stage)
+        modules = self.bound.modules_of(method, place.stage)
         weight = next(modules.parameters(), None)
         signals = Signals(
-            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.grid, modules,
-            self.session.training, self.memory[method], self.first.prefix, branch,
+            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.trace.grid, modules,
+            self.bound.training, self.trace.memory[method], self.first.prefix, branch,
         )  # fmt: skip
-        return self.session.methods[method].plan(signals, tokens), hidden
+        return self.program.methods[method].plan(signals, tokens), hidden
 
-    def _gathered(self, x: Tensor, seen: Seen | None, valid: Tensor, layer: int) -> tuple[Tensor, Seen | None]:
+    def _gathered(self, x: Tensor, beside: Beside, valid: Tensor, layer: int) -> tuple[Tensor, Beside]:
         """A text's real tokens in front of its padding, as plans expect them, wherever the tokenizer put it."""
         plan = Plan.keep((~valid).to(torch.int8).argsort(dim=-1, stable=True), self.tokens.n, valid.sum(-1))
-        self.steps.append(Step(layer, -1, plan, x if self._entry is None else self._entry))
+        self.steps.append(Step(layer, -1, plan, x if beside.entry is None else beside.entry))
         self.tokens = self.tokens.after(plan)
-        self._entry = None if self._entry is None else plan.gather(self._entry)
-        if seen is not None:
-            seen = seen.gathered(plan.position)
-            seen.bias = _hidden(seen.bias, self.tokens.valid)  # type: ignore[arg-type]
-        return plan.gather(x), seen
+        return plan.gather(x), beside.gathered(plan, self.tokens.valid, watched=True)
 
     def _act_masked(self, x: Tensor, hidden: Tensor, plan: Hard, tokens: Tokens) -> Tensor:
         """The plan's training form: N rows stay, the dropped ones are masked out of attention. hidden: those of x that
@@ -334,73 +521,20 @@ class Pass:
         self.tokens = replace(self.tokens, policy=policy, size=size)
         return _placed(x, slot, rows)
 
-    # -- what can be read afterwards -----------------------------------------------------------------------------------
-    @property
-    def counts(self) -> list[int] | Tensor:
-        """Tokens after each block: Python integers, or (layers, B) where samples differ."""
-        if all(lengths is None for _, _, lengths in self._lengths):
-            return list(self._out)
-        full = [
-            torch.full((self.first.batch,), count) if lengths is None else lengths.cpu()
-            for count, (_, _, lengths) in zip(self._out, self._lengths, strict=True)
-        ]
-        return torch.stack(full)
-
-    @property
-    def ledger(self) -> Ledger:
-        entries = []
-        for (attention, mlp, own), (la, lm, _) in zip(self._cost, self._lengths, strict=True):
-            a = attention if la is None else la.double().mean().item()
-            m = mlp if lm is None else lm.double().mean().item()
-            pairs = attention**2 if la is None else la.double().square().mean().item()
-            entries.append(Entry(a, m, own, pairs))
-        ledger = Ledger.of(self.host, entries, self.first.n, self.itemsize)
-        ledger.causal = self.causal
-        ledger.seconds, ledger.own_seconds = self.seconds, (self._own if self._clock else None)
-        ledger.notes = list(dict.fromkeys(self.notes))
-        return ledger
-
-    def rows(self, layer: int | None = None) -> Tensor:
-        """(B, N0): the row each input token is in after `layer` (the last by default), -1 = dropped."""
-        row = torch.arange(self.first.n, device=self.first.device).expand(self.first.batch, -1)
-        for step in self.steps:
-            if layer is None or step.layer <= layer:
-                row = torch.where(row < 0, -1, step.plan.row.gather(-1, row.clamp(min=0)))
-        if layer is None and self.live is not None:  # masked execution: the rows of the output are all still there
-            row = torch.where(row < 0, -1, self.live.anchor.gather(-1, row.clamp(min=0)))
-            if self.steps and self.steps[0].method < 0:  # and where they were, wherever padding is
-                row = torch.where(row < 0, -1, self.steps[0].plan.position.gather(-1, row.clamp(min=0)))
-        return row
-
-    def kept(self, layer: int) -> Tensor:
-        """(B, M): the input token each row stands for after `layer`, row by row; -1 pads ragged samples."""
-        place = torch.arange(self.first.n, device=self.first.device).expand(self.first.batch, -1)
-        valid: Tensor | None = None
-        for step in self.steps:
-            if step.layer <= layer:
-                place = step.plan.gather(place)
-                own = step.plan.valid
-                valid = own if own is not None else None if valid is None else step.plan.gather(valid)
-                if isinstance(step.plan, Masked):
-                    valid = step.plan.policy > 0
-        return place if valid is None else place.masked_fill(~valid, -1)
-
-    def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        """Spread rows back over the input tokens. features: (B, M, C) -> (B, N0, C)."""
-        if self.live is not None:
-            features = take(features, self.live.anchor)
-        for step in reversed(self.steps):
-            features = step.plan.restore(features, fill)
-        return features
-
     def fork(self) -> Pass:
         """A copy of the state as it is now, for running a block once more without touching this pass."""
         other = copy.copy(self)
-        other.steps, other.notes, other._moved = list(self.steps), list(self.notes), {}
-        other._cost, other._lengths = [list(c) for c in self._cost], [list(c) for c in self._lengths]
-        other._out, other.counted = list(self._out), False
-        other.memory = [dict(m) for m in self.memory]
+        other.trace, other._moved, other.counted = self.trace.fork(), {}, False
+        other._around = list(self._around)
         return other
+
+
+def _seen_by_any(mask: Tensor) -> Tensor:
+    """(B, N) bool: the tokens some query may look at, all but padding. mask: (B, 1, N, N), True or 0 = visible; or
+    (B, N)."""
+    if mask.dim() == 2:
+        return mask != 0
+    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(-2)
 
 
 def _slots(anchor: Tensor, valid: Tensor, x: Tensor) -> Tensor:
@@ -415,9 +549,7 @@ def _placed(onto: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
     return roomy.scatter(1, index, rows)[:, :-1]
 
 
-def _padded(seen: Seen | None, packing: Packing) -> Seen | None:
-    if seen is None:
-        return None
-    bias = None if seen.bias is None else packing.pad(seen.bias.transpose(-1, -2)).transpose(-1, -2)
-    q, k, v = (packing.pad(x) for x in (seen.q, seen.k, seen.v))
-    return replace(seen, q=q, k=k, v=v, bias=_hidden(bias, packing.valid))
+def _rows_packed(x: Tensor, packing: Packing) -> Tensor:
+    """(B, H, N, d) -> (1, H, T, d)."""
+    b, h, n, d = x.shape
+    return packing.pack(x.transpose(1, 2).reshape(b, n, h * d)).unflatten(-1, (h, d)).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,31 +14,29 @@ from ...core.place import Place
 from ...core.visual import acts_on_visual_rows
 from ...hosts import Call
 from ..kv.state import Arrivals, Parked
-from .blocks import Pass
+from .blocks import BlockSite, Pass
 from .scan import check_causal
 
 if TYPE_CHECKING:
     from ..kv.layer import ReducedLayer
-    from ..session import Session
 
 
 class DecoderPrefill(Pass):
     """A pass of several tokens over a decoder. The last token of each sample stays whatever a method says: the next
     one is predicted from it. Layers behind a plan store only the rows that reach them, at their own positions."""
 
-    causal = True
-
     def __init__(
-        self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None
+        self, site: BlockSite, x: Tensor, at: Mapping[int, ReducedLayer], valid: Tensor | None, at_rope: Tensor | None
     ) -> None:
-        super().__init__(session, x, valid=valid)
-        self.layers, self.at_rope = layers, at_rope
-        self.start = layers[0].length if layers else 0
+        super().__init__(site, x, valid=valid)
+        self.at, self.at_rope = at, at_rope  # what blocks keep of keys and values; nothing without a cache
+        self.start = next(iter(at.values())).length if at else 0
 
     def leaving(self, reducer: Reducer, plan: Plan, x: Tensor, layer: int) -> None:
         """What a reviving method drops behind a block waits before the next one."""
         check_causal(plan)
-        if not reducer.revives or not self.layers or layer + 1 == len(self.layers) or not isinstance(plan, Hard):
+        next_one = self.at.get(layer + 1)
+        if not reducer.revives or next_one is None or not isinstance(plan, Hard):
             return
         gone = plan.row < 0
         if self.tokens.valid is not None:
@@ -45,8 +44,7 @@ class DecoderPrefill(Pass):
         place = self.tokens.place()
         at_rope = self.start + place if self.at_rope is None else self.at_rope.expand(len(place), -1).gather(-1, place)
         fresh = Parked(x, (self.start + place).masked_fill(~gone, -1), at_rope).split(gone)[0]
-        old = self.layers[layer + 1].waiting
-        self.layers[layer + 1].waiting = fresh if old is None else old.joined(fresh)
+        next_one.waiting = fresh if next_one.waiting is None else next_one.waiting.joined(fresh)
 
     def opening(self, tokens: Tokens) -> Tokens:
         return tokens.protect(tokens.last)
@@ -68,8 +66,9 @@ class DecoderPrefill(Pass):
             index = place[:, None, :, None]
             full = full.expand(place.shape[0], -1, -1, -1)
             full = full.gather(2, index.expand(-1, full.shape[1], -1, full.shape[-1]))
-        if self.layers:
-            self.layers[layer].arriving = Arrivals(place, valid, self.first.n)
+        if self.at:
+            if layer in self.at:
+                self.at[layer].arriving = Arrivals(place, valid, self.first.n)
             return full
         if full is not None:
             full = full.gather(3, place[:, None, None, :].expand(-1, full.shape[1], place.shape[1], -1))

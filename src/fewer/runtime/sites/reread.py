@@ -12,33 +12,36 @@ from ...compat import cached
 from ...core import Site
 from ...core.attention import full_precision
 from ...core.cache import Rereader, Rows
+from ..kv.state import Access
 from ..program import SessionError
+from .cache_run import LayerCall
 
 if TYPE_CHECKING:
-    from .cache_pass import CacheRun
+    from .cache_run import CacheRun
 
 
 class RepeatedRun:
-    """One pass over a part of the prompt, once more. Implements the hosts' BlockRun; nothing is evicted in it."""
+    """One pass over a part of the prompt, once more. Takes part in attention; nothing is evicted in it."""
 
     def __init__(self, run: CacheRun, which: int, rows: Rows, part: tuple[int, int], asking: Tensor | None) -> None:
         self.run, self.which, self.rows, self.part, self.asking = run, which, rows, part, asking
         self.votes: list[Tensor] = []  # of each layer where the method acts, (B, G, chunk)
         for layer in run.layers:
-            layer.expected = True
+            layer.access = Access()
 
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        index, run = self.run.session.host.index(module), self.run
+        run = self.run
+        index = run.host.index(module)
         if index is None:
             return plain(module, q, k, v, mask, **kwargs)
-        layer, method = run.at[index], run.session.methods[self.which]
+        layer, method = run.at[index], run.program.methods[self.which]
         assert isinstance(method, Rereader)
         out = plain(module, q, k, v, mask, **kwargs)
-        for turn in run.session.acting(Site.KV_CACHE, index):
-            if turn[0] == self.which:
-                place = run._place(index, turn, self.rows)
-                signals = run._signals(layer, turn, place, self.rows, q, k, v, mask, kwargs)
+        call = LayerCall(run, index, layer, q, k, v, mask, kwargs, rows=self.rows)
+        for turn in call.turns:
+            if turn.method == self.which:
+                signals = call.signals(turn)
                 signals.asking = self.asking
                 with full_precision(q):
                     self.votes.append(method.votes(signals, self.rows, *self.part))
@@ -50,7 +53,7 @@ class RepeatedRun:
 @torch.no_grad()
 def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) -> None:
     """Compress what a pass has put into an empty cache. given: the arguments the decoder was called with."""
-    method, layers = run.session.methods[which], run.layers
+    method, layers = run.program.methods[which], run.layers
     assert isinstance(method, Rereader)
     name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
     tokens: Tensor = given[name]
@@ -59,16 +62,16 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
             f"{method.card.name} takes the rows of a second reading back, which a sliding-window layer cannot; choose "
             "another method for this model (snapkv, expected_attention)"
         )
-    rows = run._rows(layers[0], layers[0].keys)
-    turns = [(i, t) for i in range(len(layers)) for t in run.session.acting(Site.KV_CACHE, i) if t[0] == which]
-    places = [run._place(index, turn, rows) for index, turn in turns]
+    rows = run.rows(layers[0], layers[0].keys)
+    turns = [(i, t) for i in range(len(layers)) for t in run.program.at(Site.KV_CACHE, i) if t.method == which]
+    places = [run.place(index, turn, rows) for index, turn in turns]
     if all(rows.counts(method.budget, place, method.least) == list(rows.totals) for place in places):
         return
     cue = torch.tensor(method.instruction, dtype=torch.long, device=tokens.device).expand(len(tokens), -1)
     head = cue if name == "input_ids" else root.get_input_embeddings()(cue)  # type: ignore[operator]
     real = None if rows.real is None else rows.real[:, 0]
     totals = torch.tensor(rows.totals, device=tokens.device)[:, None]
-    weights = sum(sum(run.session.host.linear_weights(i)) for i in range(len(run.session.host.blocks)))
+    weights = sum(sum(run.host.linear_weights(i)) for i in range(len(run.host.blocks)))
     votes: list[list[Tensor]] = []
     for first in range(0, rows.n, method.chunk):
         last = min(first + method.chunk, rows.n)
@@ -76,7 +79,7 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
         again = torch.cat([head, tokens[:, span]], 1)
         length = again.shape[1]
         limit = getattr(root.config, "max_position_embeddings", None)
-        if run.session.rotary(0) is None and limit is not None and rows.n + length > limit:
+        if run.host.rotary(0) is None and limit is not None and rows.n + length > limit:
             raise SessionError(
                 f"{method.card.name} reads {length} tokens behind {rows.n}, but the model has learned positions for "
                 f"{limit}; pass a smaller chunk="
@@ -84,13 +87,13 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
         asking = None if real is None else torch.cat([torch.ones_like(cue, dtype=torch.bool), real[:, span]], 1)
         behind = torch.arange(length, device=tokens.device)[None] if asking is None else asking.cumsum(-1) - 1
         visit = RepeatedRun(run, which, rows, (first, last), asking)
-        run.session.inner(visit, root, **{
+        run.site.inner(visit, root, **{
             name: again, **cached(root, run.cache), "use_cache": True, "position_ids": totals + behind.clamp(min=0),
             "attention_mask": None if asking is None or real is None else torch.cat([real, asking], 1).long(),
         })  # fmt: skip
         for layer in layers:
             layer.crop(-length)
-        run.session.spend(2 * weights * length)
+        run.site.spend(2 * weights * length)
         votes.append(visit.votes)
     plans = method.choose([torch.cat(parts, -1) for parts in zip(*votes, strict=True)], rows, places)
     for (index, _), plan in zip(turns, plans, strict=True):

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ...core import Reducer, Seen, Signals, Site, Tokens
 from ...core.attention import full_precision
-from ...core.masks import _only
+from ...core.masks import only
 from ...core.place import Place
-from ...hosts import Call
+from ...hosts import Call, PlainRun
 from ..kv.state import Arrivals, Parked
+from ..program import Bound
 
 if TYPE_CHECKING:
     from ..kv.layer import ReducedLayer
-    from ..session import Session
 
 
-class TokenRevival:
+class TokenRevival(PlainRun):
     """A step of one token through a decoder whose prompt was read with methods that revive. Implements the hosts'
     BlockRun.
 
@@ -30,8 +30,8 @@ class TokenRevival:
     new token. Reads one number per choice (how many come back), as shapes depend on it.
     """
 
-    def __init__(self, session: Session, x: Tensor, layers: list[ReducedLayer], given: Tensor | None) -> None:
-        self.session, self.layers, self.given = session, layers, given
+    def __init__(self, bound: Bound, x: Tensor, layers: list[ReducedLayer], given: Tensor | None) -> None:
+        self.bound, self.program, self.layers, self.given = bound, bound.program, layers, given
         self.start = layers[0].length
         self.place = torch.full((len(x), 1), self.start, device=x.device)
         self.back: Parked | None = None  # who comes along besides the new token
@@ -49,7 +49,7 @@ class TokenRevival:
         return torch.cat([x[:, :-1], come.hidden.to(x.dtype), x[:, -1:]], 1)
 
     def call(self, layer: int) -> Call:
-        return Call(watch=self.session.watches(layer), whole=True)
+        return Call(watch=self.program.looks_on(layer), whole=True)
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
         """Who sees whom over all logical positions: those who take part, not before their time."""
@@ -84,22 +84,16 @@ class TokenRevival:
         if (ids := kwargs.get("position_ids")) is not None:
             moved["position_ids"] = torch.cat([self.back.at_rope, ids.expand(b, -1)], 1)
         if (tables := kwargs.get("position_embeddings")) is not None:
-            rotary = self.session.rotary(layer)  # type: ignore[attr-defined]
+            rotary = self.bound.host.rotary(layer)  # type: ignore[attr-defined]
             mine = rotary.tables(self.back.at_rope, tables[0].dtype)
             moved["position_embeddings"] = tuple(
                 torch.cat([m, t.expand(b, -1, -1)], 1) for m, t in zip(mine, tables, strict=True)
             )
         return moved
 
-    def splits(self, layer: int) -> bool:
-        return False
-
-    def mid(self, layer: int, x: Tensor, call: Call) -> Tensor:
-        return x
-
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
-        for method, stage, stages in self.session.acting(Site.AFTER_BLOCK, layer):
-            reducer = self.session.methods[method]
+        for method, stage, stages in self.program.at(Site.AFTER_BLOCK, layer):
+            reducer = self.program.methods[method]
             if reducer.revives and call.seen is not None and call.where is not None and layer + 1 < len(self.layers):
                 x = self._choose(reducer, layer, stage, stages, x, call.seen, call.where)
         return x if layer + 1 < len(self.layers) else x[:, -1:]
@@ -129,7 +123,7 @@ class TokenRevival:
         real = valid.sum(-1)
         place = Place(layer, len(self.layers), stage, stages, rows.shape[1], starts=real)
         with full_precision(x):
-            plan = reducer.plan(Signals(x, tokens, place, replace(seen, bias=_only(seen.bias, valid))), tokens)
+            plan = reducer.plan(Signals(x, tokens, place, replace(seen, bias=only(seen.bias, valid))), tokens)
         kept = rows.gather(-1, plan.position)
         if plan.valid is not None:
             kept = kept.masked_fill(~plan.valid, self.start + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,71 +29,66 @@ from ...core.place import Place
 from ...core.plan import on_device, take
 from ...core.visual import acts_on_visual_rows
 from ...core.visual.layout import Standing, lifted, view, written
-from ...hosts import Call
+from ...hosts import Call, DecoderHost
 from ..trace import Step
+from .blocks import Beside, BlockSite
 from .compact_positions import at_positions
 from .prefill import DecoderPrefill
 from .visual_context import VisualContext
 
 if TYPE_CHECKING:
     from ..kv.layer import ReducedLayer
-    from ..session import Session
 
 
 class VisualPrefill(DecoderPrefill):
     """A reading whose prompts hold visual rows: methods made for them plan over these, text and separators stay."""
 
     def __init__(
-        self, session: Session, x: Tensor, layers: list[ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
-        sight: VisualContext, at: dict[int, ReducedLayer] | None = None,
+        self, site: BlockSite, x: Tensor, at: Mapping[int, ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
+        context: VisualContext, *, compact: bool, answers: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(session, x, layers, valid, at_rope)
-        self.at = dict(enumerate(layers)) if at is None else at  # by block
-        self.sight, self.embedded = sight, x
-        self.standing = Standing.of(sight.layout)
+        super().__init__(site, x, at, valid, at_rope)
+        self.context, self.renumbers, self.answers = context, compact, answers
+        self.trace.beside, context.embedded, self.embedded = context, x, x
+        self.standing = Standing.of(context.layout)
         self._kwargs: dict[str, Any] = {}
         self._renumbered: tuple[Tensor, Tensor] | None = None  # places of this block's rows, and their new positions
 
-    def _layer(self, layer: int) -> ReducedLayer | None:
-        """What a block keeps of keys and values; None where it keeps a state, or nothing."""
-        return self.at.get(layer)
-
     # -- the sites ----------------------------------------------------------------------------------------------------
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
-        """As of any reading; of blocks that keep a state, those without padding only.
+        """As of any prefill; of blocks that keep a state, those without padding only.
 
         Raises   SignalError where prompts are left with different numbers of rows and some blocks keep a state.
         """
-        if self.steps and self.host.layers[layer].attention is None:
-            if self.tokens.valid is not None and not bool(self.tokens.valid.all()):
-                raise SignalError(
-                    "prompts of this batch are left with different numbers of rows, and blocks of this model keep a "
-                    "state that would read the padding behind the shorter ones; give it prompts and pictures of one "
-                    "length, or one prompt at a time"
-                )
-            return None
-        held = self.layers
-        if held:
-            self.layers = [self._layer(i) or held[0] for i in range(len(self.host.blocks))]
-        try:
+        if not self.steps or self.host.layers[layer].attention is not None:
             return super().bias(layer, full)
-        finally:
-            self.layers = held
+        if self.tokens.valid is not None and not bool(self.tokens.valid.all()):
+            raise SignalError(
+                "prompts of this batch are left with different numbers of rows, and blocks of this model keep a "
+                "state that would read the padding behind the shorter ones; give it prompts and pictures of one "
+                "length, or one prompt at a time"
+            )
+        return None
+
+    @property
+    def decoder(self) -> DecoderHost:
+        assert isinstance(self.host, DecoderHost)
+        return self.host
 
     def before(self, layer: int, x: Tensor) -> Tensor:
-        if layer == 0 and self.sight.present is not None:
+        if layer == 0 and self.context.present is not None:
             x = self._without_absent(x)
         return super().before(layer, x)
 
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor:
-        return super().after(layer, self.sight.deepened(layer, x, self.tokens.place()), call)
+        return super().after(layer, self.context.deepened(layer, x, self.tokens.place()), call)
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._kwargs, self._renumbered = kwargs, None
         moved = super().streams(layer, kwargs)
-        held = self._layer(layer)
+        held = self.at.get(layer)
         old = None if held is None else held.shift
-        if not self.session.compact or not (self.steps or old is not None):  # type: ignore[attr-defined]
+        if not self.renumbers or not (self.steps or old is not None):
             return moved
         ids = kwargs.get("position_ids")
         first = self.tokens.place()[:, :1]
@@ -107,20 +103,20 @@ class VisualPrefill(DecoderPrefill):
             held.shift = gone if old is None else old + gone
         at = first + torch.arange(self.tokens.n, device=first.device)
         self._renumbered = self.tokens.place(), at
-        return at_positions(self.session, layer, moved, at)
+        return at_positions(self.decoder, layer, moved, at)
 
     def _without_absent(self, x: Tensor) -> Tensor:
         """Rows whose patches were dropped inside the vision tower stand empty in the prompt: they go."""
-        layout, present = self.sight.layout, self.sight.present
+        layout, present = self.context.layout, self.context.present
         assert present is not None
         if self.tokens.valid is not None:
-            x, _ = self._gathered(x, None, self.tokens.valid, 0)
+            x, _ = self._gathered(x, Beside(), self.tokens.valid, 0)
         place = self.tokens.place()
         source = layout.source.gather(-1, place)
         keep = (source < 0) | present[source.clamp(min=0)]
         width: int | None = None
-        if self.sight.share is not None and layout.located:
-            kept, of = self.sight.share
+        if self.context.share is not None and layout.located:
+            kept, of = self.context.share
             most = [c * kept // of for c in layout.counts]
             self.standing = self.standing.reduced(layout, "image", most, True)
             width = max(self.standing.rows)
@@ -143,7 +139,7 @@ class VisualPrefill(DecoderPrefill):
             return not any(self.standing.totals)
         image = _scope(reducer) == "image"
         counts, exact = self.standing.of_scope(image)
-        start, _ = Standing.of(self.sight.layout).of_scope(image)
+        start, _ = Standing.of(self.context.layout).of_scope(image)
         quiet = replace(place, note=lambda _: None)
         stays = (reducer.budget.keep(c, replace(quiet, start=s)) == c for c, s in zip(counts, start, strict=True))
         return not any(counts) or (exact and all(stays))
@@ -151,17 +147,17 @@ class VisualPrefill(DecoderPrefill):
     def _planned(
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
     ) -> tuple[Plan, Tensor]:
-        reducer = self.session.methods[method]
+        reducer = self.program.methods[method]
         if not acts_on_visual_rows(reducer):
             return super()._planned(method, hidden, tokens, place, seen, branch)
-        layout, scope = self.sight.layout, _scope(reducer)
+        layout, scope = self.context.layout, _scope(reducer)
         shown = view(layout, self.standing, tokens, scope)
         inner = Tokens.plain(shown.lines, shown.n, device=hidden.device, valid=shown.valid)
         start, _ = Standing.of(layout).of_scope(scope == "image")
         starts = None if shown.valid is None else on_device(list(start), hidden.device)
         signals = Signals(
             shown.of(hidden), inner, replace(place, start=max(start), starts=starts), None, layout.grid,
-            self.session.modules_of(method, place.stage), self.session.training, self.memory[method],
+            self.bound.modules_of(method, place.stage), self.bound.training, self.trace.memory[method],
             beside=self._beside(shown, hidden, tokens, place, seen, reducer.site.sees_attention),
         )  # fmt: skip
         plan = reducer.plan(signals, inner)
@@ -195,11 +191,11 @@ class VisualPrefill(DecoderPrefill):
     ) -> Visual:
         """behind: whether the site is behind its block's attention, so that the block ahead is the next one."""
         origin = tokens.place()
-        text = self.sight.layout.text.gather(-1, origin)
+        text = self.context.layout.text.gather(-1, origin)
         if tokens.valid is not None:
             text = text & tokens.valid
-        if (answers := getattr(self.session, "answers", None)) is not None:
-            text = text & ~answers.gather(-1, origin)
+        if self.answers is not None:
+            text = text & ~self.answers.gather(-1, origin)
         ahead_known = behind and place.layer + 1 < place.layers
 
         def tables() -> tuple[Tensor, Tensor]:
@@ -207,18 +203,20 @@ class VisualPrefill(DecoderPrefill):
             if self._renumbered is not None:
                 standing, at = self._renumbered
                 new = at.new_zeros(len(standing), self.first.n).scatter(-1, standing, at.expand_as(standing))
-                return self.session.rotary(place.layer).tables(new.gather(-1, origin), given[0].dtype)  # type: ignore[attr-defined]
+                rotary = self.decoder.rotary(place.layer)
+                assert rotary is not None
+                return rotary.tables(new.gather(-1, origin), given[0].dtype)
             cos, sin = (take(t.expand(len(origin), -1, -1), origin) for t in given)
             return cos, sin
 
         def peek(queries: Group) -> Tensor:
             given = {**self._given(), "position_embeddings": tables()}
-            upcoming = self.host.peek(place.layer + 1, hidden, given, tokens.valid)  # type: ignore[attr-defined]
+            upcoming = self.decoder.peek(place.layer + 1, hidden, given, tokens.valid)
             return attention.rows(upcoming, queries)
 
         return Visual(
-            shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.sight.tower,
-            self.sight.guide(shown), place.spend, peek if ahead_known else None,
+            shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.context.tower,
+            self.context.guide(shown), place.spend, peek if ahead_known else None,
             tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
         )  # fmt: skip
 

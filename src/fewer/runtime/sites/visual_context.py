@@ -23,6 +23,7 @@ class VisualContext:
     present   (T * P,) bool: rows of the tower's output that were not dropped inside it; None = all
     share     (kept, of): the same as a share of each tile, where all tiles keep the same number
     deep      features added to the visual rows behind the first layers, (V, d) each, V rows of the batch in order
+    embedded  (B, S, d), the prompts as they entered the first block
     guide     a view -> its rows and the question in a joint space, see `Visual`
     """
 
@@ -32,6 +33,7 @@ class VisualContext:
     share: tuple[int, int] | None = None
     deep: list[Tensor] = field(default_factory=list)
     deep_index: Tensor | None = None  # (B, S) long, which of those V rows is added to a row; -1 = none
+    embedded: Tensor | None = None
     guide: Guide = lambda shown: None
 
     def deepened(self, layer: int, x: Tensor, place: Tensor) -> Tensor:
