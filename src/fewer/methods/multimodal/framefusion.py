@@ -58,10 +58,8 @@ class FrameFusion(VisualReducer):
         here = real.sum(-1)
         past = signals.memory.get("past")
         if past is None:
-            start = here if at.starts is None else at.starts
-            wanted = start.new_full(start.shape, self.budget.keep(n, at)) if at.starts is None else (
-                self.budget.granted(start, at.start, at)
-            )  # fmt: skip
+            start = torch.full_like(here, at.start) if at.starts is None else at.starts
+            wanted = self.budget.granted(start, at.start, at)
             past = Past(wanted * at.layers, torch.zeros_like(start), torch.zeros_like(start), -1)
         # Every block since the last site had as many tokens as are here now.
         spent = past.spent + here * (at.layer - past.layer)

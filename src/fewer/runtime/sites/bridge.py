@@ -222,10 +222,11 @@ class BridgeSite:
         dropped = [c for c in calls if c.present is not None and (c.share is None or c.share[0] < c.share[1])]
         if dropped and not layout.located:
             assert self.tower is not None
+            first = text(self.tower.bound.program.methods[0])
             raise SessionError(
-                f"{text(self.tower.bound.program.methods[0])} drops rows inside the vision tower, and {self.host.title} "
-                "pools the frames of a video behind it: which rows of the prompt would go is not defined; choose a method "
-                "that acts behind the tower, such as divprune"
+                f"{first} drops rows inside the vision tower, and {self.host.title} pools the frames of a video behind "
+                "it: which rows of the prompt would go is not defined; choose a method that acts behind the tower, "
+                "such as divprune"
             )
         if any(call.entered is None for call in calls):
             return VisualContext(layout)

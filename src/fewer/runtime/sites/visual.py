@@ -154,7 +154,8 @@ class VisualPrefill(DecoderPrefill):
         shown = view(layout, self.standing, tokens, scope)
         inner = Tokens.plain(shown.lines, shown.n, device=hidden.device, valid=shown.valid)
         start, _ = Standing.of(layout).of_scope(scope == "image")
-        starts = None if shown.valid is None else on_device(list(start), hidden.device)
+        alike = shown.valid is None and len(set(start)) == 1
+        starts = None if alike else on_device(list(start), hidden.device)
         signals = Signals(
             shown.of(hidden), inner, replace(place, start=max(start), starts=starts), None, layout.grid,
             self.bound.modules_of(method, place.stage), self.bound.training, self.trace.memory[method],
