@@ -215,6 +215,11 @@ class Session:
             )
         return site
 
+    @property
+    def guide(self) -> Guide | None:
+        """Tells how well a patch fits a question, where one was given."""
+        return self._bridge.guide
+
     def ask(self, questions: Sequence[str] | Tensor) -> None:
         """What the next prompts ask, one question each, for methods that compare patches with it through a guide."""
         self._bridge.ask(questions)

@@ -156,7 +156,7 @@ class _Stream(TextStreamer):
 def visual_rows(session: Any) -> str:
     """Of the last prompt of a session on a vision-language model: how many there were, and behind each block; "" where
     there were none, or no method acts before or inside the language model."""
-    if not session.inside or session.last.beside is None:
+    if session is None or not session.inside or session.last.beside is None:
         return ""
     return f"{sum(session.layout.counts):,} -> {_runs(session.visual_counts)}"
 

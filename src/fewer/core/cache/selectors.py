@@ -32,15 +32,18 @@ def check_alpha(alpha: float) -> None:
 def pooled_votes(signals: CacheSignals, rows: Rows, window: int, kernel: int, pool: str) -> Tensor:
     """(B, G, S) float32: attention of the last `window` queries on the rows before them, pooled along the sequence.
 
-    Pooling comes before the mean over the query heads of a group. Zeros beyond the ends count in the mean.
+    Pooling comes before the mean over the query heads of a group. Zeros beyond the ends count in the mean; a hole is no
+    neighbour, wherever padding or a shorter head has left one.
     Source   SnapKV, arXiv:2404.14469, sec. 4 and listing 1.
     """
     votes = signals.window_mass(window).masked_fill(~signals.before(rows, window), 0)
-    if pool == "mean":
-        votes = F.avg_pool1d(votes, kernel, stride=1, padding=kernel // 2)
-    else:
-        votes = F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
-    return signals.per_group(votes)
+    pooled = F.avg_pool1d if pool == "mean" else F.max_pool1d
+    if rows.real is None or kernel == 1:
+        return signals.per_group(pooled(votes, kernel, stride=1, padding=kernel // 2))
+    order = (~rows.real).to(torch.int8).argsort(dim=-1, stable=True).expand(len(votes), -1, -1)
+    order = order.repeat_interleave(votes.shape[1] // order.shape[1], dim=1)
+    side_by_side = pooled(votes.gather(-1, order), kernel, stride=1, padding=kernel // 2)
+    return signals.per_group(torch.empty_like(votes).scatter_(-1, order, side_by_side))
 
 
 def _candidates(scores: Tensor, rows: Rows, protected: Tensor | None) -> Tensor:

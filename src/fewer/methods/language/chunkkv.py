@@ -71,9 +71,11 @@ class ChunkKV(CacheReducer):
             most = [max(k - self.window, 0) // self.chunk for k in counts]
         number = -(-tokens.n // self.chunk)
         kept = self._best(votes.sum(1, keepdim=True), rank // self.chunk, competes, number, most)
-        if self.fidelity == "paper":
-            kept = kept | window
-        width = max(m * self.chunk for m in most) + (self.window if self.fidelity == "paper" else 0)
+        if self.fidelity == "kvpress":
+            width = max(most) * self.chunk
+        else:  # a sample that holds no more than its budget loses nothing to the rounding of chunks
+            fits = real.sum(-1, keepdim=True) <= torch.tensor(counts, device=votes.device)[:, None, None]
+            kept, width = kept | window | (real & fits), max(counts)
         return ragged(kept.expand(tokens.batch, -1, -1), tokens.n, min(width, tokens.n))
 
     @staticmethod

@@ -194,7 +194,7 @@ class ReducedLayer(DynamicLayer):
         All samples are coded together, or one by one where more padding stands before some than before others: groups
         count from a sample's first token, so that it is coded as if it were alone.
         """
-        if self.packing is not None:
+        if self.packing is not None or self.holes:
             raise CacheError(
                 "heads or samples that keep different numbers of rows cannot be stored in few bits; choose a method "
                 "that evicts evenly (snapkv, not adakv), and prompts of one length"
@@ -367,8 +367,11 @@ class ReducedLayer(DynamicLayer):
             return None
         return F.pad(self.rotated_by, (0, rows - self.rotated_by.shape[-1]))
 
-    def rerotate(self, rotary: Rotary, rows: int) -> None:
-        """Turn the first `rows` rows of each head on, so that they stand right before the others: no gap is left."""
+    def rerotate(self, rotary: Rotary, rows: int, where: Tensor | None = None) -> None:
+        """Turn the first `rows` rows of each head on, so that they stand right before the others: no gap is left.
+
+        where: (B, 1 or G, 1) bool, heads in which there is one; None = all.
+        """
         if self.position is None:
             return
         lead = self.position[..., :rows].long()
@@ -377,7 +380,9 @@ class ReducedLayer(DynamicLayer):
         came = self.length - (self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width))
         target = came - held + torch.arange(lead.shape[-1], device=lead.device)
         rotated_by = torch.zeros_like(self.position, dtype=torch.long) if self.rotated_by is None else self.rotated_by
-        by = (target - lead - rotated_by[..., : lead.shape[-1]]).masked_fill(~real, 0)
+        by = (target - lead - rotated_by[..., : lead.shape[-1]]).masked_fill(
+            ~(real if where is None else real & where), 0
+        )
         self.rotated_by = torch.cat([rotated_by[..., : lead.shape[-1]] + by, rotated_by[..., lead.shape[-1] :]], -1)
         if self.packing is None:
             self.keys[:, :, : lead.shape[-1]] = rotary.turn(self.keys[:, :, : lead.shape[-1]], by)

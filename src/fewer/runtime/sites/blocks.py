@@ -126,7 +126,7 @@ class BlockSite:
             while passes and passes[-1][0] != layer:
                 passes.pop()
             if not passes:
-                raise SessionError(f"block {layer} was called before block {layer - 1}; run the model from its first")
+                raise SessionError(f"block {layer} was called before block 0; run the model from its first block")
             run = passes.pop()[1]
         if layer + 1 < len(self.host.blocks):
             passes.append((layer + 1, run))
@@ -452,6 +452,7 @@ class Pass:
             self.trace.notes.append, self._starts,
         )  # fmt: skip
         tokens = self.tokens if self.live is None else self.compact
+        self.proportional = self.proportional or reducer.proportional  # for all samples alike, whoever loses rows here
         if self._all_stay(reducer, tokens, place):
             return x, beside  # keeping all is the identity, for every method
         if not self.steps and tokens.valid is not None and self.live is None:
@@ -464,7 +465,6 @@ class Pass:
             if seen is not None and tokens.valid is not None:
                 seen.bias = hiding(seen.bias, tokens.valid)
         plan, hidden = self._planned(turn.method, hidden, tokens, place, seen, beside.branch)
-        self.proportional = self.proportional or reducer.proportional
         left = None
         if self.host.dense:
             left = hidden if beside.entry is None else beside.entry

@@ -257,16 +257,19 @@ class CacheRun:
             signals.received = _receive(layer, signals)
         if not evicts or everything:
             return
+        gap: Tensor | None = None
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(call.k):
             layer.replace(method.leaver(signals, rows))
         else:
             plan = method.plan(signals, rows)
             assert isinstance(plan, Hard)
+            if rows.real is not None and plan.lengths is not None:  # a sample that lost nothing has no gap to close
+                gap = (rows.real.sum(-1) > plan.lengths)[..., None]
             layer.keep(plan, *_held(layer, method, plan, call.k, call.v))
         if method.travelling:
             rotary = self.host.rotary(call.index)
             assert rotary is not None
-            layer.rerotate(rotary, method.travelling)
+            layer.rerotate(rotary, method.travelling, gap)
 
     def _store(self, layer: ReducedLayer, index: int) -> None:
         """What is left by all methods is stored as one of them says."""
@@ -291,9 +294,9 @@ class CacheRun:
         totals = layer.totals
         if layer.window is not None:
             totals = [min(t, layer.window - 1) for t in totals]
-            if s > layer.window - 1:
-                alive = (torch.arange(s, device=k.device) >= s - layer.window + 1)[None, None]
-                real = alive.expand(b, 1, -1) if real is None else real & alive
+            if s > layer.window - 1 or layer.reduced:  # by where they stood: rows that arrive are not the latest ones
+                alive = (place > layer.length - layer.window).expand(b, -1, -1)
+                real = alive if real is None else real & alive
         age = layer.length - place
         return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
