@@ -209,7 +209,9 @@ class _Run:
             groups.append({"params": [p for p in own if p.dim() > 1], "peak": self.lr})
             groups.append({"params": [p for p in own if p.dim() <= 1], "peak": self.lr, "weight_decay": 0.0})
         if recipe.backbone:
-            groups.append({"params": list(self.net.parameters()), "peak": recipe.backbone})
+            mine = {id(p) for group in groups for p in group["params"]}
+            rest = [p for p in self.net.parameters() if id(p) not in mine]
+            groups.append({"params": rest, "peak": recipe.backbone})
         groups = [g for g in groups if g["params"]]
         if not groups or not steps:
             return

@@ -330,7 +330,7 @@ def _optimizer(reduction: Reduction, session: Session) -> torch.optim.Optimizer:
         {"params": [p for p in own if p.dim() <= 1], "peak": reduction.lr, "weight_decay": 0.0},
     ]
     if reduction.backbone:
-        params = [p for p in session.model.parameters() if p.requires_grad]
+        params = [p for p in session.model.parameters() if p.requires_grad and all(p is not q for q in own)]
         slow = reduction.lr * reduction.backbone
         groups.append({"params": params, "peak": slow, "weight_decay": reduction.weight_decay})
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=reduction.lr)

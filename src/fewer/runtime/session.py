@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..core.cache.quantised import rounded
 from ..core.visual import acts_on_visual_rows
 from ..spec import text
 from . import modules as trained
+from . import saving
 from .costs import Ledger
 from .program import Execution, SessionError, check_free
 from .sites.blocks import Pass
@@ -109,7 +110,10 @@ class Session:
         self._undo.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise SessionError("a model with a session on cannot be copied or pickled: call session.remove() first")
+        raise SessionError(
+            "a model with a session on cannot be pickled, nor a part of it copied: call session.remove() first, keep "
+            "it with model.save_pretrained(folder), or copy.deepcopy the model that apply was given"
+        )
 
     def __enter__(self) -> Session:
         return self
@@ -254,6 +258,15 @@ class Session:
         card: what to say about them besides their method and shape, kept in the files' metadata.
         """
         return trained.save(path, self.methods, self.modules, self.host, card or {})
+
+    def save(self, folder: str | Path) -> None:
+        """Write model, methods and trained modules into a folder, from which `fewer.load(folder)` gives both back. Of a
+        model of transformers `model.save_pretrained(folder)` does the same."""
+        saving.carried(self.model).save(folder)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the methods' trained modules alone. While the session is on, `model.parameters()` holds them too."""
+        return (p for part in saving.parts(self) for p in part.modules.parameters())
 
     @property
     def training(self) -> bool:

@@ -23,6 +23,7 @@ from ...hosts.twin_visual import shapes_of
 from ...hosts.vision_language import Encoding, LayoutError, coordinates
 from ...spec import text
 from .. import session
+from ..modules import divided
 from ..program import Execution, SessionError, check_free
 from .cache_pass import CacheRun
 from .cache_pass import _text_positions as text_positions
@@ -51,6 +52,7 @@ class SeeingSession(CacheSession):
         modules: nn.Module | str | Path | None = None, guide: Guide | None = None, positions: Positions = "kept",
     ) -> None:  # fmt: skip
         inside = [m for m in methods if in_tower(m)]
+        towers, modules = divided(modules, [in_tower(m) for m in methods])
         super().__init__(model, [m for m in methods if not in_tower(m)], execution, host, modules)
         self.guide, self.compact = guide, positions == "compact"
         if positions not in get_args(Positions):
@@ -104,7 +106,7 @@ class SeeingSession(CacheSession):
             )
         if inside:
             assert self._tower_host is not None and host.tower_module is not None
-            self.tower = session.Session(host.tower_module, inside, "padded", self._tower_host, modules)
+            self.tower = session.Session(host.tower_module, inside, "padded", self._tower_host, towers)
 
     @cached_property
     def _tower_host(self) -> Host | None:
