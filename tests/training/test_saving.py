@@ -64,7 +64,7 @@ def trainer(model: nn.Module, data: Any, folder: Path, **more: Any) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("make", "method", "data"), [(tiny_vit, VIT, Pictures()), (lambda: decoder("llama"), TEXT, Words())],
+    ("make", "method", "data"), [(tiny_vit, VIT, Pictures()), (lambda: copy.deepcopy(decoder("llama")), TEXT, Words())],
     ids=["vit", "llama"],
 )  # fmt: skip
 def test_trainer_moves_saves_and_resumes_the_modules(
@@ -158,7 +158,7 @@ CASES = {
     "vit, twice": (tiny_vit, ["dynamicvit:keep=0.8,layers=1", "dynamicvit:keep=0.8,layers=2"], seen, {}),
     "vit, twice the same": (tiny_vit, ["dynamicvit:keep=0.8,layers=1"] * 2, seen, {}),
     "vit, packed": (tiny_vit, ["evit:mass=0.6,layers=1,fuse=false"], seen, {"execution": "packed"}),
-    "llama": (lambda: decoder("llama"), [TEXT, "snapkv:keep=0.5,window=4"], logits, {}),
+    "llama": (lambda: copy.deepcopy(decoder("llama")), [TEXT, "snapkv:keep=0.5,window=4"], logits, {}),
     "llava, tower and prompt": (tiny_llava, ["dynamicvit:keep=0.5,layers=0", "sdtp:keep=0.7,layers=1"], seeing, {}),
     "llava, compact": (tiny_llava, ["divprune:tokens=4"], seeing, {"positions": "compact"}),
 }  # fmt: skip

@@ -14,10 +14,11 @@ import copy
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from fewer.datasets.texts import book
 from fewer.hosts.decoder import DecoderHost
 from fewer.methods.language.tokenbutler import Butler
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Loop, Row, finished, journal
 from fewer.runtime import modules as trained
 from fewer.spec import parse, text
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Passage", "Prediction", "Report", "learn", "loss_of", "measure", "read", "train"]
 
@@ -126,14 +127,7 @@ def train(
     butler = next(m for m in modules.modules() if isinstance(m, Butler))
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with (out / "log.jsonl").open("w") as journal:
-
-        def note(row: dict[str, float]) -> None:
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            log("  ".join(f"{key} {value}" for key, value in row.items()))
-
-        learn(prediction, host, butler, ids[:cut].to(device), note)
+    learn(prediction, host, butler, ids[:cut].to(device), journal(out, log), out / "state")
     seconds = round(time.perf_counter() - started, 1)
     kept = copy.deepcopy(modules).half() if prediction.half else modules
     modules.load_state_dict(kept.state_dict())
@@ -154,8 +148,7 @@ def train(
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "passages"},
     }
     trained.save(out, [method], nn.ModuleList([kept]), host, {k: v for k, v in card.items() if k != "method"})
-    told = {"recipe": asdict(prediction), "report": asdict(report)}
-    (out / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    finished(out, asdict(prediction), asdict(report))
     for name, row in report.results.items():
         log(f"{name:>12}  " + "  ".join(f"{guess} {value:.3f}" for guess, value in row.items()))
     return report
@@ -295,29 +288,33 @@ def _pages(passage: Passage, at: Tensor, groups: int) -> Tensor:
     return bound.masked_fill(newest, math.inf).repeat_interleave(PAGE, dim=-1)[..., :n]
 
 
-def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor,
-          log: Callable[[dict[str, float]], None]) -> None:  # fmt: skip
+def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor, progress: Callable[[Row], None],
+          state: Path | None = None) -> None:  # fmt: skip
     """Teach the predictor on random passages of (T,) token ids. The model is read, never changed."""
-    rng = torch.Generator().manual_seed(prediction.seed)
+    read_lately: OrderedDict[int, Passage] = OrderedDict()
+
+    def passage(start: int) -> Passage:
+        if start not in read_lately:
+            read_lately[start] = read(host, ids[start : start + prediction.length])
+        read_lately.move_to_end(start)
+        while len(read_lately) > prediction.pool:
+            read_lately.popitem(last=False)
+        return read_lately[start]
+
+    def batches() -> Iterator[tuple[int, Tensor]]:
+        """Where a passage starts, and which of its rows ask: `reuse` times one of the last `pool` passages."""
+        pool: deque[int] = deque(maxlen=prediction.pool)
+        for step in count():
+            if step % prediction.reuse == 0:
+                pool.append(int(torch.randint(len(ids) - prediction.length + 1, ())))
+            start = pool[-1] if step % prediction.reuse == 0 else pool[int(torch.randint(len(pool), ()))]
+            yield start, torch.randperm(prediction.length)[: prediction.rows].sort().values
+
+    def loss(batch: tuple[int, Tensor], at: At) -> dict[str, Tensor]:
+        start, rows = batch
+        return {"loss": loss_of(butler, passage(start), rows.to(ids.device), centred=prediction.centred)}
+
     optimizer = torch.optim.AdamW(butler.parameters(), lr=prediction.lr, weight_decay=0.01)
-    pool: deque[Passage] = deque(maxlen=prediction.pool)
-    started, total, since = time.perf_counter(), 0.0, 0
-    for step in range(prediction.steps):
-        if step % prediction.reuse == 0:
-            start = int(torch.randint(len(ids) - prediction.length + 1, (), generator=rng))
-            pool.append(read(host, ids[start : start + prediction.length]))
-            passage = pool[-1]
-        else:
-            passage = pool[int(torch.randint(len(pool), (), generator=rng))]
-        rows = torch.randperm(prediction.length, generator=rng)[: prediction.rows].sort().values
-        for group in optimizer.param_groups:
-            group["lr"] = prediction.lr * warm_cosine(step, prediction.steps, warmup=prediction.warmup)
-        loss = loss_of(butler, passage, rows.to(passage.k.device), centred=prediction.centred)
-        loss.backward()
-        nn.utils.clip_grad_norm_(butler.parameters(), prediction.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        total, since = total + float(loss.detach()), since + 1
-        if (step + 1) % 25 == 0 or step + 1 == prediction.steps:
-            log({"step": step + 1, "seconds": round(time.perf_counter() - started, 1), "loss": round(total / since, 4)})
-            total, since = 0.0, 0
+    Loop(prediction.steps, prediction.warmup, clip=prediction.clip).run(
+        butler, [optimizer], batches(), loss, progress=progress, state=state, key=asdict(prediction)
+    )

@@ -28,10 +28,10 @@ from fewer.core import Budget, Capacity, KeepRatio, VisualReducer
 from fewer.datasets.scenes import KINDS, Batch, Question, Split, ask, batch, scene
 from fewer.hosts import VisionLanguageHost, find
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Loop, finished, journal
 from fewer.runtime.apply import apply
 from fewer.runtime.sites.vision_language import SeeingSession
 from fewer.spec import parse, text
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Projecting", "Report", "Scenes", "train", "train_on_scenes", "with_answers"]
 
@@ -123,28 +123,25 @@ def train(
         found.add(f"pooled@{_label(form)}", parse("m3", budget=form.budget))
         if _own(modules):
             found.add(f"untrained@{_label(form)}", form, modules)
-    optimiser, lines = torch.optim.AdamW(groups, lr=recipe.lr), []
-    source, began = _endless(batches), time.perf_counter()
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr)
+
+    def losses(given: Example, at: At) -> Iterator[dict[str, Tensor]]:
+        given = _moved(given, model)
+        for form in forms:  # one graph at a time: it takes the memory of a single pass
+            with at.autocast():
+                logits, _ = _answering(model, form, modules, given)
+            loss = _read(logits, given["labels"])[0].mean()
+            yield {"loss": loss / len(forms), f"loss@{_label(form)}": loss}
+
+    began = time.perf_counter()
     model.train()
     assert host.tower_module is not None and host.projector is not None
     host.tower_module.eval()
-    for step in range(recipe.steps):
-        given = _moved(next(source), model)
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * warm_cosine(step, recipe.steps, warmup=recipe.warmup)
-        line: dict[str, float] = {"step": step}
-        for form in forms:  # one graph at a time: it takes the memory of a single pass
-            with torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bfloat16):
-                logits, _ = _answering(model, form, modules, given)
-            loss = _read(logits, given["labels"])[0].mean()
-            (loss / len(forms)).backward()
-            line[f"loss@{_label(form)}"] = float(loss.detach())
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        lines.append(line)
-        if step % 25 == 0 or step + 1 == recipe.steps:
-            log("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=1)
+    lines = loop.run(
+        nn.ModuleList([modules, model] if recipe.projector or recipe.language else [modules]), [optimiser],
+        _endless(batches), losses, progress=journal(out, log, every=25), state=out / "state", key=asdict(recipe),
+    )  # fmt: skip
     seconds = time.perf_counter() - began
     model.eval()
     for form in forms:
@@ -158,8 +155,7 @@ def train(
             session.save_modules(out, {"recipe": json.dumps(asdict(recipe)), "accuracy": json.dumps(found.accuracy)})
     if recipe.projector or recipe.language:
         model.save_pretrained(out)  # type: ignore[operator]
-    written = {"recipe": asdict(recipe), "report": asdict(report)}
-    (out / f"{method.card.name}.json").write_text(json.dumps(written, indent=1) + "\n")
+    finished(out, asdict(recipe), asdict(report), method.card.name)
     model.train(before[0])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before[1][name])
@@ -220,7 +216,7 @@ def _groups(recipe: Projecting, model: nn.Module, host: VisionLanguageHost, modu
             chosen = [p for p in parameters if (p.dim() > 1) == wide]
             if chosen:
                 decay = recipe.weight_decay if wide else 0.0
-                groups.append({"params": chosen, "peak": recipe.lr * share, "weight_decay": decay})
+                groups.append({"params": chosen, "lr": recipe.lr * share, "weight_decay": decay})
     if not groups:
         raise ValueError(
             f"{recipe.method} has no modules of its own, so nothing would learn; let the model learn: projector=1.0, "

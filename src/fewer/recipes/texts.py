@@ -10,11 +10,11 @@ by Muon, as in `classify`; a pretrained one is fine-tuned with AdamW, the head a
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import (
 
 from fewer.datasets.texts import Encoded, TextSet, load
 from fewer.models.zoo import load_model
-from fewer.training.schedules import warm_cosine
+from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw
 
 from .classify import FLOAT32_ATTENTION
 
@@ -185,39 +185,25 @@ def train(
     model.set_attn_implementation(FLOAT32_ATTENTION)
     model.train()
     ids = tokenizer(list(train_set.texts), add_special_tokens=False, verbose=False)["input_ids"]
-    optimizers = _optimizers(model, recipe)
     ends = [round(recipe.steps * sum(share for share, _ in recipe.phases[: i + 1])) for i in range(len(recipe.phases))]
-    journal = (out / "log.jsonl").open("w")
-    started, recent, right = time.perf_counter(), 0.0, 0.0
-    batches: Iterator[dict[str, Tensor]] = iter(())
-    for step in range(recipe.steps):
-        if step == 0 or step in ends:
-            window = next(w for end, (_, w) in zip(ends, recipe.phases, strict=True) if step < end)
-            batches = _batches(ids, train_set.labels, tokenizer, window, recipe)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm_cosine(step, recipe.steps, warmup=recipe.warmup)
-        batch = next(batches)
-        labels = batch.pop("labels")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            logits = model(**batch).logits
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        recent += loss.item()
-        right += (logits.argmax(-1) == labels).float().mean().item()
-        done = step + 1
-        if done % 25 == 0:
-            row = {"step": done, "seconds": round(time.perf_counter() - started, 1), "window": window}
-            row |= {"loss": round(recent / 25, 4), "right": round(right / 25, 4)}
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            log("  ".join(f"{key} {value}" for key, value in row.items()))
-            recent = right = 0.0
-    journal.close()
+    started = time.perf_counter()
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for first, end, (_, window) in zip([0, *ends], ends, recipe.phases, strict=False):
+            yield from islice(_batches(ids, train_set.labels, tokenizer, window, recipe), end - first)
+
+    def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
+        labels = batch["labels"]
+        with at.autocast():
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        wrong = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.smoothing)
+        window = next(w for end, (_, w) in zip(ends, recipe.phases, strict=True) if at.step < end)
+        return {"loss": wrong, "right": (logits.argmax(-1) == labels).float().mean(), "window": window}
+
+    Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16).run(
+        model, _optimizers(model, recipe), batches(), loss, progress=journal(out, log), state=out / "state",
+        key=asdict(recipe),
+    )  # fmt: skip
     model.set_attn_implementation("sdpa")
     if recipe.half:
         model.half().float()
@@ -230,7 +216,7 @@ def train(
     )
     log(f"accuracy {report.accuracy:.4f} of {report.test_texts:,} texts")
     (model.half() if recipe.half else model).save_pretrained(out)
-    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    finished(out, asdict(recipe), asdict(report))
     return report
 
 
@@ -268,23 +254,14 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     if recipe.base:
         inside = {id(p) for p in encoder.parameters()}
         groups = [
-            {"params": list(encoder.parameters()), "peak": recipe.lr_base},
-            {"params": [p for p in model.parameters() if id(p) not in inside], "peak": recipe.lr_rest},
+            {"params": list(encoder.parameters()), "lr": recipe.lr_base},
+            {"params": [p for p in model.parameters() if id(p) not in inside], "lr": recipe.lr_rest},
         ]
         return [torch.optim.AdamW(groups, lr=recipe.lr_base, weight_decay=0.01, fused=True)]
     matrices = [m.weight for m in encoder.encoder.modules() if isinstance(m, nn.Linear)]
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "peak": recipe.lr}],
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": rest, "peak": recipe.lr_rest}], lr=recipe.lr_rest, weight_decay=0.0, fused=True
-    )
-    return [muon, adamw]
+    return muon_and_adamw(matrices, rest, recipe.lr, recipe.lr_rest, recipe.weight_decay)
 
 
 def _batches(

@@ -64,11 +64,12 @@ def prepare(
     if isinstance(source, nn.Module):
         fresh = _given(source, fresh, methods)
     elif source != UNTRAINED:
-        taken: set[Path] = set()
+        taken: list[Path] = []
         for method, own in zip(methods, fresh, strict=True):
             if len(own):  # type: ignore[arg-type]
                 assert isinstance(own, nn.ModuleList)
-                _load(own, method, _find(method, _packaged(model, method) if source is None else source), taken)
+                files = _find(method, _packaged(model, method) if source is None else source)
+                taken.append(_load(own, method, files, taken))
     parameter = next(host.root.parameters())
     return fresh.to(parameter.device, parameter.dtype)
 
@@ -123,9 +124,9 @@ def _find(method: Reducer, source: str | Path | None) -> list[Path]:
     )
 
 
-def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path], taken: set[Path]) -> None:
+def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path], taken: Sequence[Path] = ()) -> Path:
     """Fill the modules from a file trained for these shapes and layers: at the same setting if there is one, and one
-    that no method before has taken."""
+    that no method before has taken. Returns it."""
     files = sorted(files, key=lambda path: (read_card(path).get("method") != text(method), path in taken))  # stable
     misfits = [misfit for path in files if (misfit := _misfit(modules, method, path))]
     if len(misfits) == len(files):
@@ -135,7 +136,7 @@ def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path], taken:
     if bad := next((k for k, v in state.items() if not v.isfinite().all()), None):
         raise ModulesError(f"{path}: {bad} holds numbers that are not finite; train the modules anew")
     modules.load_state_dict(state)
-    taken.add(path)
+    return path
 
 
 def _misfit(modules: nn.ModuleList, method: Reducer, path: Path) -> str:
