@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["At", "Diverged", "Loop", "finished", "hardware", "journal", "muon_and_adamw", "shuffled"]
+__all__ = ["At", "Diverged", "Loop", "finished", "hardware", "journal", "muon_and_adamw", "shuffled", "unfinished"]
 
 Row = dict[str, float]
 Parts = Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -136,7 +136,7 @@ class _Run:
         from transformers import get_scheduler
 
         self.loop, self.module, self.state = loop, module, state
-        self.key = json.loads(json.dumps([key, loop.steps]))
+        self.key = key
         self.step, self.rows, self.ended = 0, list[Row](), False
         self.sums, self.since, self.spent = defaultdict[str, float](float), 0, 0.0
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -151,8 +151,8 @@ class _Run:
         self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
         self.rates = [self.accelerator.prepare(each) for each in rates]
         self.accelerator.register_for_checkpointing(self)
-        if state is not None and (now := _read(state / NOW)) and now["key"] == self.key:
-            self.accelerator.load_state(str(state / now["folder"]))
+        if state is not None and (folder := unfinished(state, key, loop.steps)):
+            self.accelerator.load_state(str(folder))
 
     def update(self, seen: Mapping[str, Sequence[float]]) -> None:
         """One step of the optimizers."""
@@ -218,15 +218,21 @@ class _Run:
             return
         folder = self.state / f"step-{self.step}"
         self.accelerator.save_state(str(folder))
-        (self.state / "next.json").write_text(json.dumps({"folder": folder.name, "key": self.key}))
+        (self.state / "next.json").write_text(
+            json.dumps({"folder": folder.name, "key": self.key, "steps": self.loop.steps})
+        )
         os.replace(self.state / "next.json", self.state / NOW)
         for old in self.state.glob("step-*"):
             if old != folder:
                 shutil.rmtree(old)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.is_file() else None
+def unfinished(state: Path, key: Any, steps: int) -> Path | None:
+    """Where the state lies that a run with this key and so many steps goes on from; None if it begins anew."""
+    if not (state / NOW).is_file():
+        return None
+    now = json.loads((state / NOW).read_text())
+    return state / now["folder"] if [now["key"], now["steps"]] == json.loads(json.dumps([key, steps])) else None
 
 
 def _stream(batches: Iterable[Any], seed: int) -> Iterator[Any]:

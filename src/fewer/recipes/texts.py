@@ -31,7 +31,7 @@ from transformers import (
 
 from fewer.datasets.texts import Encoded, TextSet, load
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw
+from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw, unfinished
 
 from .classify import FLOAT32_ATTENTION
 
@@ -179,7 +179,7 @@ def train(
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     train_set, test_set = data or (load(recipe.data, split="train"), load(recipe.test))
-    model, tokenizer = _start(recipe, train_set)
+    model, tokenizer = _start(recipe, train_set, out)
     tokenizer.model_max_length = recipe.phases[-1][1]
     tokenizer.save_pretrained(out)  # now, for it remembers how it was last asked to cut
     model.set_attn_implementation(FLOAT32_ATTENTION)
@@ -232,10 +232,13 @@ def accuracy(model: nn.Module, data: Encoded, *, batch: int = 32) -> float:
     return right / len(data)
 
 
-def _start(recipe: Recipe, data: TextSet) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer."""
+def _start(recipe: Recipe, data: TextSet, out: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer: learning one again would number its entries otherwise."""
     if not recipe.base:
-        tokenizer = vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
+        tokenizer = (
+            BertTokenizer.from_pretrained(out) if unfinished(out / "state", asdict(recipe), recipe.steps)
+            else vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
+        )  # fmt: skip
         return build(recipe, data.classes, tokenizer), tokenizer
     base: Any
     base, tokenizer = load_model(recipe.base)
