@@ -30,7 +30,7 @@ Parts = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 NOW = "now.json"
 
 
-class Diverged(RuntimeError):
+class Diverged(ValueError):
     """A loss or a gradient is not a finite number. The weights are those before the step that is named."""
 
 
@@ -132,7 +132,7 @@ class _Run:
         try:
             from accelerate import Accelerator
         except ImportError as error:
-            raise ImportError("training needs accelerate: pip install accelerate") from error
+            raise ImportError("training needs accelerate: pip install 'fewer[assets]'") from error
         from transformers import get_scheduler
 
         self.loop, self.module, self.state = loop, module, state
@@ -217,10 +217,11 @@ class _Run:
         if self.state is None:
             return
         folder = self.state / f"step-{self.step}"
+        if unfinished(self.state, self.key, self.loop.steps) == folder:
+            return
         self.accelerator.save_state(str(folder))
-        (self.state / "next.json").write_text(
-            json.dumps({"folder": folder.name, "key": self.key, "steps": self.loop.steps})
-        )
+        now = {"folder": folder.name, "key": self.key, "steps": self.loop.steps}
+        (self.state / "next.json").write_text(json.dumps(now))
         os.replace(self.state / "next.json", self.state / NOW)
         for old in self.state.glob("step-*"):
             if old != folder:
