@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
-from fewer.recipes.loop import At, Diverged, Loop, Row, finished, journal, shuffled
+from fewer.recipes.loop import At, Diverged, Folder, Loop, Row, shuffled
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a folder is told of a run."""
+
+    seed: int = 0
+    lr: float = 0.02
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 2))
+
+
+def quiet(_line: str) -> None:
+    return None
 
 
 def optimizers(model: nn.Module, lr: float = 0.02) -> list[torch.optim.Optimizer]:
@@ -30,7 +43,7 @@ def optimizers(model: nn.Module, lr: float = 0.02) -> list[torch.optim.Optimizer
 
 
 def learn(
-    model: nn.Module, loop: Loop, after: Callable[[At], None] | None = None, wrong: int | None = None, **more: Any
+    model: nn.Module, loop: Loop, after: Callable[[At], None] = lambda at: None, wrong: int | None = None, **more: Any
 ) -> list[Row]:
     def loss(batch: Tensor, at: At) -> dict[str, Any]:
         error = F.mse_loss(model(X[batch]), Y[batch])
@@ -96,32 +109,53 @@ class Killed(BaseException):
 @pytest.mark.parametrize("at", [1, 5, 8, 13])
 def test_a_killed_run_goes_on_to_the_bit(at: int, tmp_path: Path) -> None:
     loop, whole = Loop(14, every=4, save=5), net()
-    want = learn(whole, loop)
+    want = learn(whole, loop, folder=Folder(tmp_path / "whole", Recipe(), quiet))
 
     def kill(now: At) -> None:
         if now.step == at:
             raise Killed
 
     with pytest.raises(Killed):
-        learn(net(), loop, kill, state=tmp_path / "state", key={"lr": 1})
+        learn(net(), loop, kill, folder=Folder(tmp_path, Recipe(), quiet))
     again, steps = net(), list[int]()
-    rows = learn(again, loop, lambda now: steps.append(now.step), state=tmp_path / "state", key={"lr": 1})
+    rows = learn(again, loop, lambda now: steps.append(now.step), folder=Folder(tmp_path, Recipe(), quiet))
     assert steps == list(range(at // 5 * 5, 14)), "it goes on from the last state"
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in want]
-    assert [p.name for p in (tmp_path / "state").glob("step-*")] == ["step-14"]
+    assert [p.name for p in (tmp_path / "state" / "1").glob("step-*")] == ["step-14"]
 
 
-def test_a_state_of_another_recipe_is_not_used(tmp_path: Path) -> None:
-    learn(net(), Loop(6), state=tmp_path, key=1)
-    for loop, key in ((Loop(6), 2), (Loop(7), 1)):
-        steps: list[int] = []
-        learn(net(), loop, lambda now, steps=steps: steps.append(now.step), state=tmp_path, key=key)  # type: ignore[misc]
-        assert steps[0] == 0
-        learn(net(), Loop(6), state=tmp_path, key=1)
-    steps = []
-    learn(net(), Loop(6), lambda now: steps.append(now.step), state=tmp_path, key=1)
-    assert steps == [], "and what was finished stays so"
+def test_a_run_of_another_recipe_begins_anew(tmp_path: Path) -> None:
+    def steps(recipe: Recipe) -> list[int]:
+        found: list[int] = []
+        folder = Folder(tmp_path, recipe, quiet)
+        learn(net(), Loop(6, every=2), lambda now: found.append(now.step), folder=folder)
+        return found
+
+    assert len(steps(Recipe())) == 6
+    assert len(steps(Recipe(lr=0.5))) == 6
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert steps(Recipe(lr=0.5)) == [], "and what was finished stays so"
+    assert len(steps(Recipe())) == 6
+
+
+def test_each_loop_of_a_run_has_its_own_states(tmp_path: Path) -> None:
+    def run(kill: bool) -> list[int]:
+        found: list[int] = []
+
+        def after(now: At) -> None:
+            found.append(now.step)
+            if kill and len(found) == 9:
+                raise Killed
+
+        folder, model = Folder(tmp_path, Recipe(), quiet), net()
+        for _ in range(2):
+            learn(model, Loop(6, save=2), after, folder=folder)
+        return found
+
+    with pytest.raises(Killed):
+        run(True)
+    assert run(False) == [2, 3, 4, 5]
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(tmp_path: Path) -> None:
@@ -131,11 +165,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(tmp_path
         if now.step == 3:
             good.load_state_dict(model.state_dict())
 
-    said = r"step 5 of 9: the loss is not finite \(loss nan, at 0\.4444\)\. .* those of step 4, kept in .*state; take a"
+    said = r"step 5 of 9: the loss is not finite \(loss nan, at 0\.4444\)\. .* step 4, kept in .*state.1; take a"
     with pytest.raises(Diverged, match=said):
-        learn(model, Loop(9), copy_at, wrong=4, state=tmp_path / "state")
+        learn(model, Loop(9), copy_at, wrong=4, folder=Folder(tmp_path, Recipe(), quiet))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), good.parameters(), strict=True))
-    assert json.loads((tmp_path / "state" / "now.json").read_text())["folder"] == "step-4"
+    assert (tmp_path / "state" / "1" / "now").read_text() == "step-4"
 
 
 def test_a_gradient_that_is_no_number_stops_too() -> None:
@@ -175,17 +209,27 @@ def test_batches_that_end_are_said() -> None:
         Loop(3).run(model, optimizers(model), [torch.arange(4)], lambda b, at: {"loss": model(X[b]).sum()})
 
 
-def test_the_journal_of_a_run_that_goes_on_grows(tmp_path: Path) -> None:
+def test_rows_lines_and_report(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "log.jsonl").write_text("old\n")
     for _ in range(2):
-        write = journal(tmp_path, said.append, every=2)
+        folder = Folder(tmp_path, Recipe(), said.append, every=2)
         for step in (1.0, 2.0, 3.0):
-            write({"step": step, "loss": 0.5})
-        (tmp_path / "state").mkdir(exist_ok=True)
+            folder.add({"step": step, "loss": 0.5})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 1, 2, 3]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 1, 2, 3], "a run that goes on adds to it"
     assert said == ["step 1  loss 0.5", "step 3  loss 0.5"] * 2
-    finished(tmp_path, {"a": 1}, {"b": 2})
-    assert json.loads((tmp_path / "report.json").read_text()) == {"recipe": {"a": 1}, "report": {"b": 2}}
+    folder.finish(Recipe(lr=3), lines=[])
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert kept == {"recipe": {"seed": 0, "lr": 0.02}, "report": {"seed": 0, "lr": 3, "lines": []}}
     assert not (tmp_path / "state").exists()
+
+
+def test_what_only_some_batches_tell_is_a_mean_over_these() -> None:
+    model = net()
+
+    def loss(batch: Tensor, at: At) -> dict[str, Any]:
+        return {"loss": model(X[batch]).sum()} | ({"odd": at.step} if at.step % 2 else {})
+
+    (row,) = Loop(4, every=4).run(model, optimizers(model), shuffled(40, 8), loss)
+    assert row["odd"] == 2

@@ -139,7 +139,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(
     steps.clear()
     with pytest.raises(Killed):
         RECIPES[name](tmp_path / "killed")
-    assert list((tmp_path / "killed" / "state").rglob("now.json"))
+    assert list((tmp_path / "killed" / "state").rglob("now"))
     after, done = 0, len(steps)
     steps.clear()
     RECIPES[name](tmp_path / "killed")

@@ -12,9 +12,8 @@ blocks are stepped by Muon, the rest by AdamW; `transformers.Trainer` drives one
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fewer.datasets.images import ImageSet, fashion_mnist
 from fewer.models.zoo import Processor
-from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw, shuffled
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw, shuffled
 
 __all__ = ["PatchDrop", "Recipe", "Report", "accuracy", "build", "grid_sincos", "train"]
 
@@ -82,7 +81,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to. accuracy: share of all test pictures, all tokens. seconds: wall time, tests included."""
+    """What a run came to. accuracy: share of all test pictures, all tokens. seconds: training and tests."""
 
     accuracy: float
     test_pictures: int
@@ -177,11 +176,7 @@ def train(
     """
     changes: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     train_set, test_set = data or (fashion_mnist("train"), fashion_mnist("test"))
     pixels, labels = _pixels(train_set, processor), train_set.labels
 
@@ -189,13 +184,10 @@ def train(
     model.set_attn_implementation(FLOAT32_ATTENTION)
     drop = PatchDrop()
     hook = model.vit.embeddings.register_forward_hook(drop)
-    matrices = [m.weight for m in model.vit.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
     steps = max(len(recipe.phases), round(recipe.epochs * (len(labels) // recipe.batch)))
     ends = _phase_ends(recipe, steps)
     sample = test_set.take(range(0, len(test_set), 10))
-    started, accurate = time.perf_counter(), 0.0
+    accurate = 0.0
 
     def loss(batch: Tensor, at: At) -> dict[str, Any]:
         drop.keep = next(keep for end, (_, keep) in zip(ends, recipe.phases, strict=True) if at.step < end)
@@ -219,11 +211,8 @@ def train(
         steps, recipe.warmup, "warmup_stable_decay", decay=1 - recipe.warmup - recipe.hold, bfloat16=recipe.bfloat16,
         every=50,
     )  # fmt: skip
-    loop.run(
-        model, muon_and_adamw(matrices, rest, recipe.lr, recipe.lr_rest, recipe.weight_decay),
-        shuffled(len(labels), recipe.batch), loss, progress=journal(out, log), after=test, state=out / "state",
-        key=asdict(recipe),
-    )  # fmt: skip
+    optimizers = muon_and_adamw(recipe, [model.vit], [(1.0, model.parameters())])
+    lines = loop.run(model, optimizers, shuffled(len(labels), recipe.batch), loss, folder, after=test)
     hook.remove()
     model.save_pretrained(out)
     processor.save(out)
@@ -231,10 +220,10 @@ def train(
         accuracy=accurate,
         test_pictures=len(test_set),
         steps=steps,
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    finished(out, asdict(recipe), asdict(report))
+    folder.finish(report)
     return report
 
 

@@ -39,7 +39,7 @@ from fewer.datasets.texts import Encoded, load
 from fewer.evaluation.stats import paired_difference, share
 from fewer.hosts import find
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, Row, finished, journal
+from fewer.recipes.loop import At, Folder, Loop, Row, buckets, decayed
 from fewer.runtime.apply import apply
 from fewer.runtime.session import Session
 from fewer.spec import parse, text
@@ -163,8 +163,8 @@ class Report:
 class _Run:
     """What all trainings share: the model and its teacher, batches, the loop."""
 
-    def __init__(self, recipe: Encode, net: nn.Module, data: Encoded, out: Path, log: Callable[[str], None]) -> None:
-        self.recipe, self.net, self.data, self.out, self.log = recipe, net, data, out, log
+    def __init__(self, recipe: Encode, net: nn.Module, data: Encoded, folder: Folder) -> None:
+        self.recipe, self.net, self.data, self.folder = recipe, net, data, folder
         self.method = parse(recipe.method)
         lr, price = USUAL.get(self.method.card.name, (0.0, 0.0))
         self.lr = lr if recipe.lr is None else recipe.lr
@@ -174,22 +174,14 @@ class _Run:
         held = min(recipe.held, len(data) // 4)
         self.held, self.seen = order[:held], order[held:]
         self.lines: list[Row] = []
-        self.phase, self.progress = 0, journal(out, log)
         self.frontier: list[Found] = []
         self.depth = len(find(net).blocks)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches of training texts without end, of about equal lengths."""
-        size = self.recipe.batch
         while True:
-            order = [self.seen[i] for i in torch.randperm(len(self.seen)).tolist()]
-            near = 8 * size
-            runs = [
-                sorted(order[i : i + near], key=lambda i: len(self.data.rows[i])) for i in range(0, len(order), near)
-            ]
-            groups = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
-            for k in torch.randperm(len(groups)).tolist():
-                yield self.data.batch(groups[k])
+            for group in buckets([len(self.data.rows[i]) for i in self.seen], self.recipe.batch, 8):
+                yield self.data.batch([self.seen[i] for i in group])
 
     def taught(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, classes): what the model as it was answers."""
@@ -207,31 +199,23 @@ class _Run:
 
     def fit(
         self, steps: int, loss: Callable[[dict[str, Tensor], At], dict[str, Any]], modules: nn.Module | None = None,
-        after: Callable[[], None] | None = None,
+        after: Callable[[At], None] = lambda at: None,
     ) -> None:  # fmt: skip
         """Train on a loss of batches. modules: learn besides the model. after: called after each update."""
         recipe = self.recipe
         own = [] if modules is None else list(modules.parameters())
-        # single numbers and lists of them (thresholds, retention, biases) are not decayed
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in own if p.dim() > 1]},
-            {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
-        ]
+        groups = decayed(own, recipe.weight_decay)
         if recipe.backbone:
             ours = set(map(id, own))
             rest = [p for p in self.net.parameters() if id(p) not in ours]
             groups.append({"params": rest, "lr": recipe.backbone})
-        groups = [g for g in groups if g["params"]]
         if not groups or not steps:
             return
         optimizer = torch.optim.AdamW(groups, lr=self.lr or recipe.backbone, weight_decay=recipe.weight_decay)
         self._ready()
         learned = self.net if recipe.backbone or modules is None else modules
-        self.phase += 1
         self.lines += Loop(steps, recipe.warmup, patience=recipe.patience).run(
-            learned, [optimizer], self.batches(), loss, progress=self.progress,
-            after=None if after is None else lambda at: after(), held=lambda: self._held(loss),
-            state=self.out / "state" / str(self.phase), key=asdict(recipe),
+            learned, [optimizer], self.batches(), loss, self.folder, after=after, held=lambda: self._held(loss),
         )  # fmt: skip
         self.net.eval()
 
@@ -276,7 +260,7 @@ def _power_bert(run: _Run) -> tuple[Reducer, nn.Module | None]:
             rows = {f"l{i}": block.number for i, block in enumerate(blocks)}
             return {"loss": run.task(logits, batch) + run.price * paid, **rows}
 
-        def clip() -> None:
+        def clip(at: At) -> None:
             for block in blocks:
                 block.clip()
 
@@ -367,7 +351,9 @@ def _length_adaptive(run: _Run) -> tuple[Reducer, nn.Module | None]:
         macs = vit_macs(rows[:-1], rows[1:], linear, host.width, 0)
         return float(macs) / float(vit_macs([full + 1] * layers, [full + 1] * layers, linear, host.width, 0))
 
-    run.frontier = evolve(score, cost, layers, full, recipe.drop, rounds=recipe.rounds, seed=recipe.seed, log=run.log)
+    run.frontier = evolve(
+        score, cost, layers, full, recipe.drop, rounds=recipe.rounds, seed=recipe.seed, log=run.folder.log
+    )
     affordable = [f for f in run.frontier if f.cost <= recipe.target] or run.frontier[:1]
     return configured(run.method, affordable[-1].gene, full), None
 
@@ -571,10 +557,7 @@ def train(
     method, out = parse(recipe.method), Path(out)
     if method.card.name not in TRAINERS:
         raise ValueError(f"{text(method)} is not trained here; these are: {', '.join(TRAINERS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     net, tokenizer = model or load_model(recipe.model)
     if data is None:
         train_set, test_set = (
@@ -587,7 +570,7 @@ def train(
         wants = [(p, p.requires_grad) for p in net.parameters()]
         undo.callback(lambda: [p.requires_grad_(want) for p, want in wants])
         net.requires_grad_(bool(recipe.backbone))
-        run = _Run(recipe, net, train_set, out, log)
+        run = _Run(recipe, net, train_set, folder)
         started = time.perf_counter()
         final, modules = TRAINERS[method.card.name](run)
         seconds = round(time.perf_counter() - started, 1)
@@ -612,7 +595,7 @@ def train(
         if recipe.backbone:
             net.save_pretrained(out)  # type: ignore[operator]
             tokenizer.save_pretrained(out)
-        finished(out, asdict(recipe), asdict(report))
+        folder.finish(report)
     for name, value in report.scores.items():
         log(f"{name:>22}  accuracy {value.accuracy:.4f} [{value.low:.3f}, {value.high:.3f}]  tokens {value.tokens:.3f}")
     return report

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer import hosts
-from fewer.recipes.loop import At, Loop, finished, journal
+from fewer.recipes.loop import At, Folder, Loop
 from fewer.runtime.apply import apply
 from fewer.spec import parse, text
 
@@ -215,15 +216,10 @@ def _trained(
     """What all three share: a twin of the model holds the session whose modules learn, on the model's own weights."""
     if not samples:
         raise ValueError("samples is empty: give prompts with their answers")
-    torch.manual_seed(recipe.seed)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    folder = Folder(out, recipe, log, every=10)
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
-    def picks() -> Iterator[list[int]]:
-        while True:
-            yield torch.randint(len(samples), (recipe.batch,)).tolist()
-
+    picks = iter(lambda: torch.randint(len(samples), (recipe.batch,)).tolist(), None)
     with apply(twin, recipe.method, modules="untrained") as session:
         modules = session.modules.float().requires_grad_(True)
 
@@ -234,14 +230,13 @@ def _trained(
 
         twin.train()
         optimiser = torch.optim.AdamW(modules.parameters(), lr=recipe.lr, weight_decay=0.0)
-        lines = Loop(recipe.steps, recipe.warmup, clip=None, every=1).run(
-            modules, [optimiser], picks(), parts, progress=journal(out, log, every=10), state=out / "state",
-            key=asdict(recipe),
-        )  # fmt: skip
+        lines = Loop(recipe.steps, recipe.warmup, clip=math.inf, every=1).run(
+            modules, [optimiser], picks, parts, folder
+        )
         twin.eval()
         session.save_modules(out, {"recipe": json.dumps(asdict(recipe)), "last": json.dumps(lines[-1])})
         report = Report(text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), lines)
-    finished(out, asdict(recipe), asdict(report), parse(recipe.method).card.name)
+    folder.finish(report, parse(recipe.method).card.name)
     return report
 
 

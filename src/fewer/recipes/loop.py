@@ -1,6 +1,8 @@
 """The one training loop, on accelerate: schedules of transformers, clipping, early stopping, a state to go on from.
 
-    rows = Loop(steps=400, warmup=0.1).run(module, [optimiser], batches, loss, state=out / "state")
+    folder = Folder(out, recipe, log)
+    rows = Loop(steps=400, warmup=0.1).run(module, [optimiser], batches, loss, folder)
+    folder.finish(report)
 
 A recipe brings data, a loss and settings. What a step draws comes from torch's global generator; the batches have a
 stream of their own, so that a run which was killed goes on to the bit.
@@ -16,18 +18,18 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["At", "Diverged", "Loop", "finished", "hardware", "journal", "muon_and_adamw", "shuffled", "unfinished"]
+__all__ = ["At", "Diverged", "Folder", "Loop", "buckets", "decayed", "hardware", "muon_and_adamw", "shuffled"]
 
 Row = dict[str, float]
 Parts = Mapping[str, Any] | Iterable[Mapping[str, Any]]
-NOW = "now.json"
+NOW = "now"  # a file with the name of the state that counts
 
 
 class Diverged(ValueError):
@@ -59,7 +61,7 @@ class Loop:
     steps      updates.  every: steps that one row is the mean of
     schedule   of the rates, a name of `transformers.get_scheduler`; each group's `lr` is its peak
     warmup     share of the steps in which rates rise;  decay: in which they fall, for warmup_stable_decay
-    clip       largest norm of the gradient of all parameters together; None = any
+    clip       largest norm of the gradient of all parameters together, inf = any
     bfloat16   multiply in bfloat16 where the loss asks (`at.autocast`)
     patience   checks without a lower held-out loss that end the run, with the best weights put back; 0 = no such end
     check      steps between checks.  save: steps between states
@@ -69,7 +71,7 @@ class Loop:
     warmup: float = 0.1
     schedule: str = "cosine"
     decay: float | None = None
-    clip: float | None = 1.0
+    clip: float = 1.0
     bfloat16: bool = False
     every: int = 25
     patience: int = 0
@@ -78,9 +80,9 @@ class Loop:
 
     def run(
         self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batches: Iterable[Any],
-        loss: Callable[[Any, At], Parts], *, progress: Callable[[Row], None] = lambda row: None,
-        after: Callable[[At], None] | None = None, held: Callable[[], float] | None = None,
-        state: Path | None = None, key: Any = None,
+        loss: Callable[[Any, At], Parts], folder: Folder | None = None, *,
+        progress: Callable[[Row], None] = lambda row: None, after: Callable[[At], None] = lambda at: None,
+        held: Callable[[], float] | None = None,
     ) -> list[Row]:  # fmt: skip
         """Train. Returns the rows: the means of everything the loss gives, `step` (from 1) and `seconds`.
 
@@ -88,14 +90,12 @@ class Loop:
         batches    without end; drawn from torch's global generator, which for them is one of their own
         loss       of a batch: "loss", which is differentiated, and whatever else is worth a mean. Or several such, one
                    after the other, whose gradients add up: each takes the memory of one
-        progress   receives each row.  after: called when a step is done
-        held       the held-out loss, for `patience`
-        state      folder to save in every `save` steps, and at the end; a run with the same `key` (anything JSON takes)
-                   and steps goes on from what it finds there
+        folder     keeps rows, and a state every `save` steps and at the end, from which the run goes on
+        progress   receives each row.  after: called when a step is done.  held: the held-out loss, for `patience`
 
         Raises   Diverged, at the first loss or gradient that is not finite, naming step and state.
         """
-        run = _Run(self, module, optimizers, state, key)
+        run = _Run(self, module, optimizers, folder)
         device = next(module.parameters()).device.type
         stream = _stream(batches, torch.initial_seed())
         for _ in range(run.step):
@@ -111,15 +111,18 @@ class Loop:
                     run.stop("loss", seen)
                 run.accelerator.backward(part["loss"])
             run.update(seen)
-            if after is not None:
-                after(at)
+            after(at)
             if run.step % self.every == 0 or run.step == self.steps:
-                progress(run.row())
+                row = run.row()
+                progress(row)
+                if folder is not None:
+                    folder.add(row)
             if self.patience and held is not None and run.step % self.check == 0:
                 run.judge(held())
             if run.step % self.save == 0 or run.step == self.steps or run.ended:
                 run.save()
-        run.leave()
+        if run.best is not None:
+            module.load_state_dict(run.best[1])
         return run.rows
 
 
@@ -127,7 +130,7 @@ class _Run:
     """A run under way: what accelerate holds for it, and what has to survive a kill besides."""
 
     def __init__(
-        self, loop: Loop, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Path | None, key: Any
+        self, loop: Loop, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], folder: Folder | None
     ) -> None:
         try:
             from accelerate import Accelerator
@@ -135,12 +138,11 @@ class _Run:
             raise ImportError("training needs accelerate: pip install 'fewer[assets]'") from error
         from transformers import get_scheduler
 
-        self.loop, self.module, self.state = loop, module, state
-        self.key = key
+        self.loop, self.module, self.state = loop, module, None if folder is None else folder.phase()
         self.step, self.rows, self.ended = 0, list[Row](), False
-        self.sums, self.since, self.spent = defaultdict[str, float](float), 0, 0.0
+        self.recent = defaultdict[str, list[float]](list)
         self.best: tuple[float, dict[str, Tensor]] | None = None
-        self.waited, self.began = 0, time.perf_counter()
+        self.waited, self.spent, self.began = 0, 0.0, time.perf_counter()
         self.accelerator = Accelerator(device_placement=False)
         if self.accelerator.num_processes > 1:
             raise RuntimeError(f"{self.accelerator.num_processes} processes: a recipe runs in one; start it by itself")
@@ -151,27 +153,24 @@ class _Run:
         self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
         self.rates = [self.accelerator.prepare(each) for each in rates]
         self.accelerator.register_for_checkpointing(self)
-        if state is not None and (folder := unfinished(state, key, loop.steps)):
-            self.accelerator.load_state(str(folder))
+        if self.state is not None and (now := self.state / NOW).is_file():
+            self.accelerator.load_state(str(self.state / now.read_text()))
 
     def update(self, seen: Mapping[str, Sequence[float]]) -> None:
         """One step of the optimizers."""
-        if self.loop.clip is not None:
-            norm = self.accelerator.clip_grad_norm_(self.learned, self.loop.clip)
-            if not math.isfinite(float(norm)):
-                self.stop("gradient", seen)
+        if not math.isfinite(float(self.accelerator.clip_grad_norm_(self.learned, self.loop.clip))):
+            self.stop("gradient", seen)
         for each in (*self.optimizers, *self.rates):
             each.step()
         for each in self.optimizers:
             each.zero_grad()
         for name, values in seen.items():
-            self.sums[name] += sum(values) if name == "loss" else sum(values) / len(values)
-        self.step, self.since = self.step + 1, self.since + 1
+            self.recent[name].append(sum(values) if name == "loss" else sum(values) / len(values))
+        self.step += 1
 
     def row(self) -> Row:
-        means = {name: float(f"{total / self.since:.7g}") for name, total in self.sums.items()}
-        self.sums.clear()
-        self.since = 0
+        means = {name: float(f"{sum(values) / len(values):.7g}") for name, values in self.recent.items()}
+        self.recent.clear()
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 1), **means})
         return self.rows[-1]
 
@@ -181,17 +180,11 @@ class _Run:
 
     def judge(self, loss: float) -> None:
         """Whether the held-out loss still falls."""
+        self.waited += 1
         if self.best is None or loss < self.best[0]:
             self.best = loss, {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
             self.waited = 0
-        else:
-            self.waited += 1
         self.ended = self.waited >= self.loop.patience
-
-    def leave(self) -> None:
-        """The best weights, where somebody judged."""
-        if self.best is not None:
-            self.module.load_state_dict(self.best[1])
 
     def stop(self, what: str, seen: Mapping[str, Sequence[float]]) -> None:
         for each in self.optimizers:
@@ -206,34 +199,25 @@ class _Run:
 
     # -- the state -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        names = ("step", "rows", "ended", "since", "best", "waited")
-        return {name: getattr(self, name) for name in names} | {"sums": dict(self.sums), "spent": self.seconds}
+        names = ("step", "rows", "ended", "recent", "best", "waited")
+        return {name: getattr(self, name) for name in names} | {"spent": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"sums": defaultdict(float, state["sums"])})
+        vars(self).update(state)
 
     def save(self) -> None:
         """The new state is whole before it counts, and the one before goes after that."""
         if self.state is None:
             return
         folder = self.state / f"step-{self.step}"
-        if unfinished(self.state, self.key, self.loop.steps) == folder:
+        if (now := self.state / NOW).is_file() and now.read_text() == folder.name:
             return
         self.accelerator.save_state(str(folder))
-        now = {"folder": folder.name, "key": self.key, "steps": self.loop.steps}
-        (self.state / "next.json").write_text(json.dumps(now))
-        os.replace(self.state / "next.json", self.state / NOW)
+        (self.state / "next").write_text(folder.name)
+        os.replace(self.state / "next", now)
         for old in self.state.glob("step-*"):
             if old != folder:
                 shutil.rmtree(old)
-
-
-def unfinished(state: Path, key: Any, steps: int) -> Path | None:
-    """Where the state lies that a run with this key and so many steps goes on from; None if it begins anew."""
-    if not (state / NOW).is_file():
-        return None
-    now = json.loads((state / NOW).read_text())
-    return state / now["folder"] if [now["key"], now["steps"]] == json.loads(json.dumps([key, steps])) else None
 
 
 def _stream(batches: Iterable[Any], seed: int) -> Iterator[Any]:
@@ -252,6 +236,45 @@ def _stream(batches: Iterable[Any], seed: int) -> Iterator[Any]:
 
 
 # -- what recipes share -----------------------------------------------------------------------------------------------
+class Folder:
+    """Where a recipe's run leaves rows (log.jsonl), states and its report. Making one begins the run, with the recipe's
+    seed and threads; anew, unless one of an equal recipe was killed here. log: receives every `every`-th row."""
+
+    def __init__(self, out: str | Path, recipe: Any, log: Callable[[str], None], *, every: int = 1) -> None:
+        self.path, self.log, self.every = Path(out), log, every
+        self.recipe = asdict(recipe)
+        self.phases = self.rows = 0
+        state, said = self.path / "state", json.dumps(self.recipe)
+        kept = state / "recipe.json"
+        self.goes_on = kept.is_file() and kept.read_text() == said
+        if not self.goes_on:
+            shutil.rmtree(state, ignore_errors=True)
+            (self.path / "log.jsonl").unlink(missing_ok=True)
+        state.mkdir(parents=True, exist_ok=True)
+        kept.write_text(said)
+        if getattr(recipe, "threads", None):
+            torch.set_num_threads(recipe.threads)
+        torch.manual_seed(recipe.seed)
+
+    def phase(self) -> Path:
+        """Where the next loop keeps its states."""
+        self.phases += 1
+        return self.path / "state" / str(self.phases)
+
+    def add(self, row: Row) -> None:
+        with (self.path / "log.jsonl").open("a") as journal:
+            journal.write(json.dumps(row) + "\n")
+        if self.rows % self.every == 0:
+            self.log("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
+        self.rows += 1
+
+    def finish(self, report: Any, name: str = "report", **more: Any) -> None:
+        """Write the report, a dataclass, as JSON, and forget the states: nothing is left to go on with."""
+        written = {"recipe": self.recipe, "report": asdict(report) | more}
+        (self.path / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+        shutil.rmtree(self.path / "state")
+
+
 def shuffled(n: int, size: int) -> Iterator[Tensor]:
     """Index batches without end: a new order each time the set is used up, its incomplete tail left out; sets smaller
     than a batch come whole."""
@@ -259,39 +282,41 @@ def shuffled(n: int, size: int) -> Iterator[Tensor]:
         yield from torch.randperm(n)[: max(n - n % size, min(n, size))].split(size)
 
 
+def buckets(lengths: Sequence[int], size: int, near: int) -> Iterator[list[int]]:
+    """The indices of texts once, in batches of about equal lengths, in a random order: they are sorted by length among
+    so many batches, so that they stay random and padding short."""
+    order, near = torch.randperm(len(lengths)).tolist(), near * size
+    runs = [sorted(order[i : i + near], key=lambda j: lengths[j]) for i in range(0, len(order), near)]
+    groups = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
+    for k in torch.randperm(len(groups)).tolist():
+        yield groups[k]
+
+
+def decayed(parameters: Iterable[Tensor], weight_decay: float, **more: Any) -> list[dict[str, Any]]:
+    """Groups for an optimiser: matrices decay; vectors and single numbers (biases, thresholds) do not."""
+    every = list(parameters)
+    wide, narrow = [p for p in every if p.dim() > 1], [p for p in every if p.dim() <= 1]
+    both = ({"params": wide, "weight_decay": weight_decay}, {"params": narrow, "weight_decay": 0.0})
+    return [group | more for group in both if group["params"]]
+
+
 def muon_and_adamw(
-    matrices: Iterable[Any], rest: Iterable[Any], lr: float, lr_rest: float, weight_decay: float
+    recipe: Any, blocks: Iterable[nn.Module], parts: Iterable[tuple[float, Iterable[Tensor]]]
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW without decay for the rest. Parameters, or groups of them."""
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    """Muon (`recipe.lr`, `weight_decay`) for the matrices inside blocks, AdamW (`lr_rest`) without decay for the rest.
+
+    parts: parameters, and the share of both rates that is theirs.
+    """
+    matrices = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
+    muon, rest = list[dict[str, Any]](), list[dict[str, Any]]()
+    for share, parameters in parts:
+        inside = {p: id(p) in matrices for p in parameters}
+        muon.append({"params": [p for p, yes in inside.items() if yes], "lr": share * recipe.lr})
+        rest.append({"params": [p for p, yes in inside.items() if not yes], "lr": share * recipe.lr_rest})
     return [
-        torch.optim.Muon(matrices, **options),
-        torch.optim.AdamW(rest, lr=lr_rest, weight_decay=0.0, fused=True),
+        torch.optim.Muon(muon, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.lr_rest, weight_decay=0.0, fused=True),
     ]
-
-
-def journal(out: Path, log: Callable[[str], None], every: int = 1) -> Callable[[Row], None]:
-    """What writes rows into out/log.jsonl, and each `every`-th as a line. A run that goes on adds to the file."""
-    file = out / "log.jsonl"
-    if not (out / "state").exists():
-        file.unlink(missing_ok=True)
-    rows = 0
-
-    def progress(row: Row) -> None:
-        nonlocal rows
-        with file.open("a") as journal:
-            journal.write(json.dumps(row) + "\n")
-        if rows % every == 0:
-            log("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
-        rows += 1
-
-    return progress
-
-
-def finished(out: Path, recipe: Any, report: Any, name: str = "report") -> None:
-    """Write the report as JSON, and forget the states: nothing is left to go on with."""
-    (out / f"{name}.json").write_text(json.dumps({"recipe": recipe, "report": report}, indent=1) + "\n")
-    shutil.rmtree(out / "state", ignore_errors=True)
 
 
 def hardware(device: torch.device) -> str:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.datasets import texts
 from fewer.evaluation import stats
 from fewer.methods.language.dynamic_pooling import entropy_spikes, prior_loss
 from fewer.models.hourglass import UNKNOWN, Hourglass, Reading, Settings
-from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw
 
 __all__ = ["Recipe", "Report", "alphabet", "bits", "compare", "losses", "split", "train", "unigram_ends"]
 
@@ -117,11 +117,8 @@ def train(
     50 steps and the result.
     Raises   ValueError for a text that is too short to hold anything out; what `texts.book` and `parse` raise.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
+    out = folder.path
     seen, held = split(" ".join((texts.book(recipe.book) if text is None else text).split()))
     letters = alphabet("".join(seen), recipe.rare)
     model = Hourglass(Settings(letters, recipe.width, recipe.depth, recipe.heads, recipe.method))
@@ -130,7 +127,7 @@ def train(
     if model.method is not None and model.method.boundaries == "unigram":
         taught = unigram_ends(seen, recipe.pieces)
     started, worked = time.perf_counter(), time.process_time()
-    _learn(model, recipe, characters, taught, out, log)
+    _learn(model, recipe, characters, taught, folder)
     seconds, working = time.perf_counter() - started, time.process_time() - worked
     model.save(out, dtype=torch.float16)
     model = Hourglass.from_folder(out)  # what is measured is what is kept
@@ -152,7 +149,7 @@ def train(
     )  # fmt: skip
     card = {"recipe": json.dumps(asdict(recipe)), "report": json.dumps(asdict(report))}
     model.save(out, dtype=torch.float16, card=card)
-    finished(out, asdict(recipe), asdict(report))
+    folder.finish(report)
     log("  ".join(f"{key} {value}" for key, value in asdict(report).items()))
     return report
 
@@ -223,9 +220,7 @@ def losses(model: Hourglass, reading: Reading, targets: Tensor, taught: Tensor |
     return parts
 
 
-def _learn(
-    model: Hourglass, recipe: Recipe, characters: Tensor, taught: Tensor | None, out: Path, log: Callable[[str], None]
-) -> None:
+def _learn(model: Hourglass, recipe: Recipe, characters: Tensor, taught: Tensor | None, folder: Folder) -> None:
     span = torch.arange(recipe.length + 1)
 
     def loss(first: Tensor, at: At) -> dict[str, Any]:
@@ -240,14 +235,10 @@ def _learn(
             found["share"] = reading.boundaries.float().mean()
         return found | {name: value for name, value in parts.items() if name != "next"}
 
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    optimizers = muon_and_adamw(recipe, [model.blocks], [(1.0, model.parameters())])
     model.train()
-    Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=50).run(
-        model, muon_and_adamw(matrices, rest, recipe.lr, recipe.lr_rest, recipe.weight_decay),
-        _starts(len(characters), recipe), loss, progress=journal(out, log), state=out / "state", key=asdict(recipe),
-    )  # fmt: skip
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=50)
+    loop.run(model, optimizers, _starts(len(characters), recipe), loss, folder)
     model.eval()
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fewer.datasets.texts import book
 from fewer.hosts.decoder import DecoderHost
 from fewer.methods.language.tokenbutler import Butler
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, Row, finished, journal
+from fewer.recipes.loop import At, Folder, Loop, Row
 from fewer.runtime import modules as trained
 from fewer.spec import parse, text
 
@@ -107,8 +107,7 @@ def train(
     Raises   ValueError for a text too short; HostError for a model that is no decoder; what `load_model` and `book` do.
     """
     method, out = parse(prediction.method), Path(out)
-    if prediction.threads:
-        torch.set_num_threads(prediction.threads)
+    folder = Folder(out, prediction, log)
     net, tokenizer = model or load_model(prediction.model)
     host = hosts.find(net)
     if not isinstance(host, DecoderHost):
@@ -122,13 +121,9 @@ def train(
             f"the text has {len(ids)} tokens; {2 * prediction.length} are needed for one passage of "
             f"{prediction.length} to train on and one to test on: give a longer text, or length="
         )
-    torch.manual_seed(prediction.seed)
     modules = trained.build(method, host, 1).to(device)
     butler = next(m for m in modules.modules() if isinstance(m, Butler))
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    learn(prediction, host, butler, ids[:cut].to(device), journal(out, log), out / "state")
-    seconds = round(time.perf_counter() - started, 1)
+    lines = learn(prediction, host, butler, ids[:cut].to(device), folder)
     kept = copy.deepcopy(modules).half() if prediction.half else modules
     modules.load_state_dict(kept.state_dict())
     starts = torch.linspace(0, len(ids) - cut - prediction.length, prediction.test).long().tolist()
@@ -139,7 +134,7 @@ def train(
         parameters=sum(p.numel() for p in modules.parameters()),
         tokens=-(-prediction.steps // prediction.reuse) * prediction.length,
         steps=prediction.steps,
-        seconds=seconds,
+        seconds=lines[-1]["seconds"],
         results={k: {name: round(sum(v) / len(v), 4) for name, v in row.items()} for k, row in found.items()},
         passages={k: {name: [round(x, 4) for x in v] for name, v in row.items()} for k, row in found.items()},
     )
@@ -148,7 +143,7 @@ def train(
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "passages"},
     }
     trained.save(out, [method], nn.ModuleList([kept]), host, {k: v for k, v in card.items() if k != "method"})
-    finished(out, asdict(prediction), asdict(report))
+    folder.finish(report)
     for name, row in report.results.items():
         log(f"{name:>12}  " + "  ".join(f"{guess} {value:.3f}" for guess, value in row.items()))
     return report
@@ -288,18 +283,10 @@ def _pages(passage: Passage, at: Tensor, groups: int) -> Tensor:
     return bound.masked_fill(newest, math.inf).repeat_interleave(PAGE, dim=-1)[..., :n]
 
 
-def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor, progress: Callable[[Row], None],
-          state: Path | None = None) -> None:  # fmt: skip
+def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor,
+          folder: Folder | None = None) -> list[Row]:  # fmt: skip
     """Teach the predictor on random passages of (T,) token ids. The model is read, never changed."""
-    read_lately: OrderedDict[int, Passage] = OrderedDict()
-
-    def passage(start: int) -> Passage:
-        if start not in read_lately:
-            read_lately[start] = read(host, ids[start : start + prediction.length])
-        read_lately.move_to_end(start)
-        while len(read_lately) > prediction.pool:
-            read_lately.popitem(last=False)
-        return read_lately[start]
+    passage = lru_cache(prediction.pool)(lambda start: read(host, ids[start : start + prediction.length]))
 
     def batches() -> Iterator[tuple[int, Tensor]]:
         """Where a passage starts, and which of its rows ask: `reuse` times one of the last `pool` passages."""
@@ -315,6 +302,5 @@ def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor
         return {"loss": loss_of(butler, passage(start), rows.to(ids.device), centred=prediction.centred)}
 
     optimizer = torch.optim.AdamW(butler.parameters(), lr=prediction.lr, weight_decay=0.01)
-    Loop(prediction.steps, prediction.warmup, clip=prediction.clip).run(
-        butler, [optimizer], batches(), loss, progress=progress, state=state, key=asdict(prediction)
-    )
+    loop = Loop(prediction.steps, prediction.warmup, clip=prediction.clip)
+    return loop.run(butler, [optimizer], batches(), loss, folder)

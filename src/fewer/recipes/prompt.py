@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from fewer import hosts
 from fewer.compat import cached
 from fewer.datasets.texts import book
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, finished, journal
+from fewer.recipes.loop import At, Folder, Loop
 from fewer.runtime.apply import apply
 from fewer.spec import parse, text
 from fewer.training import losses
@@ -102,36 +101,26 @@ def train(
 
     model: instead of loading the one named, with its tokenizer; ids: (T,), instead of reading the text.
     """
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log, every=10)
     teacher, tokenizer = load_model(recipe.model) if model is None else model
     if ids is None:
         ids = torch.tensor(tokenizer(book(recipe.text))["input_ids"])
     teacher.requires_grad_(False).eval()
     student = copy.deepcopy(teacher, {id(t): t for t in (*teacher.parameters(), *teacher.buffers())})
     cut = len(ids) * 9 // 10
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     with apply(student, recipe.method, modules="untrained") as session:
         session.modules.float().requires_grad_(True)
         first = copy.deepcopy(session.modules)
         optimiser = torch.optim.AdamW(session.modules.parameters(), lr=recipe.lr, weight_decay=0.0)
 
-        def starts() -> Iterator[int]:
-            while True:
-                yield int(torch.randint(0, cut - recipe.length - 1, ()))
+        starts = iter(lambda: int(torch.randint(0, cut - recipe.length - 1, ())), None)
 
         def loss(start: int, at: At) -> dict[str, Tensor]:
             return _losses_of(recipe, session, teacher, student, ids[start : start + recipe.length][None], at)
 
         student.train()
-        began = time.perf_counter()
-        lines = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=1).run(
-            session.modules, [optimiser], starts(), loss, progress=journal(out, log, every=10), state=out / "state",
-            key=asdict(recipe),
-        )  # fmt: skip
-        seconds = time.perf_counter() - began
+        loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=1)
+        lines = loop.run(session.modules, [optimiser], starts, loss, folder)
         student.eval()
         modules = session.modules.half().float()
         passages, rows = _measured(recipe, teacher, student, session, ids[cut:])
@@ -140,16 +129,16 @@ def train(
         found = _losses(student, session, _passages(recipe, ids[cut:]), recipe)
         passages["untrained"], rows["untrained"] = found
     report = Report(
-        text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), recipe.steps, seconds,
+        text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), recipe.steps, lines[-1]["seconds"],
         {k: sum(v) / len(v) for k, v in passages.items()}, rows, passages, spearman,
     )  # fmt: skip
     with apply(student, recipe.method, modules=modules.half()) as session:
         session.modules.half()
         session.save_modules(out, {
             "recipe": json.dumps(asdict(recipe)), "results": json.dumps(report.results), "rows": json.dumps(rows),
-            "spearman": json.dumps(spearman), "seconds": f"{seconds:.0f}",
+            "spearman": json.dumps(spearman), "seconds": f"{report.seconds:.0f}",
         })  # fmt: skip
-    finished(out, asdict(recipe), asdict(report) | {"lines": lines}, parse(recipe.method).card.name)
+    folder.finish(report, parse(recipe.method).card.name, lines=lines)
     return report
 
 

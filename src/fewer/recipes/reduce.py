@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from fewer.core import Reducer
 from fewer.datasets.images import ImageSet, load
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, Row, finished, hardware, journal, shuffled
+from fewer.recipes.loop import At, Folder, Loop, Row, decayed, hardware, shuffled
 from fewer.runtime.apply import apply
 from fewer.runtime.costs import Ledger
 from fewer.runtime.session import Session
@@ -133,10 +132,7 @@ def train(
     Raises   ValueError for a method without modules; what `apply`, `load_model` and `data.load` raise.
     """
     method, out = parse(reduction.method), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if reduction.threads:
-        torch.set_num_threads(reduction.threads)
-    torch.manual_seed(reduction.seed)
+    folder = Folder(out, reduction, log)
     net, processor = model or load_model(reduction.model)
     train_set, test_set = data or (load(reduction.data, split="train"), load(reduction.test))
     with ExitStack() as undo:
@@ -150,9 +146,7 @@ def train(
         if not list(session.modules.parameters()):
             raise ValueError(f"{text(method)} has nothing to train; methods that have: see `fewer list`")
         untrained = copy.deepcopy(session.modules)
-        started = time.perf_counter()
-        lines = _learn(reduction, session, teacher, train_set, processor, out, log)
-        seconds = round(time.perf_counter() - started, 1)
+        lines = _learn(reduction, session, teacher, train_set, processor, folder)
         answers = {"trained": _answers(net, test_set, processor)}
         counts, ledger, final = session.counts, session.ledger, session.methods[0]
         learned = _found(session)
@@ -177,7 +171,7 @@ def train(
         gflops=round(ledger.gflops, 4),
         gflops_full=round(ledger.gflops_full, 4),
         steps=reduction.steps,
-        seconds=seconds,
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in session.modules.parameters()),
         hardware=hardware(_device(net)),
         found=text(learned) if learned else None,
@@ -192,16 +186,15 @@ def train(
     if reduction.backbone:
         net.save_pretrained(out)  # type: ignore[operator]
         processor.save(out)  # type: ignore
-    finished(out, asdict(reduction), asdict(report))
+    folder.finish(report)
     for name, value in report.accuracy.items():
         log(f"{name:>10}  accuracy {value:.4f}  KL {report.kl.get(name, 0.0):.5f}")
     return report
 
 
 def _learn(
-    reduction: Reduction, session: Session, teacher: nn.Module, data: ImageSet, processor: Callable, out: Path,
-    log: Callable[[str], None],
-) -> list[Row]:  # fmt: skip
+    reduction: Reduction, session: Session, teacher: nn.Module, data: ImageSet, processor: Callable, folder: Folder
+) -> list[Row]:
     """Returns what the loop's rows say."""
     device, own = _device(session.model), list(session.parameters())
     features: dict[str, Tensor] = {}
@@ -219,16 +212,12 @@ def _learn(
         total = torch.stack([weight * value for weight, value in parts.values()]).sum()
         return {"loss": total} | {name: value for name, (_, value) in parts.items()} | _shown(session, logits, y)
 
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": reduction.weight_decay},
-        {"params": [p for p in own if p.dim() <= 1]},
-    ]
+    groups = decayed(own, reduction.weight_decay)
     if reduction.backbone:
         ours = set(map(id, own))
         params = [p for p in session.model.parameters() if p.requires_grad and id(p) not in ours]
-        slow = reduction.lr * reduction.backbone
-        groups.append({"params": params, "lr": slow, "weight_decay": reduction.weight_decay})
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=reduction.lr, weight_decay=0.0)
+        groups.append({"params": params, "lr": reduction.lr * reduction.backbone})
+    optimizer = torch.optim.AdamW(groups, lr=reduction.lr, weight_decay=reduction.weight_decay)
     loop = Loop(reduction.steps, reduction.warmup, bfloat16=reduction.bfloat16)
     with ExitStack() as undo:
         for name, norm in (("student", session.host.final_norm), ("teacher", _twin(session, teacher))):
@@ -236,11 +225,8 @@ def _learn(
                 hook = norm.register_forward_hook(lambda _m, _a, out, name=name: features.update({name: out}))
                 undo.callback(hook.remove)
         session.model.train()
-        return loop.run(
-            session.model if reduction.backbone else session.modules, [optimizer],
-            shuffled(len(data), reduction.batch), loss, progress=journal(out, log), state=out / "state",
-            key=asdict(reduction),
-        )  # fmt: skip
+        learned = session.model if reduction.backbone else session.modules
+        return loop.run(learned, [optimizer], shuffled(len(data), reduction.batch), loss, folder)
 
 
 def _losses(

@@ -11,9 +11,8 @@ by Muon, as in `classify`; a pretrained one is fine-tuned with AdamW, the head a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers import (
 
 from fewer.datasets.texts import Encoded, TextSet, load
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, finished, journal, muon_and_adamw, unfinished
+from fewer.recipes.loop import At, Folder, Loop, buckets, muon_and_adamw
 
 from .classify import FLOAT32_ATTENTION
 
@@ -109,7 +108,7 @@ MINILM = Recipe(
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to. accuracy: share of all test texts, all tokens. seconds: wall time, tests included."""
+    """What a run came to. accuracy: share of all test texts, all tokens. seconds: training alone."""
 
     accuracy: float
     test_texts: int
@@ -173,20 +172,15 @@ def train(
     """
     changes: dict[str, Any] = {"steps": steps, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     train_set, test_set = data or (load(recipe.data, split="train"), load(recipe.test))
-    model, tokenizer = _start(recipe, train_set, out)
+    model, tokenizer = _start(recipe, train_set, folder)
     tokenizer.model_max_length = recipe.phases[-1][1]
     tokenizer.save_pretrained(out)  # now, for it remembers how it was last asked to cut
     model.set_attn_implementation(FLOAT32_ATTENTION)
     model.train()
     ids = tokenizer(list(train_set.texts), add_special_tokens=False, verbose=False)["input_ids"]
     ends = [round(recipe.steps * sum(share for share, _ in recipe.phases[: i + 1])) for i in range(len(recipe.phases))]
-    started = time.perf_counter()
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for first, end, (_, window) in zip([0, *ends], ends, recipe.phases, strict=False):
@@ -200,10 +194,8 @@ def train(
         window = next(w for end, (_, w) in zip(ends, recipe.phases, strict=True) if at.step < end)
         return {"loss": wrong, "right": (logits.argmax(-1) == labels).float().mean(), "window": window}
 
-    Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16).run(
-        model, _optimizers(model, recipe), batches(), loss, progress=journal(out, log), state=out / "state",
-        key=asdict(recipe),
-    )  # fmt: skip
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16)
+    lines = loop.run(model, _optimizers(model, recipe), batches(), loss, folder)
     model.set_attn_implementation("sdpa")
     if recipe.half:
         model.half().float()
@@ -211,12 +203,12 @@ def train(
         accuracy=round(accuracy(model, Encoded.of(test_set, tokenizer, length=recipe.phases[-1][1])), 4),
         test_texts=len(test_set),
         steps=recipe.steps,
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in model.parameters()),
     )
     log(f"accuracy {report.accuracy:.4f} of {report.test_texts:,} texts")
     (model.half() if recipe.half else model).save_pretrained(out)
-    finished(out, asdict(recipe), asdict(report))
+    folder.finish(report)
     return report
 
 
@@ -232,13 +224,11 @@ def accuracy(model: nn.Module, data: Encoded, *, batch: int = 32) -> float:
     return right / len(data)
 
 
-def _start(recipe: Recipe, data: TextSet, out: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def _start(recipe: Recipe, data: TextSet, folder: Folder) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer: learning one again would number its entries otherwise."""
     if not recipe.base:
-        tokenizer = (
-            BertTokenizer.from_pretrained(out) if unfinished(out / "state", asdict(recipe), recipe.steps)
-            else vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
-        )  # fmt: skip
+        kept = BertTokenizer.from_pretrained(folder.path) if folder.goes_on else None
+        tokenizer = kept or vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
         return build(recipe, data.classes, tokenizer), tokenizer
     base: Any
     base, tokenizer = load_model(recipe.base)
@@ -261,10 +251,7 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
             {"params": [p for p in model.parameters() if id(p) not in inside], "lr": recipe.lr_rest},
         ]
         return [torch.optim.AdamW(groups, lr=recipe.lr_base, weight_decay=0.01, fused=True)]
-    matrices = [m.weight for m in encoder.encoder.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    return muon_and_adamw(matrices, rest, recipe.lr, recipe.lr_rest, recipe.weight_decay)
+    return muon_and_adamw(recipe, [encoder.encoder], [(1.0, model.parameters())])
 
 
 def _batches(
@@ -278,12 +265,8 @@ def _batches(
         for text, label in zip(ids, classes, strict=True):
             for first in _cuts(len(text), window - 2, recipe.windows):
                 pieces.append((text[first : first + window - 2], label))
-        order = torch.randperm(len(pieces)).tolist()
-        near = 16 * size  # sorted by length among so many, so that batches stay random and padding short
-        runs = [sorted(order[i : i + near], key=lambda j: len(pieces[j][0])) for i in range(0, len(order), near)]
-        groups = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
-        for k in torch.randperm(len(groups)).tolist():
-            chosen = [pieces[j] for j in groups[k]]
+        for group in buckets([len(piece) for piece, _ in pieces], size, 16):
+            chosen = [pieces[j] for j in group]
             rows = [torch.tensor([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]) for piece, _ in chosen]
             batch = Encoded(rows, torch.tensor([label for _, label in chosen]), tokenizer.pad_token_id).batch()
             if recipe.mask:

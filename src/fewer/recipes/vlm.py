@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from fewer.datasets.scenes import (
     words,
 )
 from fewer.models.zoo import load_model
-from fewer.recipes.loop import At, Loop, Row, finished, journal, muon_and_adamw
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw
 
 from .classify import FLOAT32_ATTENTION, grid_sincos
 
@@ -525,18 +525,15 @@ def train(
     """
     changes: dict[str, Any] = {"tower": tower, "steps": steps, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
+    out = folder.path
     model, clip, processor = build(recipe)
     model.model.vision_tower.set_attn_implementation(FLOAT32_ATTENTION)
     model.model.language_model.set_attn_implementation(PACKED_ATTENTION)
     watched = _Watched(clip, recipe)
-    started, progress = time.perf_counter(), journal(out, log)
+    started = time.perf_counter()
     for stage, updates in ((1, recipe.tower), (2, recipe.steps)):
-        _stage(stage, updates, model, watched, recipe, progress, out / "state" / str(stage))
+        _stage(stage, updates, model, watched, recipe, folder)
     save(out, model, clip, processor)
     saved, processor = load_model(out)
     questions = exam(recipe.test)
@@ -550,13 +547,13 @@ def train(
         clip=sum(p.numel() for name, p in clip.named_parameters() if not name.startswith("vision_model.")),
     )
     log(f"right: {report.accuracy}; without the image: {report.blind}")
-    finished(out, asdict(recipe), asdict(report))
+    folder.finish(report)
     return report
 
 
 def _stage(
     stage: int, steps: int, model: LlavaForConditionalGeneration, watched: _Watched, recipe: Recipe,
-    progress: Callable[[Row], None], state: Path,
+    folder: Folder,
 ) -> None:  # fmt: skip
     learns = stage == 1 or recipe.tower_lr > 0
 
@@ -577,10 +574,8 @@ def _stage(
     model.train()
     if steps:
         batches = DataLoader(_Draw(recipe, stage), batch_size=None, num_workers=recipe.workers)
-        Loop(steps, recipe.warmup).run(
-            watched.learned(model), _optimizers(model, watched, recipe, stage), batches, loss,
-            progress=progress, state=state, key=asdict(recipe),
-        )  # fmt: skip
+        optimizers = _optimizers(model, watched, recipe, stage)
+        Loop(steps, recipe.warmup).run(watched.learned(model), optimizers, batches, loss, folder)
 
 
 def _by_kind(right: Tensor, recipe: Recipe, pairs: bool) -> dict[str, Tensor]:
@@ -606,12 +601,7 @@ def _optimizers(
     if stage == 2:
         parts.append((1.0, [p for p in model.parameters() if id(p) not in named]))
     blocks = [tower.encoder, model.model.language_model.layers, watched.clip.text_model.encoder]
-    matrices = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
-    muon, rest = [], []
-    for share, parameters in parts:
-        muon.append({"params": [p for p in parameters if id(p) in matrices], "lr": share * recipe.lr})
-        rest.append({"params": [p for p in parameters if id(p) not in matrices], "lr": share * recipe.lr_rest})
-    return muon_and_adamw(muon, rest, recipe.lr, recipe.lr_rest, recipe.weight_decay)
+    return muon_and_adamw(recipe, blocks, parts)
 
 
 def save(out: Path, model: LlavaForConditionalGeneration, clip: CLIPModel, processor: LlavaProcessor) -> None:
