@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .registry import UnknownMethod, lookup, names, registered
     from .runtime.apply import apply
     from .runtime.program import SessionError
+    from .runtime.saving import load, session_of
     from .runtime.session import Session
     from .spec import SpecError, parse, text
 
@@ -41,8 +42,8 @@ sys.meta_path.append(_moved.Finder())
 
 __all__ = [
     "Budget", "Capacity", "Guide", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError",
-    "Signals", "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "lookup", "names",
-    "parse", "reducer", "registered", "text",
+    "Signals", "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "load", "lookup", "names",
+    "parse", "reducer", "registered", "session_of", "text",
 ]  # fmt: skip
 
 _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not wait for torch
@@ -50,6 +51,7 @@ _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not
     "Session": "runtime.session",
     "SessionError": "runtime.program",
     "apply": "runtime.apply",
+    **dict.fromkeys(("load", "session_of"), "runtime.saving"),
     "Guide": "adapters.clip_guide",
     **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
 }

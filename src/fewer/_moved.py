@@ -34,6 +34,7 @@ MOVED = {
     "session": "runtime.session",
     "texts": "datasets.texts",
     "trained": "runtime.modules",
+    "training.masking": "recipes.masking",
     "verify": "runtime.verify",
     "zoo": "models.zoo",
 }

@@ -1,15 +1,18 @@
-"""The text form of a method: `tome:r=8,inflect=-1,proportional=false`, lists with +: `evit:keep=0.7,layers=3+6+9`."""
+"""The text form of a method: `tome:r=8,inflect=-1,proportional=false`, lists with +: `evit:keep=0.7,layers=3+6+9`.
+
+A method from outside is named with its module, `my_pkg.mine.Mine:r=8`; `my_pkg.mine:Mine:r=8` is read too."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .core import Budget, Capacity, KeepRatio, Mass, Outliers, Reducer, Remove, Site, Threshold
-from .registry import lookup
+from .registry import WHOLE, lookup, name_of, names
 
 AMOUNTS: dict[str, Callable[[Any], Budget]] = {
     "tokens": Capacity, "threshold": Threshold, "mass": Mass, "outliers": Outliers,
@@ -17,6 +20,7 @@ AMOUNTS: dict[str, Callable[[Any], Budget]] = {
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "none", Budget: "a budget"}
 SITES = {site.name.lower().removesuffix("_block"): site for site in Site}  # before, ..., bridge
 WORDS[Site] = "one of " + ", ".join(SITES)
+OUTSIDE = re.compile(rf"\s*(?P<whole>{WHOLE.pattern})\s*(?::(?P<rest>.*))?", re.DOTALL)
 BUDGET_KEYS = ("r", "inflect", "keep", "of", "rounding", *AMOUNTS)
 
 
@@ -37,7 +41,7 @@ def parse(method: str | Reducer, **parameters: Any) -> Reducer:
         return _build(type(method), parameters, method)
     if not isinstance(method, str):
         raise SpecError(f"{method!r} is no method; give a name such as 'tome', a text form, or a reducer: fewer.ToMe()")
-    name, _, rest = method.partition(":")
+    name, rest = divided(method)
     given: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, eq, value = part.partition("=")
@@ -57,7 +61,15 @@ def text(method: Reducer, *, defaults: bool = False) -> str:
         if value == f.default and not defaults:
             continue
         parts += _budget_text(value, f.default) if isinstance(value, Budget) else [f"{f.name}={written(value)}"]
-    return method.card.name + (":" + ",".join(parts) if parts else "")
+    return name_of(type(method)) + (":" + ",".join(parts) if parts else "")
+
+
+def divided(form: str) -> tuple[str, str]:
+    """A text form's name and its parameters."""
+    head, _, rest = form.partition(":")
+    if head.strip() not in names() and (outside := OUTSIDE.fullmatch(form)):
+        return outside["whole"], outside["rest"] or ""
+    return head, rest
 
 
 def _build(cls: type[Reducer], given: dict[str, Any], base: Reducer | None = None) -> Reducer:

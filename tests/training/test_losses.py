@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fewer.core.learned import straight_through
 from fewer.training import costs, losses
-from fewer.training.schedules import warm_cosine
 
 
 def test_the_ratio_loss_averages_stages_and_samples() -> None:
@@ -60,14 +56,3 @@ def test_the_cost_has_the_gradient_of_its_formula() -> None:
     n = torch.tensor(10.0, requires_grad=True)
     costs.vit_macs([17, n], [n, n], [(3, 5), (3, 5)], 4, 7).backward()
     assert n.grad.item() == 5 + 3 + 2 * 4 * 2 * 10 + 5
-
-
-def test_the_rate_rises_and_falls() -> None:
-    rates = [warm_cosine(step, 100, warmup=0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1.0
-    assert all(a > b for a, b in pairwise(rates[9:]))
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-    middle = warm_cosine(54, 100, warmup=0.1)
-    assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert warm_cosine(99, 100, warmup=0.1, floor=0.2) == pytest.approx(0.2)

@@ -36,7 +36,7 @@ def test_saved_modules_come_back_the_same(tmp_path: Path) -> None:
         files = session.save_modules(tmp_path, {"seed": "7"})
     assert files == [tmp_path / "dynamicvit.safetensors"]
     card = trained.read_card(files[0])
-    assert card == {"method": METHOD, "layers": "1+2", "width": "32", "heads": "4", "seed": "7"}
+    assert card == {"method": METHOD, "layers": "1+2", "width": "32", "heads": "4", "blocks": "4", "seed": "7"}
     for source in (tmp_path, str(tmp_path), files[0], session.modules, session.modules[0]):
         with fewer.apply(model, METHOD, modules=source):
             assert torch.equal(run(model, x), want)
@@ -63,7 +63,7 @@ def test_a_folder_may_hold_several_settings(tmp_path: Path) -> None:
 def test_modules_of_another_width_or_method_are_refused(tmp_path: Path) -> None:
     with fewer.apply(tiny_vit(), METHOD, modules="untrained") as session:
         session.save_modules(tmp_path)
-    with pytest.raises(ModulesError, match=r"was trained as dynamicvit.*for width 32: 0\.predictor"):
+    with pytest.raises(ModulesError, match=r"was trained as dynamicvit.*for width 32 and 4 blocks: 0\.predictor"):
         fewer.apply(tiny_vit(width=16), METHOD, modules=tmp_path)
     with pytest.raises(ModulesError, match=r"no file, folder or packaged model with spvit\.safetensors"):
         fewer.apply(tiny_vit(), "spvit:keep=0.5+0.25,layers=1+2", modules=tmp_path)

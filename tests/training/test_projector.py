@@ -59,7 +59,12 @@ def test_m3_trains_the_model_on_all_scales_at_once(tmp_path):
     tower = {n: p.clone() for n, p in model.named_parameters() if "vision_tower" in n}
     recipe = Projecting("m3", steps=6, lr=2e-3, projector=1.0, language=0.5)
     report = train(recipe, model, examples(3, 6), tmp_path, test=examples(1, 6, seed=1), log=quiet)
-    assert set(report.lines[0]) == {"step", *(f"loss@{s}" for s in ("100%", "25%", "6.25%", "1.5625%", "1"))}
+    assert set(report.lines[0]) == {
+        "step",
+        "seconds",
+        "loss",
+        *(f"loss@{s}" for s in ("100%", "25%", "6.25%", "1.5625%", "1")),
+    }
     assert [report.rows[f"trained@{s}"] for s in ("100%", "25%", "6.25%")] == [16.0, 4.0, 1.0]
     assert report.loss["trained@25%"] < report.loss["pooled@25%"]
     assert all(torch.equal(p, tower[n]) for n, p in model.named_parameters() if n in tower)
@@ -74,7 +79,7 @@ def test_the_loss_of_several_scales_is_their_mean(tmp_path):
     model, batches = tiny_vlm("llava"), examples(1, 4)
     one = Projecting("tokenpacker:tokens=4", steps=1, scales=(4, 1))
     report = train(one, model, batches, tmp_path, log=quiet)
-    assert set(report.lines[0]) == {"step", "loss@4", "loss@1"}
+    assert set(report.lines[0]) == {"step", "seconds", "loss", "loss@4", "loss@1"}
     for scale in (4, 1):
         alone = train(Projecting("tokenpacker:tokens=4", steps=1, scales=(scale,)), model, batches, tmp_path, log=quiet)
         assert alone.lines[0][f"loss@{scale}"] == pytest.approx(report.lines[0][f"loss@{scale}"], rel=1e-5)

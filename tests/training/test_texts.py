@@ -37,7 +37,7 @@ def test_new_model_learns_and_comes_back(tmp_path: Path) -> None:
     report = train(tmp_path, recipe=TINY, data=(words(64, 0), words(20, 1, 10)), log=lines.append)
     assert report.accuracy == 1.0
     assert report.test_texts == 20
-    assert "window 16" in lines[0]  # the second half of the steps
+    assert "window 11.2" in lines[0]  # the mean: 8, and 16 in the second half of the steps
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["recipe"]["width"] == 32
     model, tokenizer = load_model(tmp_path)

@@ -11,7 +11,7 @@ import fewer
 from clips import CHANNELS, clip, made, with_features, with_words
 from fewer.core import SignalError
 from fewer.methods.multimodal.video_xl_pro import Synthesiser, Timed, VideoXLPro, anchors
-from fewer.training.masking import Guesser, guessing_loss, pretrain, salient
+from fewer.recipes.masking import Guesser, guessing_loss, pretrain, salient
 
 
 def synthesiser(seed: int = 0) -> Synthesiser:

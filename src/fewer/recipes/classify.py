@@ -11,11 +11,9 @@ blocks are stepped by Muon, the rest by AdamW; `transformers.Trainer` drives one
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fewer.datasets.images import ImageSet, fashion_mnist
 from fewer.models.zoo import Processor
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw, shuffled
 
 __all__ = ["PatchDrop", "Recipe", "Report", "accuracy", "build", "grid_sincos", "train"]
 
@@ -82,7 +81,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to. accuracy: share of all test pictures, all tokens. seconds: wall time, tests included."""
+    """What a run came to. accuracy: share of all test pictures, all tokens. seconds: training and tests."""
 
     accuracy: float
     test_pictures: int
@@ -167,7 +166,8 @@ def train(
 ) -> Report:
     """Train a classifier and save it where `fewer.models.zoo.load_model(out)` reads it.
 
-    out: folder for the weights, the processor, log.jsonl and report.json; rewritten after every epoch and phase.
+    out: folder for the weights, the processor, log.jsonl and report.json; and, until it is done, for the state a run
+        that was killed goes on from.
     epochs, seed, threads: change these fields of `recipe` (default `Recipe()`).
     data: (train, test) sets whose pictures are uint8 arrays of the processor's size; default Fashion-MNIST.
     log: receives one line every 50 steps and after every test.
@@ -176,11 +176,7 @@ def train(
     """
     changes: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     train_set, test_set = data or (fashion_mnist("train"), fashion_mnist("test"))
     pixels, labels = _pixels(train_set, processor), train_set.labels
 
@@ -188,57 +184,46 @@ def train(
     model.set_attn_implementation(FLOAT32_ATTENTION)
     drop = PatchDrop()
     hook = model.vit.embeddings.register_forward_hook(drop)
-    optimizers = _optimizers(model, recipe)
-    per_epoch = len(labels) // recipe.batch
-    steps = max(len(recipe.phases), round(recipe.epochs * per_epoch))
+    steps = max(len(recipe.phases), round(recipe.epochs * (len(labels) // recipe.batch)))
     ends = _phase_ends(recipe, steps)
     sample = test_set.take(range(0, len(test_set), 10))
-    journal = (out / "log.jsonl").open("w")
-    started, recent, accurate = time.perf_counter(), 0.0, 0.0
+    accurate = 0.0
 
-    for step, batch in zip(range(steps), _batches(len(labels), recipe.batch), strict=False):
-        drop.keep = next(keep for end, (_, keep) in zip(ends, recipe.phases, strict=True) if step < end)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _ramp(step, steps, recipe)
+    def loss(batch: Tensor, at: At) -> dict[str, Any]:
+        drop.keep = next(keep for end, (_, keep) in zip(ends, recipe.phases, strict=True) if at.step < end)
         x = processor.normalise(pixels[batch])
         mirrored = torch.rand(len(batch)) < recipe.flip
         x[mirrored] = x[mirrored].flip(-1)
         model.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+        with at.autocast():
             logits = model(pixel_values=x).logits
-        loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=recipe.smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        wrong = F.cross_entropy(logits.float(), labels[batch], label_smoothing=recipe.smoothing)
+        return {"loss": wrong, "keep": drop.keep}
 
-        recent += loss.item()
-        done = step + 1
-        row: dict[str, Any] = {"step": done, "seconds": round(time.perf_counter() - started, 1), "keep": drop.keep}
-        if done % 50 == 0:
-            _note(journal, log, row | {"loss": round(recent / 50, 4)})
-            recent = 0.0
-        if done in ends:
+    def test(at: At) -> None:
+        nonlocal accurate
+        if (done := at.step + 1) in ends:
             tested = test_set if done == steps else sample
             accurate = accuracy(model, tested, processor)
-            row["seconds"] = round(time.perf_counter() - started, 1)
-            _note(journal, log, row | {"test accuracy": accurate, "pictures": len(tested)})
-        if done in ends or done % per_epoch == 0:
-            model.save_pretrained(out)
-            processor.save(out)
+            log(f"step {done}  test accuracy {accurate:.4f} of {len(tested):,} pictures")
 
+    loop = Loop(
+        steps, recipe.warmup, "warmup_stable_decay", decay=1 - recipe.warmup - recipe.hold, bfloat16=recipe.bfloat16,
+        every=50,
+    )  # fmt: skip
+    optimizers = muon_and_adamw(recipe, [model.vit], [(1.0, model.parameters())])
+    lines = loop.run(model, optimizers, shuffled(len(labels), recipe.batch), loss, folder, after=test)
     hook.remove()
-    journal.close()
+    model.save_pretrained(out)
+    processor.save(out)
     report = Report(
         accuracy=accurate,
         test_pictures=len(test_set),
         steps=steps,
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    folder.finish(report)
     return report
 
 
@@ -257,7 +242,7 @@ def _float32_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **unused: Any
 ) -> tuple[Tensor, None]:
     """Fused attention in float32 whatever the autocast: on CPU its bfloat16 backward pass takes five times as long."""
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scaling)
     return mixed.transpose(1, 2).contiguous(), None
 
@@ -277,44 +262,9 @@ def _pixels(data: ImageSet, processor: Processor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).contiguous()
 
 
-def _optimizers(model: ViTForImageClassification, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [m.weight for m in model.vit.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "peak": recipe.lr}],
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": rest, "peak": recipe.lr_rest}], lr=recipe.lr_rest, weight_decay=0.0, fused=True
-    )
-    return [muon, adamw]
-
-
-def _ramp(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the peak learning rate at `step` of `steps`: up, along, and down to (almost) zero."""
-    at = (step + 1) / (steps + 1)
-    falling = (1 - at) / (1 - recipe.warmup - recipe.hold)
-    return min(1.0, at / recipe.warmup if recipe.warmup else 1.0, falling)
-
-
 def _phase_ends(recipe: Recipe, steps: int) -> list[int]:
     total, ends = 0.0, []
     for share, _ in recipe.phases:
         total += share
         ends.append(round(total * steps))
     return ends
-
-
-def _batches(n: int, size: int) -> Iterator[Tensor]:
-    """Index batches without end: a new order each time the set is used up, its incomplete tail left out."""
-    while True:
-        yield from torch.randperm(n)[: n - n % size].split(size)
-
-
-def _note(journal: Any, log: Callable[[str], None], row: dict[str, Any]) -> None:
-    journal.write(json.dumps(row) + "\n")
-    journal.flush()
-    log("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -39,12 +39,12 @@ from fewer.datasets.texts import Encoded, load
 from fewer.evaluation.stats import paired_difference, share
 from fewer.hosts import find
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Folder, Loop, Row, buckets, decayed
 from fewer.runtime.apply import apply
 from fewer.runtime.session import Session
 from fewer.spec import parse, text
 from fewer.training import losses
 from fewer.training.costs import vit_macs
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["BASELINES", "Encode", "Found", "Report", "Score", "evolve", "saliency", "train"]
 
@@ -76,7 +76,8 @@ class Encode:
     rounds, target: length_adaptive: rounds of its search, and the share of the model's multiply-adds it may use.
     trajectories, guided: trbert: actions sampled per text, share of the steps with imitation.
     nucleus: leap: share of the saliency that the processed tokens hold.
-    held: texts held out of training, for the search.
+    held: texts held out of training, for the search and for `patience`. patience: checks, every 50 steps, in which the
+        loss of these has not fallen, after which training ends with the best weights; 0 = it does not.
     seed: initial modules, order, samples. threads: torch threads; None leaves them.
     """
 
@@ -101,12 +102,15 @@ class Encode:
     guided: float = 0.5
     nucleus: float = 0.3
     held: int = 200
+    patience: int = 0
     seed: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"Encode(steps={self.steps}, batch={self.batch}): both must be at least 1")
+        if self.patience and not self.held:
+            raise ValueError(f"Encode(patience={self.patience}, held=0): patience needs texts that are held out")
         if not 0 <= self.second < 1:
             raise ValueError(f"Encode(second={self.second}): the modules need steps too; it lies in [0, 1)")
         if not 0 < self.drop < 1:
@@ -152,15 +156,15 @@ class Report:
     parameters: int
     found: str | None = None
     frontier: list[Found] = field(default_factory=list)
-    lines: list[dict[str, float]] = field(default_factory=list, repr=False)
+    lines: list[Row] = field(default_factory=list, repr=False)
 
 
 # -- the run --------------------------------------------------------------------------------------------------------
 class _Run:
     """What all trainings share: the model and its teacher, batches, the loop."""
 
-    def __init__(self, recipe: Encode, net: nn.Module, data: Encoded, out: Path, log: Callable[[str], None]) -> None:
-        self.recipe, self.net, self.data, self.out, self.log = recipe, net, data, out, log
+    def __init__(self, recipe: Encode, net: nn.Module, data: Encoded, folder: Folder) -> None:
+        self.recipe, self.net, self.data, self.folder = recipe, net, data, folder
         self.method = parse(recipe.method)
         lr, price = USUAL.get(self.method.card.name, (0.0, 0.0))
         self.lr = lr if recipe.lr is None else recipe.lr
@@ -169,22 +173,15 @@ class _Run:
         order = torch.randperm(len(data)).tolist()
         held = min(recipe.held, len(data) // 4)
         self.held, self.seen = order[:held], order[held:]
-        self.lines: list[dict[str, float]] = []
+        self.lines: list[Row] = []
         self.frontier: list[Found] = []
         self.depth = len(find(net).blocks)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches of training texts without end, of about equal lengths."""
-        size = self.recipe.batch
         while True:
-            order = [self.seen[i] for i in torch.randperm(len(self.seen)).tolist()]
-            near = 8 * size
-            runs = [
-                sorted(order[i : i + near], key=lambda i: len(self.data.rows[i])) for i in range(0, len(order), near)
-            ]
-            groups = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
-            for k in torch.randperm(len(groups)).tolist():
-                yield self.data.batch(groups[k])
+            for group in buckets([len(self.data.rows[i]) for i in self.seen], self.recipe.batch, 8):
+                yield self.data.batch([self.seen[i] for i in group])
 
     def taught(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, classes): what the model as it was answers."""
@@ -196,46 +193,40 @@ class _Run:
         loss = F.cross_entropy(logits, batch["labels"])
         return loss + self.recipe.distil * losses.logit_kl(logits, self.taught(batch)) if self.recipe.distil else loss
 
+    def plain(self, batch: dict[str, Tensor], at: At) -> dict[str, Any]:
+        """The task's loss under whatever is on."""
+        return {"loss": self.task(self.net(**_inputs(batch)).logits, batch)}
+
     def fit(
-        self, steps: int, loss: Callable[[dict[str, Tensor], int], Tensor], modules: nn.Module | None = None,
-        after: Callable[[], None] | None = None, shown: Callable[[], dict[str, float]] | None = None,
+        self, steps: int, loss: Callable[[dict[str, Tensor], At], dict[str, Any]], modules: nn.Module | None = None,
+        after: Callable[[At], None] = lambda at: None,
     ) -> None:  # fmt: skip
-        """The loop. loss: of a batch at a step. modules: learn besides the model. after: called after each update."""
-        recipe, started = self.recipe, time.perf_counter()
-        groups: list[dict[str, Any]] = []
-        if modules is not None and list(modules.parameters()):
-            # single numbers and lists of them (thresholds, retention, biases) are not decayed
-            own = list(modules.parameters())
-            groups.append({"params": [p for p in own if p.dim() > 1], "peak": self.lr})
-            groups.append({"params": [p for p in own if p.dim() <= 1], "peak": self.lr, "weight_decay": 0.0})
+        """Train on a loss of batches. modules: learn besides the model. after: called after each update."""
+        recipe = self.recipe
+        own = [] if modules is None else list(modules.parameters())
+        groups = decayed(own, recipe.weight_decay)
         if recipe.backbone:
-            groups.append({"params": list(self.net.parameters()), "peak": recipe.backbone})
-        groups = [g for g in groups if g["params"]]
+            ours = set(map(id, own))
+            rest = [p for p in self.net.parameters() if id(p) not in ours]
+            groups.append({"params": rest, "lr": recipe.backbone})
         if not groups or not steps:
             return
         optimizer = torch.optim.AdamW(groups, lr=self.lr or recipe.backbone, weight_decay=recipe.weight_decay)
         self._ready()
-        batches, recent = self.batches(), 0.0
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm_cosine(step, steps, warmup=recipe.warmup)
-            value = loss(next(batches), step)
-            value.backward()
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if after is not None:
-                after()
-            recent += float(value.detach())
-            done = step + 1
-            if done % 25 == 0 or done == steps:
-                count = (done - 1) % 25 + 1
-                row = {"step": done, "seconds": round(time.perf_counter() - started, 1), "loss": recent / count}
-                row |= shown() if shown is not None else {}
-                recent = 0.0
-                self.lines.append({k: round(v, 4) for k, v in row.items()})
-                self.log("  ".join(f"{k} {v}" for k, v in self.lines[-1].items()))
+        learned = self.net if recipe.backbone or modules is None else modules
+        self.lines += Loop(steps, recipe.warmup, patience=recipe.patience).run(
+            learned, [optimizer], self.batches(), loss, self.folder, after=after, held=lambda: self._held(loss),
+        )  # fmt: skip
         self.net.eval()
+
+    @torch.no_grad()
+    def _held(self, loss: Callable[[dict[str, Tensor], At], dict[str, Any]]) -> float:
+        """Mean loss of the texts held out, with the same draws every time."""
+        parts = [self.data.batch(part.tolist()) for part in torch.tensor(self.held).split(self.recipe.batch)]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            at = At(self.recipe.steps - 1, self.recipe.steps, "cpu", False)
+            return sum(float(loss(part, at)["loss"]) * len(part["labels"]) for part in parts) / len(self.held)
 
     def _ready(self) -> None:
         """Training mode; a frozen model drops nothing out."""
@@ -262,25 +253,23 @@ def _power_bert(run: _Run) -> tuple[Reducer, nn.Module | None]:
     with apply(run.net, method, modules="untrained") as session:
         blocks = [m for m in session.modules.modules() if isinstance(m, Retention)]
 
-        def loss(batch: dict[str, Tensor], step: int) -> Tensor:
+        def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
             logits = run.net(**_inputs(batch)).logits
             mass = session.last.memory[0]["mass"]
             paid = torch.stack([(stage + 1) * mass[stage] for stage in mass]).sum()
-            return run.task(logits, batch) + run.price * paid
+            rows = {f"l{i}": block.number for i, block in enumerate(blocks)}
+            return {"loss": run.task(logits, batch) + run.price * paid, **rows}
 
-        def clip() -> None:
+        def clip(at: At) -> None:
             for block in blocks:
                 block.clip()
 
         later = round(recipe.second * recipe.steps) if recipe.backbone else 0
-        run.fit(
-            recipe.steps - later, loss, session.modules, clip,
-            lambda: {f"l{i}": float(b.number) for i, b in enumerate(blocks)},
-        )  # fmt: skip
+        run.fit(recipe.steps - later, loss, session.modules, clip)
         modules = session.modules
     if later:
         with apply(run.net, found(modules[0], method.layers)):  # type: ignore[arg-type]
-            run.fit(later, lambda batch, _: run.task(run.net(**_inputs(batch)).logits, batch))
+            run.fit(later, run.plain)
     return method, modules
 
 
@@ -302,21 +291,19 @@ def _ltp(run: _Run) -> tuple[Reducer, nn.Module | None]:
                 return [k.mean() for k in keep.values()]
             return [(k * valid).sum() / valid.sum() for k in keep.values()]
 
-        def loss(batch: dict[str, Tensor], step: int) -> Tensor:
-            logits = run.net(**_inputs(batch)).logits
-            return run.task(logits, batch) + run.price * torch.stack(stays()).sum()
+        def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
+            logits, means = run.net(**_inputs(batch)).logits, stays()
+            total = run.task(logits, batch) + run.price * torch.stack(means).sum()
+            return {"loss": total} | {f"m{i}": mean for i, mean in enumerate(means)}
 
         later = round(recipe.second * recipe.steps) if recipe.backbone else 0
-        run.fit(
-            recipe.steps - later, loss, session.modules,
-            shown=lambda: {f"m{i}": float(s.detach()) for i, s in enumerate(stays())},
-        )  # fmt: skip
+        run.fit(recipe.steps - later, loss, session.modules)
         modules = session.modules
     method = replace(method, soft=False)
     if later:
         modules.requires_grad_(False)
         with apply(run.net, method, modules=modules):
-            run.fit(later, lambda batch, _: run.task(run.net(**_inputs(batch)).logits, batch))
+            run.fit(later, run.plain)
         modules.requires_grad_(True)
     return method, modules
 
@@ -326,24 +313,25 @@ def _tuned(run: _Run, method: Reducer) -> tuple[Reducer, nn.Module | None]:
     if not run.recipe.backbone:
         raise ValueError(f"{text(method)} has nothing to learn but the model itself: set backbone, e.g. backbone=5e-5")
     with apply(run.net, method):
-        run.fit(run.recipe.steps, lambda batch, _: run.task(run.net(**_inputs(batch)).logits, batch))
+        run.fit(run.recipe.steps, run.plain)
     return method, None
 
 
 def _length_adaptive(run: _Run) -> tuple[Reducer, nn.Module | None]:
     """LengthDrop under the sandwich rule (where the model may learn), then the search."""
-    recipe, draws = run.recipe, random.Random(run.recipe.seed)
+    recipe = run.recipe
     layers, full = run.depth, recipe.length - 1
     smallest = _shrunk(full, [1 - recipe.drop] * layers)
 
-    def loss(batch: dict[str, Tensor], step: int) -> Tensor:
+    def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
         logits = run.net(**_inputs(batch)).logits
         total = F.cross_entropy(logits, batch["labels"])
+        draws = random.Random(recipe.seed + 1_000_003 * at.step)  # a run that goes on draws what it would have drawn
         genes = [smallest, *(_random_gene(full, layers, recipe.drop, draws) for _ in range(recipe.samples))]
         for gene in genes:
             with apply(run.net, configured(run.method, gene, full)):
                 total = total + losses.logit_kl(run.net(**_inputs(batch)).logits, logits.detach())
-        return total / (recipe.samples + 2)
+        return {"loss": total / (recipe.samples + 2)}
 
     run.fit(recipe.steps, loss)
     run.net.eval()
@@ -363,7 +351,9 @@ def _length_adaptive(run: _Run) -> tuple[Reducer, nn.Module | None]:
         macs = vit_macs(rows[:-1], rows[1:], linear, host.width, 0)
         return float(macs) / float(vit_macs([full + 1] * layers, [full + 1] * layers, linear, host.width, 0))
 
-    run.frontier = evolve(score, cost, layers, full, recipe.drop, rounds=recipe.rounds, seed=recipe.seed, log=run.log)
+    run.frontier = evolve(
+        score, cost, layers, full, recipe.drop, rounds=recipe.rounds, seed=recipe.seed, log=run.folder.log
+    )
     affordable = [f for f in run.frontier if f.cost <= recipe.target] or run.frontier[:1]
     return configured(run.method, affordable[-1].gene, full), None
 
@@ -381,11 +371,10 @@ def _trbert(run: _Run) -> tuple[Reducer, nn.Module | None]:
     with apply(run.net, run.method, modules="untrained") as session:
         policies = [m for m in session.modules.modules() if isinstance(m, Policy)]
         layers = run.method.layers or tuple(range(run.depth))
-        seen: dict[str, float] = {}
 
-        def loss(batch: dict[str, Tensor], step: int) -> Tensor:
+        def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
             many = {name: value.repeat_interleave(k, 0) for name, value in batch.items()}
-            if step < recipe.guided * recipe.steps:
+            if at.progress < recipe.guided:
                 for policy, salient in zip(policies, saliency(run.teacher, batch, layers), strict=True):
                     policy.guide = salient.repeat_interleave(k, 0)
                     policy.guide[torch.arange(len(policy.guide)) % k > 0] = float("nan")
@@ -397,11 +386,11 @@ def _trbert(run: _Run) -> tuple[Reducer, nn.Module | None]:
             kept = torch.stack(list(memory["share"].values())).mean(0)
             worse = F.cross_entropy(logits, many["labels"], reduction="none")
             nll = torch.stack(list(memory["nll"].values())).sum(0)
-            seen.update(kept=float(kept.mean()), task=float(worse.detach().mean()))
             total = losses.reinforce(nll, -worse.detach() - run.price * kept, k)
-            return total + run.task(logits, many) if recipe.backbone else total
+            total = total + run.task(logits, many) if recipe.backbone else total
+            return {"loss": total, "kept": kept.mean(), "task": worse.mean()}
 
-        run.fit(recipe.steps, loss, session.modules, shown=lambda: dict(seen))
+        run.fit(recipe.steps, loss, session.modules)
         for policy in policies:
             policy.guide = None
         return run.method, session.modules
@@ -411,21 +400,20 @@ def _leap(run: _Run) -> tuple[Reducer, nn.Module | None]:
     """Routers learn which tokens the teacher's gradient calls salient."""
     recipe = run.recipe
     with apply(run.net, run.method, modules="untrained") as session:
-        seen: dict[str, float] = {}
 
-        def loss(batch: dict[str, Tensor], step: int) -> Tensor:
+        def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
             logits = run.net(**_inputs(batch)).logits
             valid = batch["attention_mask"].bool()
             wanted = nucleus(saliency(run.teacher, batch, (0,))[0], valid, recipe.nucleus)
             memory = session.last.memory[0]["logp"]
             label = (~wanted).long()  # class 0 is "processed"
             each = [F.nll_loss(logp[valid], label[valid]) for logp in memory.values()]
-            seen.update(processed=float(torch.stack([(p[valid][:, 0] > p[valid][:, 1]).float().mean()
-                                                     for p in memory.values()]).mean()))  # fmt: skip
+            processed = [(logp[valid][:, 0] > logp[valid][:, 1]).float().mean() for logp in memory.values()]
             router = torch.stack(each).mean()
-            return run.task(logits, batch) + run.price * router if recipe.backbone else router
+            total = run.task(logits, batch) + run.price * router if recipe.backbone else router
+            return {"loss": total, "processed": torch.stack(processed).mean()}
 
-        run.fit(recipe.steps, loss, session.modules, shown=lambda: dict(seen))
+        run.fit(recipe.steps, loss, session.modules)
         return run.method, session.modules
 
 
@@ -569,10 +557,7 @@ def train(
     method, out = parse(recipe.method), Path(out)
     if method.card.name not in TRAINERS:
         raise ValueError(f"{text(method)} is not trained here; these are: {', '.join(TRAINERS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     net, tokenizer = model or load_model(recipe.model)
     if data is None:
         train_set, test_set = (
@@ -585,7 +570,7 @@ def train(
         wants = [(p, p.requires_grad) for p in net.parameters()]
         undo.callback(lambda: [p.requires_grad_(want) for p, want in wants])
         net.requires_grad_(bool(recipe.backbone))
-        run = _Run(recipe, net, train_set, out, log)
+        run = _Run(recipe, net, train_set, folder)
         started = time.perf_counter()
         final, modules = TRAINERS[method.card.name](run)
         seconds = round(time.perf_counter() - started, 1)
@@ -607,12 +592,10 @@ def train(
         if modules is not None:
             with apply(net, final, modules=modules) as session:
                 session.save_modules(out, card)
-        (out / "report.json").write_text(
-            json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n"
-        )
         if recipe.backbone:
             net.save_pretrained(out)  # type: ignore[operator]
             tokenizer.save_pretrained(out)
+        folder.finish(report)
     for name, value in report.scores.items():
         log(f"{name:>22}  accuracy {value.accuracy:.4f} [{value.low:.3f}, {value.high:.3f}]  tokens {value.tokens:.3f}")
     return report

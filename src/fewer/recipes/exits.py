@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer import hosts
+from fewer.recipes.loop import At, Folder, Loop
 from fewer.runtime.apply import apply
 from fewer.spec import parse, text
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Gates", "Predicting", "Report", "may_leave", "train_gates", "train_output", "train_predictor"]
 
@@ -111,7 +112,6 @@ def train_gates(
     """
     recipe = recipe or Gates()
     model.requires_grad_(False).eval()
-    draws = torch.Generator().manual_seed(recipe.seed)
     layers = parse(recipe.method).acts_at(len(hosts.find(model).blocks))
 
     known: dict[tuple[int, int], bool] = {}  # the model does not change, so no label is found twice
@@ -128,8 +128,8 @@ def train_gates(
             known[number, stage] = may_leave(full, without, answer, recipe.agreement, recipe.slack)
         return known[number, stage]
 
-    def loss(session: Any, twin: nn.Module, number: int, progress: float) -> dict[str, Tensor]:
-        stage = int(torch.randint(len(layers), (1,), generator=draws))
+    def loss(session: Any, twin: nn.Module, number: int, at: At) -> dict[str, Tensor]:
+        stage = int(torch.randint(len(layers), (1,)))
         label = labelled(number, stage)
         twin(**samples[number][0], use_cache=False)
         logits = session.last.memory[0]["leave"][stage]
@@ -137,7 +137,7 @@ def train_gates(
         right = (logits.argmax(-1) == int(label)).float().mean()
         return {"loss": found, "label": torch.tensor(float(label)), "right": right}
 
-    return _trained(model, samples, out, recipe, loss, draws, log)
+    return _trained(model, samples, out, recipe, loss, log)
 
 
 def train_predictor(
@@ -155,10 +155,10 @@ def train_predictor(
     model.requires_grad_(False).eval()
     first, last = recipe.tau
 
-    def loss(session: Any, twin: nn.Module, number: int, progress: float) -> dict[str, Tensor]:
+    def loss(session: Any, twin: nn.Module, number: int, at: At) -> dict[str, Tensor]:
         given, answer = samples[number]
         for stage in session.modules[0]:
-            stage["predictor"].tau = first * (last / first) ** progress
+            stage["predictor"].tau = first * (last / first) ** at.progress
         logits = _answer_logits(twin, _with_answer(given, answer), answer)
         memory = session.last.memory[0]
         shares = torch.stack([keep.mean() for keep in memory["keep"].values()])
@@ -167,7 +167,7 @@ def train_predictor(
         off = (shares - aims).square().sum()
         return {"loss": next_token + recipe.ratio * off, "next": next_token.detach(), "share": shares.detach().mean()}
 
-    return _trained(model, samples, out, recipe, loss, torch.Generator().manual_seed(recipe.seed), log)
+    return _trained(model, samples, out, recipe, loss, log)
 
 
 def train_output(
@@ -190,18 +190,17 @@ def train_output(
     model.requires_grad_(False).eval()
     first, last = recipe.tau
 
-    def loss(session: Any, twin: nn.Module, number: int, progress: float) -> dict[str, Tensor]:
+    def loss(session: Any, twin: nn.Module, number: int, at: At) -> dict[str, Tensor]:
         given, answer = samples[number]
         predictor = session.modules[0][0]["predictor"]
-        predictor.tau, predictor.start = first * (last / first) ** progress, given["input_ids"].shape[1]
+        predictor.tau, predictor.start = first * (last / first) ** at.progress, given["input_ids"].shape[1]
         logits = _answer_logits(twin, _with_answer(given, answer), answer)
         kept = session.remembered[0]["keep"][0].mean()
         next_token = F.cross_entropy(logits.float(), answer.to(logits.device))
         off = recipe.ratio * (kept - share).square()
         return {"loss": next_token + off, "next": next_token.detach(), "share": kept.detach()}
 
-    draws = torch.Generator().manual_seed(recipe.seed)
-    return _trained(model, samples, out, replace(recipe, method=text(method)), loss, draws, log)
+    return _trained(model, samples, out, replace(recipe, method=text(method)), loss, log)
 
 
 def _positive(recipe: Any, *names: str) -> None:
@@ -212,39 +211,33 @@ def _positive(recipe: Any, *names: str) -> None:
 
 def _trained(
     model: nn.Module, samples: Sequence[Sample], out: str | Path, recipe: Gates | Predicting,
-    loss: Callable[[Any, nn.Module, int, float], dict[str, Tensor]], draws: torch.Generator,
-    log: Callable[[str], None],
+    loss: Callable[[Any, nn.Module, int, At], dict[str, Tensor]], log: Callable[[str], None],
 ) -> Report:  # fmt: skip
-    """The loop both share: a twin of the model holds the session whose modules learn, on the model's own weights."""
+    """What all three share: a twin of the model holds the session whose modules learn, on the model's own weights."""
     if not samples:
         raise ValueError("samples is empty: give prompts with their answers")
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log, every=10)
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    lines: list[dict[str, float]] = []
+
+    picks = iter(lambda: torch.randint(len(samples), (recipe.batch,)).tolist(), None)
     with apply(twin, recipe.method, modules="untrained") as session:
         modules = session.modules.float().requires_grad_(True)
-        parameters = list(modules.parameters())
-        optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda i: warm_cosine(i, recipe.steps, warmup=recipe.warmup)
-        )
+
+        def parts(batch: list[int], at: At) -> Iterator[dict[str, Tensor]]:
+            for pick in batch:
+                line = loss(session, twin, pick, at)
+                yield line | {"loss": line["loss"] / recipe.batch}
+
         twin.train()
-        for step in range(recipe.steps):
-            optimiser.zero_grad()
-            seen: list[dict[str, float]] = []
-            for pick in torch.randint(len(samples), (recipe.batch,), generator=draws).tolist():
-                line = loss(session, twin, pick, step / recipe.steps)
-                (line["loss"] / recipe.batch).backward()
-                seen.append({name: float(value.detach()) for name, value in line.items()})
-            optimiser.step()
-            rate.step()
-            lines.append({name: sum(s[name] for s in seen) / len(seen) for name in seen[0]} | {"step": step})
-            if step % 10 == 0:
-                log("  ".join(f"{name} {value:.4g}" for name, value in lines[-1].items()))
+        optimiser = torch.optim.AdamW(modules.parameters(), lr=recipe.lr, weight_decay=0.0)
+        lines = Loop(recipe.steps, recipe.warmup, clip=math.inf, every=1).run(
+            modules, [optimiser], picks, parts, folder
+        )
         twin.eval()
         session.save_modules(out, {"recipe": json.dumps(asdict(recipe)), "last": json.dumps(lines[-1])})
-    count = sum(p.numel() for p in parameters)
-    return Report(text(parse(recipe.method)), count, lines)
+        report = Report(text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), lines)
+    folder.finish(report, parse(recipe.method).card.name)
+    return report
 
 
 def _with_answer(given: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:

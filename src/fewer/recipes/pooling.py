@@ -14,21 +14,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fewer.datasets import texts
 from fewer.evaluation import stats
 from fewer.methods.language.dynamic_pooling import entropy_spikes, prior_loss
 from fewer.models.hourglass import UNKNOWN, Hourglass, Reading, Settings
-from fewer.training.schedules import warm_cosine
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw
 
 __all__ = ["Recipe", "Report", "alphabet", "bits", "compare", "losses", "split", "train", "unigram_ends"]
 
@@ -117,11 +117,8 @@ def train(
     50 steps and the result.
     Raises   ValueError for a text that is too short to hold anything out; what `texts.book` and `parse` raise.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
+    out = folder.path
     seen, held = split(" ".join((texts.book(recipe.book) if text is None else text).split()))
     letters = alphabet("".join(seen), recipe.rare)
     model = Hourglass(Settings(letters, recipe.width, recipe.depth, recipe.heads, recipe.method))
@@ -130,7 +127,7 @@ def train(
     if model.method is not None and model.method.boundaries == "unigram":
         taught = unigram_ends(seen, recipe.pieces)
     started, worked = time.perf_counter(), time.process_time()
-    _learn(model, recipe, characters, taught, out, log)
+    _learn(model, recipe, characters, taught, folder)
     seconds, working = time.perf_counter() - started, time.process_time() - worked
     model.save(out, dtype=torch.float16)
     model = Hourglass.from_folder(out)  # what is measured is what is kept
@@ -152,7 +149,7 @@ def train(
     )  # fmt: skip
     card = {"recipe": json.dumps(asdict(recipe)), "report": json.dumps(asdict(report))}
     model.save(out, dtype=torch.float16, card=card)
-    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    folder.finish(report)
     log("  ".join(f"{key} {value}" for key, value in asdict(report).items()))
     return report
 
@@ -223,44 +220,25 @@ def losses(model: Hourglass, reading: Reading, targets: Tensor, taught: Tensor |
     return parts
 
 
-def _learn(
-    model: Hourglass, recipe: Recipe, characters: Tensor, taught: Tensor | None, out: Path, log: Callable[[str], None]
-) -> None:
-    optimizers = _optimizers(model, recipe)
-    model.train()
-    started = time.perf_counter()
-    recent: defaultdict[str, float] = defaultdict(float)
+def _learn(model: Hourglass, recipe: Recipe, characters: Tensor, taught: Tensor | None, folder: Folder) -> None:
     span = torch.arange(recipe.length + 1)
-    with (out / "log.jsonl").open("w") as journal:
-        for step, first in zip(range(recipe.steps), _starts(len(characters), recipe), strict=False):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * warm_cosine(step, recipe.steps, warmup=recipe.warmup)
-            at = first[:, None] + span
-            x = characters[at]
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-                reading = model(x[:, :-1])
-            parts = losses(model, reading, x[:, 1:], None if taught is None else taught[at[:, :-1]])
-            loss = parts["next"] + recipe.prior * parts["boundaries"] if "boundaries" in parts else parts["next"]
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            recent["bits"] += parts["next"].item() / math.log(2)
-            if reading.boundaries is not None:
-                recent["share"] += reading.boundaries.float().mean().item()
-            if "boundaries" in parts:
-                recent["boundaries"] += parts["boundaries"].item()
-            done = step + 1
-            if done % 50 == 0 or done == recipe.steps:
-                count = 50 if done % 50 == 0 else done % 50
-                row: dict[str, Any] = {"step": done, "seconds": round(time.perf_counter() - started, 1)}
-                row |= {name: round(value / count, 4) for name, value in recent.items()}
-                recent.clear()
-                journal.write(json.dumps(row) + "\n")
-                journal.flush()
-                log("  ".join(f"{key} {value}" for key, value in row.items()))
+
+    def loss(first: Tensor, at: At) -> dict[str, Any]:
+        places = first[:, None] + span
+        x = characters[places]
+        with at.autocast():
+            reading = model(x[:, :-1])
+        parts = losses(model, reading, x[:, 1:], None if taught is None else taught[places[:, :-1]])
+        total = parts["next"] + recipe.prior * parts["boundaries"] if "boundaries" in parts else parts["next"]
+        found = {"loss": total, "bits": parts["next"] / math.log(2)}
+        if reading.boundaries is not None:
+            found["share"] = reading.boundaries.float().mean()
+        return found | {name: value for name, value in parts.items() if name != "next"}
+
+    optimizers = muon_and_adamw(recipe, [model.blocks], [(1.0, model.parameters())])
+    model.train()
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=50)
+    loop.run(model, optimizers, _starts(len(characters), recipe), loss, folder)
     model.eval()
 
 
@@ -272,20 +250,6 @@ def _starts(n: int, recipe: Recipe) -> Iterator[Tensor]:
         offset = int(torch.randint(recipe.length, (), generator=generator))
         whole = torch.arange(offset, n - recipe.length, recipe.length)
         yield from whole[torch.randperm(len(whole), generator=generator)].split(recipe.batch)
-
-
-def _optimizers(model: Hourglass, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "peak": recipe.lr}], lr=recipe.lr, weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
-    adamw = torch.optim.AdamW(
-        [{"params": rest, "peak": recipe.lr_rest}], lr=recipe.lr_rest, weight_decay=0.0, fused=True
-    )
-    return [muon, adamw]
 
 
 # -- testing ----------------------------------------------------------------------------------------------------------

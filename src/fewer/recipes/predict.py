@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from fewer.datasets.texts import book
 from fewer.hosts.decoder import DecoderHost
 from fewer.methods.language.tokenbutler import Butler
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Folder, Loop, Row
 from fewer.runtime import modules as trained
 from fewer.spec import parse, text
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Passage", "Prediction", "Report", "learn", "loss_of", "measure", "read", "train"]
 
@@ -106,8 +107,7 @@ def train(
     Raises   ValueError for a text too short; HostError for a model that is no decoder; what `load_model` and `book` do.
     """
     method, out = parse(prediction.method), Path(out)
-    if prediction.threads:
-        torch.set_num_threads(prediction.threads)
+    folder = Folder(out, prediction, log)
     net, tokenizer = model or load_model(prediction.model)
     host = hosts.find(net)
     if not isinstance(host, DecoderHost):
@@ -121,20 +121,9 @@ def train(
             f"the text has {len(ids)} tokens; {2 * prediction.length} are needed for one passage of "
             f"{prediction.length} to train on and one to test on: give a longer text, or length="
         )
-    torch.manual_seed(prediction.seed)
     modules = trained.build(method, host, 1).to(device)
     butler = next(m for m in modules.modules() if isinstance(m, Butler))
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with (out / "log.jsonl").open("w") as journal:
-
-        def note(row: dict[str, float]) -> None:
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            log("  ".join(f"{key} {value}" for key, value in row.items()))
-
-        learn(prediction, host, butler, ids[:cut].to(device), note)
-    seconds = round(time.perf_counter() - started, 1)
+    lines = learn(prediction, host, butler, ids[:cut].to(device), folder)
     kept = copy.deepcopy(modules).half() if prediction.half else modules
     modules.load_state_dict(kept.state_dict())
     starts = torch.linspace(0, len(ids) - cut - prediction.length, prediction.test).long().tolist()
@@ -145,7 +134,7 @@ def train(
         parameters=sum(p.numel() for p in modules.parameters()),
         tokens=-(-prediction.steps // prediction.reuse) * prediction.length,
         steps=prediction.steps,
-        seconds=seconds,
+        seconds=lines[-1]["seconds"],
         results={k: {name: round(sum(v) / len(v), 4) for name, v in row.items()} for k, row in found.items()},
         passages={k: {name: [round(x, 4) for x in v] for name, v in row.items()} for k, row in found.items()},
     )
@@ -154,8 +143,7 @@ def train(
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "passages"},
     }
     trained.save(out, [method], nn.ModuleList([kept]), host, {k: v for k, v in card.items() if k != "method"})
-    told = {"recipe": asdict(prediction), "report": asdict(report)}
-    (out / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    folder.finish(report)
     for name, row in report.results.items():
         log(f"{name:>12}  " + "  ".join(f"{guess} {value:.3f}" for guess, value in row.items()))
     return report
@@ -296,28 +284,23 @@ def _pages(passage: Passage, at: Tensor, groups: int) -> Tensor:
 
 
 def learn(prediction: Prediction, host: DecoderHost, butler: Butler, ids: Tensor,
-          log: Callable[[dict[str, float]], None]) -> None:  # fmt: skip
+          folder: Folder | None = None) -> list[Row]:  # fmt: skip
     """Teach the predictor on random passages of (T,) token ids. The model is read, never changed."""
-    rng = torch.Generator().manual_seed(prediction.seed)
+    passage = lru_cache(prediction.pool)(lambda start: read(host, ids[start : start + prediction.length]))
+
+    def batches() -> Iterator[tuple[int, Tensor]]:
+        """Where a passage starts, and which of its rows ask: `reuse` times one of the last `pool` passages."""
+        pool: deque[int] = deque(maxlen=prediction.pool)
+        for step in count():
+            if step % prediction.reuse == 0:
+                pool.append(int(torch.randint(len(ids) - prediction.length + 1, ())))
+            start = pool[-1] if step % prediction.reuse == 0 else pool[int(torch.randint(len(pool), ()))]
+            yield start, torch.randperm(prediction.length)[: prediction.rows].sort().values
+
+    def loss(batch: tuple[int, Tensor], at: At) -> dict[str, Tensor]:
+        start, rows = batch
+        return {"loss": loss_of(butler, passage(start), rows.to(ids.device), centred=prediction.centred)}
+
     optimizer = torch.optim.AdamW(butler.parameters(), lr=prediction.lr, weight_decay=0.01)
-    pool: deque[Passage] = deque(maxlen=prediction.pool)
-    started, total, since = time.perf_counter(), 0.0, 0
-    for step in range(prediction.steps):
-        if step % prediction.reuse == 0:
-            start = int(torch.randint(len(ids) - prediction.length + 1, (), generator=rng))
-            pool.append(read(host, ids[start : start + prediction.length]))
-            passage = pool[-1]
-        else:
-            passage = pool[int(torch.randint(len(pool), (), generator=rng))]
-        rows = torch.randperm(prediction.length, generator=rng)[: prediction.rows].sort().values
-        for group in optimizer.param_groups:
-            group["lr"] = prediction.lr * warm_cosine(step, prediction.steps, warmup=prediction.warmup)
-        loss = loss_of(butler, passage, rows.to(passage.k.device), centred=prediction.centred)
-        loss.backward()
-        nn.utils.clip_grad_norm_(butler.parameters(), prediction.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        total, since = total + float(loss.detach()), since + 1
-        if (step + 1) % 25 == 0 or step + 1 == prediction.steps:
-            log({"step": step + 1, "seconds": round(time.perf_counter() - started, 1), "loss": round(total / since, 4)})
-            total, since = 0.0, 0
+    loop = Loop(prediction.steps, prediction.warmup, clip=prediction.clip)
+    return loop.run(butler, [optimizer], batches(), loss, folder)

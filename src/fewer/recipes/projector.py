@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,9 +27,9 @@ from fewer.core import Budget, Capacity, KeepRatio, VisualReducer
 from fewer.datasets.scenes import KINDS, Batch, Question, Split, ask, batch, scene
 from fewer.hosts import VisionLanguageHost, find
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Folder, Loop, decayed
 from fewer.runtime.apply import apply
 from fewer.spec import parse, text
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Projecting", "Report", "Scenes", "train", "train_on_scenes", "with_answers"]
 
@@ -103,12 +102,9 @@ def train(
     The model is changed in place where `projector` or `language` is above 0; it is then saved whole.
     Raises ValueError where nothing would learn, or where there is no batch.
     """
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log, every=25)
     method, host = _bridge(recipe, model)
-    out, test = Path(out), list(test)
-    out.mkdir(parents=True, exist_ok=True)
+    out, test = folder.path, list(test)
     forms = _forms(recipe, method)
     before = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False).eval()
@@ -122,43 +118,35 @@ def train(
         found.add(f"pooled@{_label(form)}", parse("m3", budget=form.budget))
         if _own(modules):
             found.add(f"untrained@{_label(form)}", form, modules)
-    optimiser, lines = torch.optim.AdamW(groups, lr=recipe.lr), []
-    source, began = _endless(batches), time.perf_counter()
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr)
+
+    def losses(given: Example, at: At) -> Iterator[dict[str, Tensor]]:
+        given = _moved(given, model)
+        for form in forms:  # one graph at a time: it takes the memory of a single pass
+            with at.autocast():
+                logits, _ = _answering(model, form, modules, given)
+            loss = _read(logits, given["labels"])[0].mean()
+            yield {"loss": loss / len(forms), f"loss@{_label(form)}": loss}
+
     model.train()
     assert host.tower_module is not None and host.projector is not None
     host.tower_module.eval()
-    for step in range(recipe.steps):
-        given = _moved(next(source), model)
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * warm_cosine(step, recipe.steps, warmup=recipe.warmup)
-        line: dict[str, float] = {"step": step}
-        for form in forms:  # one graph at a time: it takes the memory of a single pass
-            with torch.autocast(_device(model).type, torch.bfloat16, enabled=recipe.bfloat16):
-                logits, _ = _answering(model, form, modules, given)
-            loss = _read(logits, given["labels"])[0].mean()
-            (loss / len(forms)).backward()
-            line[f"loss@{_label(form)}"] = float(loss.detach())
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        lines.append(line)
-        if step % 25 == 0 or step + 1 == recipe.steps:
-            log("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    seconds = time.perf_counter() - began
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=1)
+    learned = nn.ModuleList([modules, model] if recipe.projector or recipe.language else [modules])
+    lines = loop.run(learned, [optimiser], _endless(batches), losses, folder)
     model.eval()
     for form in forms:
         found.add(f"trained@{_label(form)}", form, modules)
     report = Report(
-        text(method), sum(p.numel() for p in parameters), recipe.steps, seconds, found.loss, found.accuracy, found.rows,
-        lines,
+        text(method), sum(p.numel() for p in parameters), recipe.steps, lines[-1]["seconds"], found.loss,
+        found.accuracy, found.rows, lines,
     )  # fmt: skip
     if _own(modules):
         with apply(model, method, modules=modules) as session:
             session.save_modules(out, {"recipe": json.dumps(asdict(recipe)), "accuracy": json.dumps(found.accuracy)})
     if recipe.projector or recipe.language:
         model.save_pretrained(out)  # type: ignore[operator]
-    written = {"recipe": asdict(recipe), "report": asdict(report)}
-    (out / f"{method.card.name}.json").write_text(json.dumps(written, indent=1) + "\n")
+    folder.finish(report, method.card.name)
     model.train(before[0])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before[1][name])
@@ -205,21 +193,14 @@ def _groups(recipe: Projecting, model: nn.Module, host: VisionLanguageHost, modu
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     assert host.projector is not None
     learning = (
-        (1.0, list(modules.parameters())),
-        (recipe.projector, list(host.projector.parameters())),
-        (recipe.language, list(dict.fromkeys([*host.root.parameters(), *head.parameters()]))),
+        (1.0, modules.parameters()),
+        (recipe.projector, host.projector.parameters()),
+        (recipe.language, dict.fromkeys([*host.root.parameters(), *head.parameters()])),
     )
     groups = []
     for share, parameters in learning:
-        if not share or not parameters:
-            continue
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for wide in (True, False):
-            chosen = [p for p in parameters if (p.dim() > 1) == wide]
-            if chosen:
-                decay = recipe.weight_decay if wide else 0.0
-                groups.append({"params": chosen, "peak": recipe.lr * share, "weight_decay": decay})
+        if share:
+            groups += decayed((p.requires_grad_(True) for p in parameters), recipe.weight_decay, lr=recipe.lr * share)
     if not groups:
         raise ValueError(
             f"{recipe.method} has no modules of its own, so nothing would learn; let the model learn: projector=1.0, "

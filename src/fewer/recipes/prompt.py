@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -29,10 +28,10 @@ from fewer import hosts
 from fewer.compat import cached
 from fewer.datasets.texts import book
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Folder, Loop
 from fewer.runtime.apply import apply
 from fewer.spec import parse, text
 from fewer.training import losses
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Prompting", "Report", "continuation_loss", "saliency", "train"]
 
@@ -102,41 +101,26 @@ def train(
 
     model: instead of loading the one named, with its tokenizer; ids: (T,), instead of reading the text.
     """
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log, every=10)
     teacher, tokenizer = load_model(recipe.model) if model is None else model
     if ids is None:
         ids = torch.tensor(tokenizer(book(recipe.text))["input_ids"])
     teacher.requires_grad_(False).eval()
     student = copy.deepcopy(teacher, {id(t): t for t in (*teacher.parameters(), *teacher.buffers())})
     cut = len(ids) * 9 // 10
-    draws = torch.Generator().manual_seed(recipe.seed)
-    lines: list[dict[str, float]] = []
     with apply(student, recipe.method, modules="untrained") as session:
         session.modules.float().requires_grad_(True)
         first = copy.deepcopy(session.modules)
-        parameters = list(session.modules.parameters())
-        optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda i: warm_cosine(i, recipe.steps, warmup=recipe.warmup)
-        )
+        optimiser = torch.optim.AdamW(session.modules.parameters(), lr=recipe.lr, weight_decay=0.0)
+
+        starts = iter(lambda: int(torch.randint(0, cut - recipe.length - 1, ())), None)
+
+        def loss(start: int, at: At) -> dict[str, Tensor]:
+            return _losses_of(recipe, session, teacher, student, ids[start : start + recipe.length][None], at)
+
         student.train()
-        began = time.perf_counter()
-        for step in range(recipe.steps):
-            start = int(torch.randint(0, cut - recipe.length - 1, (1,), generator=draws))
-            passage = ids[start : start + recipe.length][None]
-            line = _step(recipe, session, teacher, student, passage, step / recipe.steps, draws)
-            loss: Any = sum(line.values())
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            rate.step()
-            lines.append({"step": step, **{k: float(v.detach()) for k, v in line.items()}})
-            if step % 10 == 0:
-                log("  ".join(f"{k} {v:.4g}" for k, v in lines[-1].items()))
-        seconds = time.perf_counter() - began
+        loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16, every=1)
+        lines = loop.run(session.modules, [optimiser], starts, loss, folder)
         student.eval()
         modules = session.modules.half().float()
         passages, rows = _measured(recipe, teacher, student, session, ids[cut:])
@@ -145,31 +129,29 @@ def train(
         found = _losses(student, session, _passages(recipe, ids[cut:]), recipe)
         passages["untrained"], rows["untrained"] = found
     report = Report(
-        text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), recipe.steps, seconds,
+        text(parse(recipe.method)), sum(p.numel() for p in modules.parameters()), recipe.steps, lines[-1]["seconds"],
         {k: sum(v) / len(v) for k, v in passages.items()}, rows, passages, spearman,
     )  # fmt: skip
-    out = Path(out)
     with apply(student, recipe.method, modules=modules.half()) as session:
         session.modules.half()
         session.save_modules(out, {
             "recipe": json.dumps(asdict(recipe)), "results": json.dumps(report.results), "rows": json.dumps(rows),
-            "spearman": json.dumps(spearman), "seconds": f"{seconds:.0f}",
+            "spearman": json.dumps(spearman), "seconds": f"{report.seconds:.0f}",
         })  # fmt: skip
-    (out / f"{parse(recipe.method).card.name}.json").write_text(json.dumps(asdict(report) | {"lines": lines}) + "\n")
+    folder.finish(report, parse(recipe.method).card.name, lines=lines)
     return report
 
 
-def _step(
-    recipe: Prompting, session: Any, teacher: nn.Module, student: nn.Module, passage: Tensor, progress: float,
-    draws: torch.Generator,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The losses of one passage, (1, L) token ids, weighted."""
+def _losses_of(
+    recipe: Prompting, session: Any, teacher: nn.Module, student: nn.Module, passage: Tensor, at: At
+) -> dict[str, Tensor]:
+    """The losses of one passage, (1, L) token ids, weighted, and their sum."""
     method = session.methods[0]
     for module in session.modules.modules():
         if hasattr(module, "alpha"):
             low, high = recipe.alpha
-            module.alpha = low + (high - low) * (1 - math.cos(math.pi * progress)) / 2
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+            module.alpha = low + (high - low) * (1 - math.cos(math.pi * at.progress)) / 2
+    with at.autocast():
         logits = student(passage, use_cache=False).logits
     line = {"next": F.cross_entropy(logits[0, :-1].float(), passage[0, 1:])}
     if session.inside:
@@ -177,13 +159,13 @@ def _step(
         line["ratio"] = recipe.ratio * losses.ratio(memory["keep"], memory["target"])
         if recipe.ranking and "score" in memory:
             wanted = saliency(teacher, passage, method.acts_at(len(session.host.blocks)), recipe.bfloat16)
-            pairs = torch.randint(0, passage.shape[1], (2, recipe.pairs), generator=draws)
+            pairs = torch.randint(0, passage.shape[1], (2, recipe.pairs))
             ranked = [losses.ranking(memory["score"][i], s, pairs) for i, s in enumerate(wanted)]
             line["ranking"] = recipe.ranking * torch.stack(ranked).mean()
     else:
         share = torch.stack(list(session.remembered[0]["share"].values())).mean()
         line["share"] = recipe.price * share
-    return line
+    return {"loss": torch.stack(list(line.values())).sum(), **line}
 
 
 def saliency(model: nn.Module, passage: Tensor, layers: tuple[int, ...], bfloat16: bool = False) -> list[Tensor]:
@@ -204,7 +186,7 @@ def saliency(model: nn.Module, passage: Tensor, layers: tuple[int, ...], bfloat1
         for layer in layers:
             undo.callback(blocks[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
         embedded = model.get_input_embeddings()(passage).detach().requires_grad_(True)  # type: ignore[operator]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(passage.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(inputs_embeds=embedded, use_cache=False).logits
         loss = F.cross_entropy(logits[0, :-1].float(), passage[0, 1:], reduction="sum")
         features = [seen[layer] for layer in layers]

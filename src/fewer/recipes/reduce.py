@@ -8,18 +8,14 @@ which takes minutes on two CPU cores; `backbone` above 0 lets it learn too, slow
 
 The losses are those of DynamicViT (arXiv:2106.02034, eq. 11 to 15), each used where it applies: class labels and the
 teacher's logits always, kept shares for sampled decisions, the teacher's tokens where masked training keeps every row,
-the FLOPs of learned counts (DiffRate, arXiv:2305.17997, eq. 11). A plain loop, as in `classify`: the losses read the
-session's record of each pass, which `transformers.Trainer` would have to be led around.
+the FLOPs of learned counts (DiffRate, arXiv:2305.17997, eq. 11).
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,12 +28,12 @@ from torch.nn import functional as F
 from fewer.core import Reducer
 from fewer.datasets.images import ImageSet, load
 from fewer.models.zoo import load_model
+from fewer.recipes.loop import At, Folder, Loop, Row, decayed, hardware, shuffled
 from fewer.runtime.apply import apply
 from fewer.runtime.costs import Ledger
 from fewer.runtime.session import Session
 from fewer.spec import parse, text
 from fewer.training import costs, losses
-from fewer.training.schedules import warm_cosine
 
 __all__ = ["Reduction", "Report", "train"]
 
@@ -58,7 +54,7 @@ class Reduction:
         1, 2, 0.5 and 0.5; a model that stays as it is has no labels to learn, so here its own answers weigh more.
     cost, cost_weight: for learned counts, the share of the model's FLOPs to reach, and the weight of the squared
         distance from it.
-    flip: chance of mirroring a picture. bfloat16: multiply in bfloat16 while training, as in `classify.Recipe`.
+    flip: chance of mirroring a picture. bfloat16: multiply in bfloat16 while training.
     seed: initial modules, order, mirroring, sampled decisions. threads: torch threads; None leaves them.
     """
 
@@ -136,10 +132,7 @@ def train(
     Raises   ValueError for a method without modules; what `apply`, `load_model` and `data.load` raise.
     """
     method, out = parse(reduction.method), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if reduction.threads:
-        torch.set_num_threads(reduction.threads)
-    torch.manual_seed(reduction.seed)
+    folder = Folder(out, reduction, log)
     net, processor = model or load_model(reduction.model)
     train_set, test_set = data or (load(reduction.data, split="train"), load(reduction.test))
     with ExitStack() as undo:
@@ -153,9 +146,7 @@ def train(
         if not list(session.modules.parameters()):
             raise ValueError(f"{text(method)} has nothing to train; methods that have: see `fewer list`")
         untrained = copy.deepcopy(session.modules)
-        started = time.perf_counter()
-        lines = _learn(reduction, session, teacher, train_set, processor, out, log)
-        seconds = round(time.perf_counter() - started, 1)
+        lines = _learn(reduction, session, teacher, train_set, processor, folder)
         answers = {"trained": _answers(net, test_set, processor)}
         counts, ledger, final = session.counts, session.ledger, session.methods[0]
         learned = _found(session)
@@ -180,9 +171,9 @@ def train(
         gflops=round(ledger.gflops, 4),
         gflops_full=round(ledger.gflops_full, 4),
         steps=reduction.steps,
-        seconds=seconds,
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in session.modules.parameters()),
-        hardware=_hardware(_device(net)),
+        hardware=hardware(_device(net)),
         found=text(learned) if learned else None,
         lines=lines,
     )
@@ -192,66 +183,50 @@ def train(
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "lines"},
     }
     session.save_modules(out, card)
-    (out / "report.json").write_text(
-        json.dumps({"recipe": asdict(reduction), "report": asdict(report)}, indent=1) + "\n"
-    )
     if reduction.backbone:
         net.save_pretrained(out)  # type: ignore[operator]
         processor.save(out)  # type: ignore
+    folder.finish(report)
     for name, value in report.accuracy.items():
         log(f"{name:>10}  accuracy {value:.4f}  KL {report.kl.get(name, 0.0):.5f}")
     return report
 
 
 def _learn(
-    reduction: Reduction, session: Session, teacher: nn.Module, data: ImageSet, processor: Callable, out: Path,
-    log: Callable[[str], None],
-) -> list[dict[str, float]]:  # fmt: skip
-    optimizer = _optimizer(reduction, session)
-    device, lines = _device(session.model), []
+    reduction: Reduction, session: Session, teacher: nn.Module, data: ImageSet, processor: Callable, folder: Folder
+) -> list[Row]:
+    """Returns what the loop's rows say."""
+    device, own = _device(session.model), list(session.parameters())
     features: dict[str, Tensor] = {}
-    recent: dict[str, float] = {}
-    started = time.perf_counter()
+
+    def loss(chosen: Tensor, at: At) -> dict[str, Tensor]:
+        x = data.batch(chosen, processor)
+        mirrored = torch.rand(len(chosen)) < reduction.flip
+        x[mirrored] = x[mirrored].flip(-1)
+        x, y = x.to(device), data.labels[chosen].to(device)
+        with at.autocast():
+            with torch.no_grad():
+                taught = _logits(teacher(x))
+            logits = _logits(session.model(x))
+        parts = _losses(reduction, session, logits, taught, y, features)
+        total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+        return {"loss": total} | {name: value for name, (_, value) in parts.items()} | _shown(session, logits, y)
+
+    groups = decayed(own, reduction.weight_decay)
+    if reduction.backbone:
+        ours = set(map(id, own))
+        params = [p for p in session.model.parameters() if p.requires_grad and id(p) not in ours]
+        groups.append({"params": params, "lr": reduction.lr * reduction.backbone})
+    optimizer = torch.optim.AdamW(groups, lr=reduction.lr, weight_decay=reduction.weight_decay)
+    loop = Loop(reduction.steps, reduction.warmup, bfloat16=reduction.bfloat16)
     with ExitStack() as undo:
-        journal = undo.enter_context((out / "log.jsonl").open("w"))
-        for name, host_norm in (("student", session.host.final_norm), ("teacher", _twin(session, teacher))):
-            if host_norm is not None:
-                hook = host_norm.register_forward_hook(lambda _m, _a, out, name=name: features.update({name: out}))
+        for name, norm in (("student", session.host.final_norm), ("teacher", _twin(session, teacher))):
+            if norm is not None:
+                hook = norm.register_forward_hook(lambda _m, _a, out, name=name: features.update({name: out}))
                 undo.callback(hook.remove)
-        batches = _batches(len(data), reduction.batch)
         session.model.train()
-        for step in range(reduction.steps):
-            chosen = next(batches)
-            x = data.batch(chosen, processor)
-            mirrored = torch.rand(len(chosen)) < reduction.flip
-            x[mirrored] = x[mirrored].flip(-1)
-            x, y = x.to(device), data.labels[chosen].to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm_cosine(step, reduction.steps, warmup=reduction.warmup)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduction.bfloat16):
-                with torch.no_grad():
-                    taught = _logits(teacher(x))
-                logits = _logits(session.model(x))
-            parts = _losses(reduction, session, logits, taught, y, features)
-            loss = torch.stack([weight * value for weight, value in parts.values()]).sum()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            now = {name: value.detach() for name, (_, value) in parts.items()} | _shown(session, logits, y)
-            for name, value in now.items():
-                recent[name] = recent.get(name, 0.0) + float(value)
-            done = step + 1
-            if done % 25 == 0 or done == reduction.steps:
-                count = 25 if done % 25 == 0 else done % 25
-                row = {"step": done, "seconds": round(time.perf_counter() - started, 1)}
-                row |= {name: round(value / count, 4) for name, value in recent.items()}
-                recent = {}
-                lines.append(row)
-                journal.write(json.dumps(row) + "\n")
-                journal.flush()
-                log("  ".join(f"{key} {value}" for key, value in row.items()))
-    return lines
+        learned = session.model if reduction.backbone else session.modules
+        return loop.run(learned, [optimizer], shuffled(len(data), reduction.batch), loss, folder)
 
 
 def _losses(
@@ -323,25 +298,6 @@ def _twin(session: Session, teacher: nn.Module) -> nn.Module | None:
     return None if norm is None or path is None else teacher.get_submodule(path)
 
 
-def _optimizer(reduction: Reduction, session: Session) -> torch.optim.Optimizer:
-    own = list(session.modules.parameters())
-    groups = [
-        {"params": [p for p in own if p.dim() > 1], "peak": reduction.lr, "weight_decay": reduction.weight_decay},
-        {"params": [p for p in own if p.dim() <= 1], "peak": reduction.lr, "weight_decay": 0.0},
-    ]
-    if reduction.backbone:
-        params = [p for p in session.model.parameters() if p.requires_grad]
-        slow = reduction.lr * reduction.backbone
-        groups.append({"params": params, "peak": slow, "weight_decay": reduction.weight_decay})
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=reduction.lr)
-
-
-def _batches(n: int, size: int) -> Iterator[Tensor]:
-    """Index batches without end; sets smaller than a batch come whole."""
-    while True:
-        yield from torch.randperm(n)[: max(n - n % size, min(n, size))].split(size)
-
-
 def _logits(output: Any) -> Tensor:
     """What a classifier of transformers or timm answers, (B, classes)."""
     return output if isinstance(output, Tensor) else output.logits
@@ -349,12 +305,6 @@ def _logits(output: Any) -> Tensor:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
 @torch.inference_mode()

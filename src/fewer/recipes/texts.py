@@ -10,11 +10,10 @@ by Muon, as in `classify`; a pretrained one is fine-tuned with AdamW, the head a
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from transformers import (
 
 from fewer.datasets.texts import Encoded, TextSet, load
 from fewer.models.zoo import load_model
-from fewer.training.schedules import warm_cosine
+from fewer.recipes.loop import At, Folder, Loop, buckets, muon_and_adamw
 
 from .classify import FLOAT32_ATTENTION
 
@@ -109,7 +108,7 @@ MINILM = Recipe(
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to. accuracy: share of all test texts, all tokens. seconds: wall time, tests included."""
+    """What a run came to. accuracy: share of all test texts, all tokens. seconds: training alone."""
 
     accuracy: float
     test_texts: int
@@ -173,51 +172,30 @@ def train(
     """
     changes: dict[str, Any] = {"steps": steps, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
     train_set, test_set = data or (load(recipe.data, split="train"), load(recipe.test))
-    model, tokenizer = _start(recipe, train_set)
+    model, tokenizer = _start(recipe, train_set, folder)
     tokenizer.model_max_length = recipe.phases[-1][1]
     tokenizer.save_pretrained(out)  # now, for it remembers how it was last asked to cut
     model.set_attn_implementation(FLOAT32_ATTENTION)
     model.train()
     ids = tokenizer(list(train_set.texts), add_special_tokens=False, verbose=False)["input_ids"]
-    optimizers = _optimizers(model, recipe)
     ends = [round(recipe.steps * sum(share for share, _ in recipe.phases[: i + 1])) for i in range(len(recipe.phases))]
-    journal = (out / "log.jsonl").open("w")
-    started, recent, right = time.perf_counter(), 0.0, 0.0
-    batches: Iterator[dict[str, Tensor]] = iter(())
-    for step in range(recipe.steps):
-        if step == 0 or step in ends:
-            window = next(w for end, (_, w) in zip(ends, recipe.phases, strict=True) if step < end)
-            batches = _batches(ids, train_set.labels, tokenizer, window, recipe)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm_cosine(step, recipe.steps, warmup=recipe.warmup)
-        batch = next(batches)
-        labels = batch.pop("labels")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            logits = model(**batch).logits
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        recent += loss.item()
-        right += (logits.argmax(-1) == labels).float().mean().item()
-        done = step + 1
-        if done % 25 == 0:
-            row = {"step": done, "seconds": round(time.perf_counter() - started, 1), "window": window}
-            row |= {"loss": round(recent / 25, 4), "right": round(right / 25, 4)}
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            log("  ".join(f"{key} {value}" for key, value in row.items()))
-            recent = right = 0.0
-    journal.close()
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for first, end, (_, window) in zip([0, *ends], ends, recipe.phases, strict=False):
+            yield from islice(_batches(ids, train_set.labels, tokenizer, window, recipe), end - first)
+
+    def loss(batch: dict[str, Tensor], at: At) -> dict[str, Any]:
+        labels = batch["labels"]
+        with at.autocast():
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        wrong = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.smoothing)
+        window = next(w for end, (_, w) in zip(ends, recipe.phases, strict=True) if at.step < end)
+        return {"loss": wrong, "right": (logits.argmax(-1) == labels).float().mean(), "window": window}
+
+    loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16)
+    lines = loop.run(model, _optimizers(model, recipe), batches(), loss, folder)
     model.set_attn_implementation("sdpa")
     if recipe.half:
         model.half().float()
@@ -225,12 +203,12 @@ def train(
         accuracy=round(accuracy(model, Encoded.of(test_set, tokenizer, length=recipe.phases[-1][1])), 4),
         test_texts=len(test_set),
         steps=recipe.steps,
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in model.parameters()),
     )
     log(f"accuracy {report.accuracy:.4f} of {report.test_texts:,} texts")
     (model.half() if recipe.half else model).save_pretrained(out)
-    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    folder.finish(report)
     return report
 
 
@@ -246,10 +224,11 @@ def accuracy(model: nn.Module, data: Encoded, *, batch: int = 32) -> float:
     return right / len(data)
 
 
-def _start(recipe: Recipe, data: TextSet) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer."""
+def _start(recipe: Recipe, data: TextSet, folder: Folder) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer: learning one again would number its entries otherwise."""
     if not recipe.base:
-        tokenizer = vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
+        kept = BertTokenizer.from_pretrained(folder.path) if folder.goes_on else None
+        tokenizer = kept or vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
         return build(recipe, data.classes, tokenizer), tokenizer
     base: Any
     base, tokenizer = load_model(recipe.base)
@@ -268,23 +247,11 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     if recipe.base:
         inside = {id(p) for p in encoder.parameters()}
         groups = [
-            {"params": list(encoder.parameters()), "peak": recipe.lr_base},
-            {"params": [p for p in model.parameters() if id(p) not in inside], "peak": recipe.lr_rest},
+            {"params": list(encoder.parameters()), "lr": recipe.lr_base},
+            {"params": [p for p in model.parameters() if id(p) not in inside], "lr": recipe.lr_rest},
         ]
         return [torch.optim.AdamW(groups, lr=recipe.lr_base, weight_decay=0.01, fused=True)]
-    matrices = [m.weight for m in encoder.encoder.modules() if isinstance(m, nn.Linear)]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "peak": recipe.lr}],
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": rest, "peak": recipe.lr_rest}], lr=recipe.lr_rest, weight_decay=0.0, fused=True
-    )
-    return [muon, adamw]
+    return muon_and_adamw(recipe, [encoder.encoder], [(1.0, model.parameters())])
 
 
 def _batches(
@@ -298,12 +265,8 @@ def _batches(
         for text, label in zip(ids, classes, strict=True):
             for first in _cuts(len(text), window - 2, recipe.windows):
                 pieces.append((text[first : first + window - 2], label))
-        order = torch.randperm(len(pieces)).tolist()
-        near = 16 * size  # sorted by length among so many, so that batches stay random and padding short
-        runs = [sorted(order[i : i + near], key=lambda j: len(pieces[j][0])) for i in range(0, len(order), near)]
-        groups = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
-        for k in torch.randperm(len(groups)).tolist():
-            chosen = [pieces[j] for j in groups[k]]
+        for group in buckets([len(piece) for piece, _ in pieces], size, 16):
+            chosen = [pieces[j] for j in group]
             rows = [torch.tensor([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]) for piece, _ in chosen]
             batch = Encoded(rows, torch.tensor([label for _, label in chosen]), tokenizer.pad_token_id).batch()
             if recipe.mask:

@@ -11,10 +11,9 @@ questions see no image, so that the model knows what to guess without one.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ from fewer.datasets.scenes import (
     words,
 )
 from fewer.models.zoo import load_model
-from fewer.training.schedules import warm_cosine
+from fewer.recipes.loop import At, Folder, Loop, muon_and_adamw
 
 from .classify import FLOAT32_ATTENTION, grid_sincos
 
@@ -363,7 +362,6 @@ class _Watched:
     def __init__(self, clip: CLIPModel, recipe: Recipe) -> None:
         self.clip, self.recipe, self.texts = clip, recipe, _Texts()
         self.words = tokenizer(ends=True)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
         width = recipe.width
         self.heads = nn.ModuleDict(
             {"noun": nn.Linear(width, len(NOUNS) + 1), "colour": nn.Linear(width, len(COLOURS) + 1)}
@@ -393,7 +391,7 @@ class _Watched:
         kept: (B, P), the patches the tower sees; None = all 144."""
         self.kept = kept
         x = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.25) / 0.25
-        with _cast(self.recipe):
+        with _cast(self.recipe, x):
             seen = self.clip.vision_model(x, output_hidden_states=True)
         return seen.hidden_states[-2][:, 1:].float(), seen.last_hidden_state.float()
 
@@ -406,13 +404,17 @@ class _Watched:
             F.cross_entropy(self.heads[name](features).flatten(0, 1), given[name].flatten())
             for name in ("noun", "colour")
         )
-        tokens = self.words(self.texts.put(self.generator), padding=True, return_tensors="pt")
+        tokens = self.words(self.texts.put(torch.default_generator), padding=True, return_tensors="pt")
         texts = clip.text_projection(clip.text_model(**tokens).pooler_output)
         images = clip.visual_projection(clip.vision_model.post_layernorm(last))
         near = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T * clip.logit_scale.exp()
         whole = _sigmoid(near[:, 0] + self.bias[0], given["holds"])
         parts = _sigmoid(near[:, 1:] + self.bias[1], given["fits"])
         return dense + whole + parts
+
+    def learned(self, model: nn.Module) -> nn.Module:
+        """All that learns, and the model."""
+        return nn.ModuleList([model, self.clip, self.heads, nn.ParameterList([self.bias])])
 
     def parameters(self) -> list[nn.Parameter]:
         """Of what is not in the model."""
@@ -426,8 +428,8 @@ def _sigmoid(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(-1).mean() / 4
 
 
-def _cast(recipe: Recipe) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16)
+def _cast(recipe: Recipe, x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16)
 
 
 def _questions_loss(
@@ -438,7 +440,7 @@ def _questions_loss(
     features: (images, 144, width), those of a row one after the other."""
     ids, ends = given["ids"], given["ends"]
     rows, asked, _ = ids.shape
-    with _cast(recipe):
+    with _cast(recipe, features):
         images = model.model.multi_modal_projector(features).float()
         images = images.reshape(rows, -1, images.shape[-1])
         embed = model.get_input_embeddings()
@@ -480,7 +482,7 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention in which a question sees the prefix and itself; what it must not see is not computed."""
     prefix, shape = packed.prefix, (packed.asked, packed.each)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.float(), k.float(), v.float()
         front = F.scaled_dot_product_attention(
             q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], is_causal=True, scale=scaling
@@ -515,27 +517,23 @@ def train(
 ) -> Report:
     """Train the model and save it, and what belongs to it, where `fewer.models.zoo.load_model(out)` reads it.
 
-    out: folder for weights (float16), processor, clip/, log.jsonl and report.json. The weights are written every 200
-        updates too, and are whole then.
+    out: folder for weights (float16), processor, clip/, log.jsonl and report.json; and, until it is done, for the state
+        a run that was killed goes on from.
     tower, steps, seed, threads: change these fields of `recipe` (default `Recipe()`).
     log: receives a line every 25 updates and the result.
     Nothing is chosen by the test: it is taken once, at the end, on scenes of held-out pictures.
     """
     changes: dict[str, Any] = {"tower": tower, "steps": steps, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
+    folder = Folder(out, recipe, log)
+    out = folder.path
     model, clip, processor = build(recipe)
     model.model.vision_tower.set_attn_implementation(FLOAT32_ATTENTION)
     model.model.language_model.set_attn_implementation(PACKED_ATTENTION)
     watched = _Watched(clip, recipe)
     started = time.perf_counter()
-    with (out / "log.jsonl").open("w") as journal:
-        for stage, count in ((1, recipe.tower), (2, recipe.steps)):
-            _stage(stage, count, model, watched, recipe, lambda row: _note(journal, log, row), out, processor, started)
+    for stage, updates in ((1, recipe.tower), (2, recipe.steps)):
+        _stage(stage, updates, model, watched, recipe, folder)
     save(out, model, clip, processor)
     saved, processor = load_model(out)
     questions = exam(recipe.test)
@@ -549,64 +547,42 @@ def train(
         clip=sum(p.numel() for name, p in clip.named_parameters() if not name.startswith("vision_model.")),
     )
     log(f"right: {report.accuracy}; without the image: {report.blind}")
-    (out / "report.json").write_text(json.dumps({"recipe": asdict(recipe), "report": asdict(report)}, indent=1) + "\n")
+    folder.finish(report)
     return report
 
 
 def _stage(
-    stage: int,
-    count: int,
-    model: LlavaForConditionalGeneration,
-    watched: _Watched,
-    recipe: Recipe,
-    note: Callable[[dict[str, Any]], None],
-    out: Path,
-    processor: LlavaProcessor,
-    started: float,
-) -> None:
-    optimizers = _optimizers(model, watched, recipe, stage)
-    batches = iter(DataLoader(_Draw(recipe, stage), batch_size=None, num_workers=recipe.workers))
-    recent: dict[str, list[float]] = {}
+    stage: int, steps: int, model: LlavaForConditionalGeneration, watched: _Watched, recipe: Recipe,
+    folder: Folder,
+) -> None:  # fmt: skip
     learns = stage == 1 or recipe.tower_lr > 0
-    model.train()
-    for step in range(count):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm_cosine(step, count, warmup=recipe.warmup)
-        given = next(batches)
-        loss = torch.zeros(())
-        if stage == 1 and step < (1 - recipe.whole) * count:
+
+    def loss(given: dict[str, Tensor], at: At) -> dict[str, Any]:
+        total, found = torch.zeros(()), {"stage": torch.tensor(stage)}
+        if stage == 1 and at.progress < 1 - recipe.whole:
             given = watched.drop(given)
         with torch.set_grad_enabled(learns):
             features, last = watched.look(given["pixels"], given.get("kept"))
         if learns:
-            loss = watched.losses(given, features, last)
-            recent.setdefault("tower loss", []).append(loss.item())
+            total = found["tower"] = watched.losses(given, features, last)
         if stage == 2:
             answers, right = _questions_loss(model, features, given, recipe)
-            loss = answers + recipe.aside * loss
-            recent.setdefault("loss", []).append(answers.item())
-            for name, values in _by_kind(right, recipe, len(right) < len(given["pixels"])).items():
-                recent.setdefault(name, []).append(values)
-        loss.backward()
-        for optimizer in optimizers:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        done = step + 1
-        if done % 25 == 0 or done == count:
-            row = {"stage": stage, "step": done, "seconds": round(time.perf_counter() - started, 1)}
-            note(row | {name: round(float(np.mean(values)), 4) for name, values in recent.items()})
-            recent = {}
-        if done % 200 == 0:
-            save(out, model, watched.clip, processor)
+            total, found["answers"] = answers + recipe.aside * total, answers
+            found |= _by_kind(right, recipe, len(right) < len(given["pixels"]))
+        return found | {"loss": total}
+
+    model.train()
+    if steps:
+        batches = DataLoader(_Draw(recipe, stage), batch_size=None, num_workers=recipe.workers)
+        optimizers = _optimizers(model, watched, recipe, stage)
+        Loop(steps, recipe.warmup).run(watched.learned(model), optimizers, batches, loss, folder)
 
 
-def _by_kind(right: Tensor, recipe: Recipe, pairs: bool) -> dict[str, float]:
+def _by_kind(right: Tensor, recipe: Recipe, pairs: bool) -> dict[str, Tensor]:
     """Share of right answers by kind, of a batch of either pairs or single scenes."""
     counts = _counts(recipe, pairs)
     parts = right.float().mean(0).split(list(counts.values()))
-    return {kind: part.mean().item() for kind, part in zip(counts, parts, strict=True)}
+    return {kind: part.mean() for kind, part in zip(counts, parts, strict=True)}
 
 
 def _counts(recipe: Recipe, pairs: bool) -> dict[str, int]:
@@ -625,21 +601,7 @@ def _optimizers(
     if stage == 2:
         parts.append((1.0, [p for p in model.parameters() if id(p) not in named]))
     blocks = [tower.encoder, model.model.language_model.layers, watched.clip.text_model.encoder]
-    matrices = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
-    muon, rest = [], []
-    for share, parameters in parts:
-        muon.append({"params": [p for p in parameters if id(p) in matrices], "peak": share * recipe.lr})
-        rest.append({"params": [p for p in parameters if id(p) not in matrices], "peak": share * recipe.lr_rest})
-    return [
-        torch.optim.Muon(muon, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=recipe.lr_rest, weight_decay=0.0, fused=True),
-    ]
-
-
-def _note(journal: Any, log: Callable[[str], None], row: dict[str, Any]) -> None:
-    journal.write(json.dumps(row) + "\n")
-    journal.flush()
-    log("  ".join(f"{key} {value}" for key, value in row.items()))
+    return muon_and_adamw(recipe, blocks, parts)
 
 
 def save(out: Path, model: LlavaForConditionalGeneration, clip: CLIPModel, processor: LlavaProcessor) -> None:

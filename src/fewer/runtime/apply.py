@@ -15,7 +15,8 @@ from ..compat import virtual_tokens
 from ..core import Reducer, Site
 from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
-from . import verify, verify_visual
+from . import saving, verify, verify_visual
+from .modules import UNTRAINED, ModulesError
 from .program import Execution, SessionError
 from .session import Session, start
 from .sites.bridge import Positions, in_tower
@@ -64,6 +65,22 @@ def apply(
             "model.get_base_model() and call that"
         )
     host = hosts.find(model)
+    opened = _open(model, host, reducers, execution, modules, guide, positions)
+    try:
+        if isinstance(modules, str | Path) and modules != UNTRAINED and not any(True for _ in opened.parameters()):
+            raise ModulesError(f"{', '.join(map(text, reducers))}: no trained modules to load; leave modules= out")
+        saving.carry(opened, saving.Setup(tuple(reducers), execution, positions, guide))
+    except BaseException:
+        opened.remove()
+        raise
+    return opened
+
+
+def _open(
+    model: nn.Module, host: hosts.Host, reducers: list[Reducer], execution: Execution,
+    modules: nn.Module | str | Path | None, guide: Guide | None, positions: Positions,
+) -> Session:  # fmt: skip
+    """The session of the place where the methods act."""
     if isinstance(host, hosts.VisionLanguageHost):
         for reducer in reducers:
             verify_visual.check(host, reducer, text(reducer))

@@ -6,10 +6,12 @@ for further settings. The package ships some, in the folder of the packaged mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import Reducer, VisualReducer
 from ..core.cache import CacheReducer
@@ -62,12 +64,12 @@ def prepare(
     if isinstance(source, nn.Module):
         fresh = _given(source, fresh, methods)
     elif source != UNTRAINED:
-        if source is not None and not any(map(len, fresh)):  # type: ignore[arg-type]
-            raise ModulesError(f"{', '.join(map(text, methods))}: no trained modules to load; leave modules= out")
+        taken: list[Path] = []
         for method, own in zip(methods, fresh, strict=True):
             if len(own):  # type: ignore[arg-type]
                 assert isinstance(own, nn.ModuleList)
-                _load(own, method, _find(method, _packaged(model, method) if source is None else source))
+                files = _find(method, _packaged(model, method) if source is None else source)
+                taken.append(_load(own, method, files, taken))
     parameter = next(host.root.parameters())
     return fresh.to(parameter.device, parameter.dtype)
 
@@ -122,34 +124,36 @@ def _find(method: Reducer, source: str | Path | None) -> list[Path]:
     )
 
 
-def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path]) -> None:
-    """Fill the modules from a file trained for these shapes and layers: at the same setting if there is one."""
-    from safetensors.torch import load_file
-
-    files = sorted(files, key=lambda path: read_card(path).get("method") != text(method))  # stable: else the first
+def _load(modules: nn.ModuleList, method: Reducer, files: Sequence[Path], taken: Sequence[Path] = ()) -> Path:
+    """Fill the modules from a file trained for these shapes and layers: at the same setting if there is one, and one
+    that no method before has taken. Returns it."""
+    files = sorted(files, key=lambda path: (read_card(path).get("method") != text(method), path in taken))  # stable
     misfits = [misfit for path in files if (misfit := _misfit(modules, method, path))]
     if len(misfits) == len(files):
         raise ModulesError(f"{text(method)}: no trained modules fit. " + ". ".join(misfits))
     path = next(path for path in files if not _misfit(modules, method, path))
-    modules.load_state_dict(load_file(path))
+    state = read(path)
+    if bad := next((k for k, v in state.items() if not v.isfinite().all()), None):
+        raise ModulesError(f"{path}: {bad} holds numbers that are not finite; train the modules anew")
+    modules.load_state_dict(state)
+    return path
 
 
 def _misfit(modules: nn.ModuleList, method: Reducer, path: Path) -> str:
     """What speaks against a file, in words; "" where it fits."""
-    from safetensors import safe_open
-
     card = read_card(path)
     said = f"{path.name} was trained as {card.get('method', 'an unknown method')}"
     if (layers := card.get("layers")) is not None and layers != _layers(method):
         return f"{said}, at layers {layers}, not {_layers(method)}"
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (not a mapping)
     wanted = {k: tuple(v.shape) for k, v in modules.state_dict().items()}
     wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
     if not wrong:
         return ""
     key, width = wrong[0], card.get("width", "unknown")
-    return f"{said}, for width {width}: {key} is {found.get(key)}, not {wanted.get(key)}"
+    depth = f" and {card['blocks']} blocks" if "blocks" in card else ""
+    return f"{said}, for width {width}{depth}: {key} is {found.get(key)}, not {wanted.get(key)}"
 
 
 def _layers(method: Reducer) -> str:
@@ -158,32 +162,66 @@ def _layers(method: Reducer) -> str:
 
 def read_card(path: str | Path) -> dict[str, str]:
     """What a file of trained modules says about itself: method, model shape, recipe, data, results."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file."""
+    with _opened(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open. Raises ModulesError, naming it, where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModulesError(
+            f"{path} cannot be read as safetensors ({error}); write it again with save_modules"
+        ) from error
+
+
 def save(
-    path: str | Path, methods: Sequence[Reducer], modules: nn.ModuleList, host: Host, card: Mapping[str, str]
-) -> list[Path]:
+    path: str | Path, methods: Sequence[Reducer], modules: nn.ModuleList, host: Host, card: Mapping[str, str],
+    state: Mapping[str, Tensor] | None = None,
+) -> list[Path]:  # fmt: skip
     """Write every method's modules as safetensors. Returns the files.
 
     path: a folder, which gets one `<method>.safetensors` each; or a .safetensors file, for a single trained method.
+    state: of `modules`, where their own parameters are scattered over devices.
     """
     from safetensors.torch import save_file
 
-    path, files = Path(path), []
-    trained = [(method, own) for method, own in zip(methods, modules, strict=True) if len(own)]  # type: ignore[arg-type]
+    path, files = Path(path), list[Path]()
+    trained = [(i, method) for i, method in enumerate(methods) if len(modules[i])]  # type: ignore[arg-type]
     if not trained:
         raise ModulesError(f"{', '.join(map(text, methods))}: no trained modules to save")
     single = path.suffix == SUFFIX
     if single and len(trained) > 1:
         raise ModulesError(f"{path}: {len(trained)} methods have trained modules; give a folder, each gets its file")
     (path.parent if single else path).mkdir(parents=True, exist_ok=True)
-    for method, own in trained:
-        file = path if single else path / f"{method.card.name}{SUFFIX}"
-        about = {"method": text(method), "layers": _layers(method), "width": str(host.width), "heads": str(host.heads)}
-        save_file({k: v.detach().cpu().contiguous() for k, v in own.state_dict().items()}, file, about | dict(card))
+    state = state or modules.state_dict()
+    for index, method in trained:
+        same = sum(method.card.name == other.card.name for other in methods[:index])
+        file = path if single else path / f"{method.card.name}{f'-{same + 1}' if same else ''}{SUFFIX}"
+        about = {
+            "method": text(method), "layers": _layers(method), "width": str(host.width), "heads": str(host.heads),
+            "blocks": str(len(host.blocks)),
+        }  # fmt: skip
+        own = {k.removeprefix(f"{index}."): v for k, v in state.items() if k.startswith(f"{index}.")}
+        save_file({k: v.detach().cpu().contiguous() for k, v in own.items()}, file, about | dict(card))
         files.append(file)
     return files
+
+
+def divided(source: Any, of: Sequence[bool]) -> tuple[Any, Any]:
+    """What `modules=` holds for the methods that are meant and for the others: as it is, if not one part for each."""
+    if not isinstance(source, nn.ModuleList) or len(source) != len(of):
+        return source, source
+    mine, others = ([m for m, yes in zip(source, of, strict=True) if yes is want] for want in (True, False))
+    return nn.ModuleList(mine), nn.ModuleList(others)

@@ -124,7 +124,10 @@ class Bound:
     mask_eps: float = 1e-6
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise SessionError("a model with a session on cannot be copied or pickled: call session.remove() first")
+        raise SessionError(
+            "a model with a session on cannot be pickled, nor a part of it copied: call session.remove() first, keep "
+            "it with model.save_pretrained(folder), or copy.deepcopy the model that apply was given"
+        )
 
     @property
     def training(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 from . import modules as trained
+from . import saving
 from .costs import CacheLedger, Ledger
 from .program import Bound, Execution, Program, SessionError, check_free
 from .sites import bridge
@@ -50,7 +51,7 @@ class Session:
     """A model with methods on. Use it as a context manager, or call `remove()`; both may be done twice.
 
     model       as it was given to `fewer.apply`
-    methods     the reducers, in the order they act at a shared site; those inside a vision tower first
+    methods     the reducers, in the order they act at a shared site
     execution   how samples with different counts are run: "padded", "packed" or "masked"
     host        the stack of blocks they act in: of a vision-language model its language model
     modules     the methods' trained modules, one nn.ModuleList each
@@ -59,14 +60,17 @@ class Session:
     a decoder, of the last cache.
     """
 
-    def __init__(self, bounds: Sequence[Bound], shown: Shown, beside: Sequence[ActiveSite] = ()) -> None:
-        """bounds: the last is the one that is shown, others stand before it."""
-        self._bounds, self._shown, self._sites = tuple(bounds), shown, (shown, *beside)
+    def __init__(
+        self, methods: Sequence[Reducer], bounds: Sequence[Bound], shown: Shown, beside: Sequence[ActiveSite] = ()
+    ) -> None:
+        """bounds: the stacks of blocks with methods in them, which share these; the first is the one that is shown."""
+        self.methods, self.bounds = tuple(methods), tuple(bounds)
+        self._shown, self._sites = shown, (shown, *beside)
         self._undo = ExitStack()
 
     @property
     def _bound(self) -> Bound:
-        return self._bounds[-1]
+        return self.bounds[0]
 
     @property
     def model(self) -> nn.Module:
@@ -77,18 +81,16 @@ class Session:
         return self._bound.host
 
     @property
-    def methods(self) -> tuple[Reducer, ...]:
-        return tuple(method for bound in self._bounds for method in bound.program.methods)
-
-    @property
     def execution(self) -> Execution:
         return self._bound.program.execution
 
     @cached_property
     def modules(self) -> nn.ModuleList:
-        if len(self._bounds) == 1:
+        if len(self.bounds) == 1:
             return self._bound.modules
-        return nn.ModuleList(own for bound in self._bounds for own in bound.modules)
+        left = [pair for b in self.bounds for pair in zip(b.program.methods, b.modules, strict=True)]
+        found = (next(i for i, (m, _) in enumerate(left) if m is method) for method in self.methods)
+        return nn.ModuleList(left.pop(i)[1] for i in found)
 
     @property
     def training(self) -> bool:
@@ -102,7 +104,7 @@ class Session:
 
     @mask_eps.setter
     def mask_eps(self, eps: float) -> None:
-        for bound in self._bounds:
+        for bound in self.bounds:
             bound.mask_eps = eps
 
     # -- on and off ----------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Session:
             self.host.enter(undo)
             for site in self._sites:
                 site.attach(undo)
-            for bound in self._bounds:
+            for bound in self.bounds:
                 _round(bound, undo)
             self._undo = undo.pop_all()
 
@@ -130,8 +132,17 @@ class Session:
 
         card: what to say about them besides their method and shape, kept in the files' metadata.
         """
-        holding = [b for b in self._bounds if any(map(len, b.modules))] or [self._bound]  # type: ignore[arg-type]
+        holding = [b for b in self.bounds if any(map(len, b.modules))] or [self._bound]  # type: ignore[arg-type]
         return [f for b in holding for f in trained.save(path, b.program.methods, b.modules, b.host, card or {})]
+
+    def save(self, folder: str | Path) -> None:
+        """Write model, methods and trained modules into a folder, from which `fewer.load(folder)` gives both back. Of a
+        model of transformers `model.save_pretrained(folder)` does the same."""
+        saving.carried(self.model).save(folder)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the methods' trained modules alone. While the session is on, `model.parameters()` holds them too."""
+        return (p for bound in self.bounds for p in bound.modules.parameters())
 
     # -- the trace -----------------------------------------------------------------------------------------------------
     @property
@@ -291,17 +302,15 @@ def _composed(
 
     if not isinstance(host, DecoderHost):
         bound = bind(model, host, methods, execution, modules)
-        return Session([bound], BlockSite(bound, kind=StateSpaceRun if host.kind == "scan" else None))
+        return Session(methods, [bound], BlockSite(bound, kind=StateSpaceRun if host.kind == "scan" else None))
     if not isinstance(host, VisionLanguageHost):
         bound = bind(model, host, methods, execution, modules)
-        return Session([bound], KVCacheSite(bound))
+        return Session(methods, [bound], KVCacheSite(bound))
     bridge.check(host, methods, positions)
     inside = [m for m in methods if bridge.in_tower(m)]
     behind = [m for m in methods if not bridge.in_tower(m)]
-    mine, theirs = modules, modules
-    if inside and isinstance(modules, nn.ModuleList) and len(modules) == len(methods):
-        mine, theirs = modules[len(inside) :], modules[: len(inside)]
-    bound = bind(model, host, behind, execution, mine if behind else None)
+    theirs, mine = trained.divided(modules, [bridge.in_tower(m) for m in methods])
+    bound = bind(model, host, behind, execution, mine)
     tower = None
     if inside:
         assert host.tower is not None and host.tower_module is not None, "the check above says so"
@@ -309,4 +318,4 @@ def _composed(
     site = BridgeSite(bound, tower, guide, positions)
     cache = KVCacheSite(bound, site)
     site.note = cache.note
-    return Session([bound] if tower is None else [tower.bound, bound], cache, [site])
+    return Session(methods, [bound] if tower is None else [bound, tower.bound], cache, [site])

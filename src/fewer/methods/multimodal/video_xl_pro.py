@@ -122,7 +122,7 @@ class VideoXLPro(VisualReducer):
     Left out: the written time stamps between the groups with their windowed attention, and the rotary code at the end.
     Texts around the frames are the model's own business, and rows keep the positions of their anchors, the middle of
     the cells they come from in the third frame of the group. Semantic-guided masking, the pretraining of the
-    synthesiser, is in `fewer.training.masking`.
+    synthesiser, is in `fewer.recipes.masking`.
     """
 
     budget: Budget = Formed()

@@ -13,14 +13,14 @@ decoder here is one block, and the saliency is yours to give: attention of a cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import cycle, islice
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core.visual.resampler import Block, heads_of
-from fewer.training.schedules import warm_cosine
+from fewer.recipes.loop import Loop
 
 
 class Guesser(nn.Module):
@@ -84,18 +84,9 @@ def pretrain(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one")
-    parameters = [*synthesiser.parameters(), *decoder.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=lr)
-    losses = []
-    for step, (frames, saliency) in enumerate(islice(cycle(clips), steps)):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * warm_cosine(step, steps)
-        loss = guessing_loss(synthesiser, decoder, frames, saliency, share)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(loss.item())
-        if step % 50 == 0:
-            log(f"step {step} loss {losses[-1]:.4f}")
-    return losses
+    lines = Loop(steps, every=1).run(
+        learned := nn.ModuleList([synthesiser, decoder]), [torch.optim.AdamW(learned.parameters(), lr=lr)],
+        cycle(clips), lambda clip, at: {"loss": guessing_loss(synthesiser, decoder, clip[0], clip[1], share)},
+        progress=lambda row: log(f"step {row['step']:.0f} loss {row['loss']:.4f}") if row["step"] % 50 == 1 else None,
+    )  # fmt: skip
+    return [line["loss"] for line in lines]
