@@ -35,9 +35,9 @@ def top(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, among: Gro
     free = tokens.free_count if among is None else len(among)
     fixed = tokens.n - free
     if budget.adaptive:
-        return _ragged(_adaptive(scores, budget), tokens)
+        return _ragged(_adaptive(scores, budget), tokens, fixed + budget.most(free, at))
     if tokens.valid is None and budget.keep(free, at) == free:
-        return Plan.identity((tokens.batch,), tokens.n, scores.device)
+        return tokens.unchanged(scores.device)
     return _first(scores.sort(dim=-1, descending=True, stable=True).indices, budget, tokens, at, fixed)
 
 
@@ -145,13 +145,14 @@ def maxmin(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard
              is the token whose nearest neighbour is farthest. At least one free token stays.
     Returns  a hard pruning plan, rows ascending by position.
     Cost     at most (F^2 + 2 F K) d FLOPs per sample for F free tokens, K of them chosen, and memory linear in F; F^2 d
-             FLOPs and F^2 floats up to `NEAR` tokens, or where more than F / 4 are chosen. K steps, no sync.
+             FLOPs and F^2 floats up to `NEAR` tokens, or four times as many where more than F / 4 are chosen. K steps,
+             no sync.
     Source   DivPrune, arXiv:2503.02175, alg. 1.
     """
     block = cluster.Field.of(metric, budget, tokens, at)
     if block.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    few = 4 * block.k <= block.f and block.f > NEAR
+        return tokens.unchanged(metric.device)
+    few = block.f > (NEAR if 4 * block.k <= block.f else 2 * cluster.NEAR)
     at.spend((cluster.pairs(block.f) + 2 * block.f * block.k * few) * metric.shape[-1])
     with torch.no_grad():
         if few:  # columns of the matrix of pairs are computed again when they are wanted: cheaper than keeping them
@@ -181,7 +182,7 @@ def dpp(metric: Tensor, quality: Tensor, budget: Budget, tokens: Tokens, *, at: 
     _check(quality, tokens)
     block = cluster.Field.of(metric, budget, tokens, at)
     if block.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     at.spend(2 * block.f * block.k * metric.shape[-1] + block.f * block.k**2)
     with torch.no_grad():
         u = unit(block.take(metric))
@@ -199,8 +200,8 @@ def dpp(metric: Tensor, quality: Tensor, budget: Budget, tokens: Tokens, *, at: 
             pick = torch.where(new, gain, weight).argmax(-1, keepdim=True)
             chosen.append(pick)
             past = known[:, :step]
-            mine = past.gather(-1, pick[:, None].expand(-1, step, -1))
-            column = (u @ take(u, pick).transpose(-1, -2))[..., 0] - (mine * past).sum(1)
+            mine = past.gather(-1, pick[:, None].expand(-1, step, -1)).transpose(-1, -2)
+            column = (u @ take(u, pick).transpose(-1, -2))[..., 0] - (mine @ past)[:, 0]  # copies none of the past
             known[:, step] = (column * left.gather(-1, pick).clamp_min(EXPLAINED).rsqrt()).masked_fill(~new, 0)
             left = (left - known[:, step].square()).clamp(min=0).scatter(-1, pick, 0.0)
             weight = weight.scatter(-1, pick, -INF)
@@ -239,9 +240,9 @@ def core_set(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, block
         raise PlanError(f"{budget!r} names no count; a core-set takes r, keep or tokens")
     _check(metric[..., 0], tokens)
     free = tokens.free_count
-    most = budget.keep(free, at) if tokens.valid is None else max(budget.counts(free, at))
+    most = budget.keep(free, at) if tokens.valid is None else budget.most(free, at)
     if tokens.valid is None and most == free:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     at.spend(2 * tokens.n * (tokens.n - free + most) * metric.shape[-1])
     with torch.no_grad():
         centres = tokens.protected
@@ -423,4 +424,4 @@ def _first(order: Tensor, budget: Budget, tokens: Tokens, at: Place, fixed: int)
     lengths = fixed + budget.granted((tokens.valid.sum(-1) - fixed).clamp(min=0), free, at)
     rank = torch.arange(tokens.n, device=order.device)
     keep = torch.zeros_like(tokens.valid).scatter(-1, order, rank < lengths[:, None]) & tokens.valid
-    return _ragged(keep, tokens, fixed + max(budget.counts(free, at)))
+    return _ragged(keep, tokens, fixed + budget.most(free, at))

@@ -173,6 +173,12 @@ class Tokens:
             return self.position
         return torch.arange(self.n, device=self.device).expand(self.batch, self.n)
 
+    def unchanged(self, device: torch.device | None = None) -> Hard:
+        """The plan in which every token stays where it is; padding is dropped."""
+        if self.valid is None:
+            return Plan.identity((self.batch,), self.n, device)
+        return Plan.keep((~self.valid).to(torch.int8).argsort(dim=-1, stable=True), self.n, self.valid.sum(-1))
+
     def after(self, plan: Plan) -> Tokens:
         """The tokens a plan leaves, every stream moved in step."""
         if isinstance(plan, Masked):
