@@ -455,7 +455,8 @@ def lloyd(
     else:
         seed = step * real.sum(-1, keepdim=True) // count.clamp(min=1)[:, None]
         spare = step >= count[:, None]
-        seed = seed.clamp(max=f - 1)
+        line = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # wherever padding stands
+        seed = line.gather(1, seed.clamp(max=f - 1))
     centre = take(x, seed)
     own = step.expand(b, k)
     label = own

@@ -249,7 +249,7 @@ def joined(kept: Hard, metric: Tensor, tokens: Tokens, *, at: Place) -> Hard:
     Cost     2 N M d FLOPs for M rows; memory linear in N. No synchronisation.
     """
     _check(metric, tokens)
-    if kept.length is None and kept.m == kept.n:
+    if kept.m == 0 or (kept.length is None and kept.m == kept.n):
         return kept
     at.spend(2 * kept.n * kept.m * metric.shape[-1])
     x = unit(metric)

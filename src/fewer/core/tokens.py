@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Hard, Masked, Plan
+from .plan import Hard, Masked, Plan, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class Group:
         if self.index is None:
             return x.narrow(dim, self.start, len(self))
         dim = dim % x.dim()
+        if dim == x.dim() - 2 and x.dim() in (3, 4):  # whole rows are copied several times faster than gathered
+            if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+                return take(x.transpose(1, 2).flatten(2), self.index).unflatten(-1, x.shape[1::2]).transpose(1, 2)
+            if x.is_contiguous():
+                return take(x, self.index if x.dim() == 3 else self.index[:, None].expand(-1, x.shape[1], -1))
         shape = [1] * x.dim()
         shape[0], shape[dim] = self.index.shape
         target = list(x.shape)
