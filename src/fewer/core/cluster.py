@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -591,7 +591,7 @@ class Field:
     start   their first position where they are a run; index: (B, F) positions otherwise
     f, k    tokens and clusters, the largest of any sample
     real    (B, F) bool and count (B,), the clusters of each sample, where samples are padded
-    table   tokens and clusters of every length that a sample can have
+    table   tokens and clusters, the fewest there can be, of every length that a sample can have
     """
 
     start: int
@@ -617,7 +617,9 @@ class Field:
             return cls(tokens.prefix, index, f, table[f], table=((f, table[f]),))
         real = tokens.valid[:, tokens.prefix :] if index is None else tokens.valid.gather(1, index)
         count = budget.granted(real.sum(-1), f, at, least=1)
-        return cls(tokens.prefix, index, f, max(table), real, count, tuple(enumerate(table)))
+        if at.starts is not None:  # the fewest clusters: a sample may have started with no more tokens than it has
+            table = [min(k, max(budget.keep(n, replace(at.quiet, start=n)), min(1, n))) for n, k in enumerate(table)]
+        return cls(tokens.prefix, index, f, budget.most(f, at, least=1), real, count, tuple(enumerate(table)))
 
     @property
     def all_stay(self) -> bool:

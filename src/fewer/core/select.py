@@ -51,10 +51,14 @@ def outliers(scores: Tensor, tokens: Tokens, *, at: Place, factor: float = 1.5) 
     return top(scores, Outliers(factor), tokens, at=at)
 
 
-def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fidelity: Fidelity = "paper") -> Hard:
+def sampled(
+    scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fidelity: Fidelity = "paper",
+    whole: Tensor | None = None,
+) -> Hard:  # fmt: skip
     """Inverse transform sampling: K fixed points of the distribution of scores; a token hit twice stays once.
 
     Shapes   scores: (B, N), non-negative; they need not sum to one. A sample whose scores are all zero counts as even.
+    whole    (B,) bool, samples of at most K tokens that keep them all; None = none.
     Returns  a ragged pruning plan: at most K free tokens stay, fewer where the scores are peaked. Deterministic.
     Points   the free tokens in order of rising score (the earlier position first) are summed up from 0 to 1. "paper":
              the points (2i - 1) / 2K, each takes the token whose step holds it. "code": K points spread from 0 to 1,
@@ -96,6 +100,7 @@ def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fideli
         hit = order.gather(-1, hit.clamp(max=f - 1))
         hit = hit.masked_fill(i >= number, f)
         keep = torch.zeros(tokens.batch, f + 1, dtype=torch.bool, device=s.device).scatter(-1, hit, True)[:, :-1]
+        keep = keep if whole is None else keep | whole[:, None]
         return _kept(keep, place, tokens, tokens.n - free + k, ragged=True)
 
 
@@ -127,7 +132,7 @@ def stratified(
     if budget.adaptive:
         raise PlanError(f"{budget!r} names no count; stratified takes r, keep or tokens")
     s = _candidates(scores, tokens, None)
-    patch = (tokens.place() - (tokens.prefix if offset is None else offset)).clamp(min=0)
+    patch = (tokens.ordinal() - (tokens.prefix if offset is None else offset)).clamp(min=0)
     across = -(-grid[1] // window[1])
     cell = patch // grid[1] // window[0] * across + patch % grid[1] // window[1]
     turn = rank_within(s, cell.masked_fill(~s.isfinite(), -1))
@@ -285,10 +290,11 @@ def allowed(budget: Budget, tokens: Tokens, *, at: Place, device: torch.device) 
     Raises BudgetError for a budget that names no count.
     """
     free = tokens.free_count
-    table = budget.counts(free, at, least=1)
+    most = budget.counts(free, at, least=1)[free]
     if tokens.valid is None:
-        return torch.full((tokens.batch,), table[free], device=device), table[free]
-    return on_device(table, device)[(tokens.valid.sum(-1) - (tokens.n - free)).clamp(min=0)], max(table)
+        return torch.full((tokens.batch,), most, device=device), most
+    real = (tokens.valid.sum(-1) - (tokens.n - free)).clamp(min=0)
+    return budget.granted(real, free, at, least=1), budget.most(free, at, least=1)
 
 
 def within(scores: Tensor, group: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:

@@ -292,7 +292,7 @@ class Pass:
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         """Whether a method drops nothing here, as far as shapes tell."""
-        return not reducer.adaptive and reducer.budget.keep(tokens.free_count, place) == tokens.free_count
+        return not reducer.adaptive and reducer.budget.keeps_all(tokens.free_count, place)
 
     def _planned(
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
