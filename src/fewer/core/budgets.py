@@ -60,6 +60,10 @@ class Budget(Settings):
         """How many of the `free` tokens stay at this place, 0 <= keep <= free."""
         raise NotImplementedError
 
+    def spares(self, free: int, at: Place) -> bool:
+        """Whether all tokens of all samples stay, as far as shapes tell: a padded sample has at most `free` of them."""
+        return self.keep(free, at) == free
+
     def counts(self, free: int, at: Place, *, least: int = 0) -> list[int]:
         """How many stay of 0, 1, ..., free tokens, at least `least`: what a batch of different lengths needs to know.
 
@@ -74,10 +78,6 @@ class Budget(Settings):
         """The most that can stay of `free` tokens or fewer: the rows a padded batch needs, known without its scores.
         Of more tokens never fewer stay."""
         return max(self.keep(free, at.quiet), min(least, free))
-
-    def keeps_all(self, free: int, at: Place) -> bool:
-        """Whether nothing goes in any sample of at most `free` tokens, as far as counts tell."""
-        return not self.adaptive and self.keep(free, at) == free
 
     def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
         """How many stay of each padded sample's own free tokens. real: (B,) long, at most `free`. Returns (B,).
@@ -166,10 +166,11 @@ class KeepRatio(Budget):
         count = ROUNDING[self.rounding](wanted if self.rounding == "trunc" else _nearly(wanted))
         return max(min(count, free), min(1, free))
 
-    def keeps_all(self, free: int, at: Place) -> bool:
-        if self.of == "start" and at.starts is not None:  # a sample may have started with fewer tokens than the widest
-            return self._stage(self.ratio, at, at.stage) == 1
-        return super().keeps_all(free, at)
+    def spares(self, free: int, at: Place) -> bool:
+        if self.of == "current" or at.starts is None:
+            return super().spares(free, at)
+        quiet = at.quiet  # a shorter sample is granted less, whatever the longest has left
+        return all(self.keep(n, replace(quiet, start=n)) == n for n in range(at.start + 1))
 
     def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
         if self.of == "current" or at.starts is None:

@@ -308,10 +308,13 @@ class Session:
         own = f", own share {100 * ledger.gflops_own / ledger.gflops:.1f} % of FLOPs"
         if ledger.seconds and ledger.own_seconds is not None:
             own += f", {100 * ledger.own_seconds / ledger.seconds:.1f} % of time"
+        ran = (
+            "" if ledger.ceiling - ledger.reach < 0.01 else f", {ledger.reach:.2f}x with the padding that was computed"
+        )
         lines = [
             " ".join(text(m) for m in self.methods),
             f"tokens {self.last.first.n} -> {' '.join(map(str, shown))}",
-            f"{ledger.gflops_full:.2f} -> {ledger.gflops:.2f} GFLOPs (ceiling {ledger.ceiling:.2f}x{own})",
+            f"{ledger.gflops_full:.2f} -> {ledger.gflops:.2f} GFLOPs (ceiling {ledger.ceiling:.2f}x{ran}{own})",
             *ledger.notes,
         ]
         return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,7 @@ class Pass:
         self.memory: list[dict] = [{} for _ in session.methods]
         self.notes: list[str] = []
         self._cost = [[0, 0, 0] for _ in host.blocks]  # rows in attention, rows in the MLP, FLOPs of the methods
+        self._ran: list[list[list[int]]] = [[] for _ in host.blocks]  # rows of each sample, as computed, in both parts
         self._out = [0 for _ in host.blocks]
         self._lengths: list[list[Tensor | None]] = [[None, None, None] for _ in host.blocks]  # the same and out, ragged
         self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -79,6 +81,7 @@ class Pass:
             self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
             x = self._at(Site.AROUND_BLOCK, layer, x, None)
         self._entry = x if self.host.dense else None
+        self._ran[layer] = [self._computed()]
         self._cost[layer][0], self._lengths[layer][0] = self._count(), self._live_lengths()
         return x
 
@@ -153,6 +156,7 @@ class Pass:
         x = self._at(Site.MID_BLOCK, layer, x, call.seen, call.branch)
         if not self.session.acting(Site.AFTER_BLOCK, layer):
             call.seen = None  # nobody will look again: q, k and v need not live through the MLP
+        self._ran[layer].append(self._computed())
         self._cost[layer][1], self._lengths[layer][1] = self._count(), self._live_lengths()
         return x
 
@@ -204,6 +208,10 @@ class Pass:
 
     def _count(self) -> int:
         return self.tokens.n if self.live is None else self.live.m
+
+    def _computed(self) -> list[int]:
+        """Rows of each sample that are computed: padding and masked ones too, unless samples are packed."""
+        return [self.tokens.n] if self.packing is None else self.packing.lengths
 
     def _live_lengths(self) -> Tensor | None:
         valid = self.tokens.valid if self.live is None else self.compact.valid
@@ -292,7 +300,7 @@ class Pass:
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         """Whether a method drops nothing here, as far as shapes tell."""
-        return not reducer.adaptive and reducer.budget.keeps_all(tokens.free_count, place)
+        return not reducer.adaptive and reducer.budget.spares(tokens.free_count, place)
 
     def _planned(
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None
@@ -349,11 +357,14 @@ class Pass:
     @property
     def ledger(self) -> Ledger:
         entries = []
-        for (attention, mlp, own), (la, lm, _) in zip(self._cost, self._lengths, strict=True):
+        for (attention, mlp, own), (la, lm, _), (first, second) in zip(
+            self._cost, self._lengths, self._ran, strict=True
+        ):
             a = attention if la is None else la.double().mean().item()
             m = mlp if lm is None else lm.double().mean().item()
             pairs = attention**2 if la is None else la.double().square().mean().item()
-            entries.append(Entry(a, m, own, pairs))
+            ran = Entry(mean(first), mean(second), own, mean(n * n for n in first))
+            entries.append(Entry(a, m, own, pairs, ran))
         ledger = Ledger.of(self.host, entries, self.first.n, self.itemsize)
         ledger.causal = self.causal
         ledger.seconds, ledger.own_seconds = self.seconds, (self._own if self._clock else None)
@@ -398,6 +409,7 @@ class Pass:
         other = copy.copy(self)
         other.steps, other.notes, other._moved = list(self.steps), list(self.notes), {}
         other._cost, other._lengths = [list(c) for c in self._cost], [list(c) for c in self._lengths]
+        other._ran = list(self._ran)
         other._out, other.counted = list(self._out), False
         other.memory = [dict(m) for m in self.memory]
         return other
