@@ -86,6 +86,12 @@ def test_the_code_takes_strips_and_loses_tokens():
     assert per_tile(kept(HiRED(Capacity(23)).plan(signals, tokens))[0], view) == [11, 0, 6, 5, 1]
 
 
+def test_the_code_cuts_shares_off_in_double_precision():
+    for fidelity, cut in (("paper", 29), ("code", 28)):
+        assert HiRED(alpha=0.29, fidelity=fidelity)._cut(torch.tensor([100]), 0.29).tolist() == [cut]
+    assert int(100 * 0.29) == 28
+
+
 @pytest.mark.parametrize("fidelity", ["paper", "code"])
 def test_an_image_without_crops_goes_by_attention(fidelity):
     late = torch.rand(2, 16) + 0.01

@@ -137,6 +137,17 @@ def test_padding_changes_nothing(method):
             assert_close(method.rows(one, alone)[0, :count], rows[line, :count], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("outliers", "paper", "code"), [(26, 27, 27), (27, 28, 27), (28, 29, 29), (32, 33, 32)])
+def test_the_code_cuts_the_product_of_a_share_off_in_double_precision(outliers, paper, code):
+    paid = torch.full((1, 196), 1.0) + 1e-3 * torch.arange(196)
+    paid[0, 5 * torch.arange(outliers) % 196] = 50 + torch.arange(outliers).float()
+    signals, tokens = shown({-1: told(paid, torch.randn(1, 196, 5))}, whole_view(1, 14, 14))
+    for fidelity, rows in (("paper", paper), ("code", code)):
+        plan = PruMerge(fidelity=fidelity).plan(signals, tokens)
+        assert plan.lengths.tolist() == [rows]
+    assert int(196 * (27 / 196)) == 26  # and one row for all that left
+
+
 def test_a_tower_without_a_class_token_is_told_so():
     signals, tokens = shown({-1: call(torch.ones(1, 4))}, whole_view(1, 2, 2), cls=False)
     with pytest.raises(SignalError, match="no class token"):

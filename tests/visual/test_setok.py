@@ -121,12 +121,15 @@ def test_a_count_is_met_and_is_what_density_peaks_gives():
 
 def test_scores_are_density_times_separation():
     x = torch.randn(1, 9, CHANNELS)
-    d = cluster.squared_distance(x) / CHANNELS
+    d = torch.cdist(x, x).square() / CHANNELS
     density = [(-d[0, i].sort().values[:4].mean()).exp() for i in range(9)]
     far = [
         min([d[0, i, j].sqrt() for j in range(9) if density[j] > density[i]], default=d.max().sqrt()) for i in range(9)
     ]
-    assert_close(cluster.peaks(d, 4)[0], torch.tensor([a * b for a, b in zip(density, far, strict=True)]))
+    assert_close(
+        cluster.peaks(cluster.Distances(x, scale=CHANNELS), 4)[0],
+        torch.tensor([a * b for a, b in zip(density, far, strict=True)]),
+    )
 
 
 def test_nothing_stands_out_or_everything_is_alike():

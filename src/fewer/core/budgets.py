@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .place import Place
 from .plan import on_device
+from .settings import Settings
 
 ROUNDING: dict[str, Callable[[float], int]] = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": int}
 
@@ -45,8 +46,10 @@ def _nearly(x: float) -> float:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Settings):
     """How many stay. `keep` answers with a Python integer; adaptive budgets answer per sample, in the selectors."""
+
+    refusal: ClassVar[type[ValueError]] = BudgetError
 
     @property
     def adaptive(self) -> bool:
@@ -68,8 +71,13 @@ class Budget:
         """
         if self.adaptive:
             raise BudgetError(f"{self!r} depends on scores and names no count; give r, keep or tokens here")
-        quiet = replace(at, note=lambda _: None)
+        quiet = at.quiet
         return [max(self.keep(n, at if n == free else quiet), min(least, n)) for n in range(free + 1)]
+
+    def most(self, free: int, at: Place, *, least: int = 0) -> int:
+        """The most that can stay of `free` tokens or fewer: the rows a padded batch needs, known without its scores.
+        Of more tokens never fewer stay."""
+        return max(self.keep(free, at.quiet), min(least, free))
 
     def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
         """How many stay of each padded sample's own free tokens. real: (B,) long, at most `free`. Returns (B,).
@@ -161,13 +169,13 @@ class KeepRatio(Budget):
     def spares(self, free: int, at: Place) -> bool:
         if self.of == "current" or at.starts is None:
             return super().spares(free, at)
-        quiet = replace(at, note=lambda _: None)  # a shorter sample is granted less, whatever the longest has left
+        quiet = at.quiet  # a shorter sample is granted less, whatever the longest has left
         return all(self.keep(n, replace(quiet, start=n)) == n for n in range(at.start + 1))
 
     def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
         if self.of == "current" or at.starts is None:
             return super().granted(real, free, at, least=least)
-        quiet = replace(at, note=lambda _: None)
+        quiet = at.quiet
         table = [max(self.keep(n, replace(quiet, start=n)), min(least, n)) for n in range(at.start + 1)]
         return torch.minimum(on_device(table, real.device)[at.starts], real)
 
@@ -189,6 +197,8 @@ class Capacity(Budget):
 @dataclass(frozen=True)
 class Threshold(Budget):
     """Tokens whose score reaches a value stay; samples keep different numbers, at least one."""
+
+    endless: ClassVar[frozenset[str]] = frozenset({"value"})  # -inf keeps everything, inf the best
 
     value: float = 0.0
 
@@ -238,3 +248,6 @@ class Outliers(Budget):
 
     def keep(self, free: int, at: Place) -> int:
         return free
+
+    def most(self, free: int, at: Place, *, least: int = 0) -> int:
+        return min(free, max(1, least, -(-(free - 1) // 4)))  # so many can lie above Q3

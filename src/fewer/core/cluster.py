@@ -3,13 +3,16 @@
 Each algorithm stands twice: a core over a block of F tokens and K clusters that returns labels, and a wrapper that
 takes the free tokens, asks the budget and builds the plan. Rows are ordered by their smallest member; the earlier
 position wins every tie. A cluster's row is the average of its members, weighted by `weight` or by the tokens' sizes.
+
+Up to `NEAR` free tokens all distances are kept. Beyond, they are computed again, some rows at a time, so that memory is
+linear in F and no result changes; `agglomerative`, which has to keep them, is approximate beyond `WHOLE` tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +27,9 @@ from .tokens import Tokens
 Linkage = Literal["average", "single", "complete"]
 LINKAGES = ("average", "single", "complete")
 INF = float("inf")
+NEAR = 2048  # tokens up to which a matrix of their distances is kept (16 MB)
+WHOLE = 3072  # tokens up to which agglomerative clustering looks at all pairs
+CHUNK = 1 << 22  # distances held at once beyond NEAR, in numbers (16 MB)
 
 
 # -- wrappers: tokens and budgets -----------------------------------------------------------------------------------
@@ -35,22 +41,59 @@ def agglomerative(
 
     Shapes   metric: (B, N, d), any float; the distance is 1 - cosine, in float32, without gradient. weight: (B, N).
     Returns  a hard plan, one row per cluster; ragged where the input is padded.
-    Cost     2 F^2 d + R F^2 FLOPs and F^2 floats per sample for F free tokens and R merges; R steps, no sync.
+    Cost     F^2 d + R F^2 FLOPs and F^2 floats per sample for F free tokens and R merges; R steps, no sync.
+    Beyond   `WHOLE` free tokens the sequence is cut into even runs of at most as many, and each merges its share of
+             the pairs by itself: approximate, and noted. Below two clusters per run it stays exact.
     Raises   PlanError for an unknown linkage, a metric of another length or a budget that names no count.
     Source   ATC, arXiv:2409.11923, sec. 3; the update is Lance and Williams 1967.
     """  # fmt: skip
     if linkage not in LINKAGES:
         raise PlanError(f"linkage={linkage!r} is unknown; choose one of {', '.join(LINKAGES)}")
     field = Field.of(metric, budget, tokens, at)
-    merges = field.f - field.k
-    if merges == 0 and field.count is None:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    at.spend(2 * field.f**2 * metric.shape[-1] + merges * field.f**2)
+    if field.all_stay:
+        return tokens.unchanged(metric.device)
+    runs = _runs(field.f) if all(k >= 2 * _runs(n) for n, k in field.table if n > WHOLE) else 1
+    merges = max(-(-(n - k) // min(runs, _runs(n))) for n, k in field.table)
+    f = -(-field.f // runs)
+    at.spend(runs * (pairs(f) * metric.shape[-1] + merges * f**2))
     with torch.no_grad():
-        d = cosine_distance(field.take(metric), field.real)
-        limit = None if field.count is None else field.number - field.count
-        steps = merges if limit is None else field.most_merges
-        return field.plan(agglomerate(d, steps, linkage, limit), tokens, weight)
+        x = field.take(metric)
+        if runs == 1:
+            limit = None if field.count is None else field.number - field.count
+            label = agglomerate(cosine_distance(x, field.real), merges, linkage, limit)
+        else:
+            at.note(
+                f"layer {at.layer}: {field.f} tokens are clustered in {runs} runs, because the distances of more than "
+                f"{WHOLE} are not kept"
+            )
+            label = _in_runs(x, field, runs, merges, linkage)
+        return field.plan(label, tokens, weight)
+
+
+def _runs(n: int) -> int:
+    """Runs that n tokens are cut into for agglomerative clustering."""
+    return max(1, -(-n // WHOLE))
+
+
+def _in_runs(x: Tensor, field: Field, runs: int, most: int, linkage: Linkage) -> Tensor:
+    """Agglomerative clustering within even runs of the tokens, each with its share of the merges; a sample has as many
+    runs as it would have alone. x: (B, F, d); most: merges of any run. Returns labels (B, F)."""
+    b, f, c = x.shape
+    n = torch.full((b,), f, device=x.device) if field.count is None else field.number
+    k = torch.full_like(n, field.k) if field.count is None else field.count
+    own = (-(-n // WHOLE)).clamp(min=1)[:, None]
+    edge = torch.minimum(torch.arange(runs + 1, device=x.device), own)  # (B, runs + 1)
+    start, done = edge * n[:, None] // own, edge * (n - k)[:, None] // own
+    width = -(-f // runs) if field.count is None else min(f, WHOLE)
+    where = start[:, :-1, None] + torch.arange(width, device=x.device)
+    real = where < start[:, 1:, None]
+    where = where.clamp(max=f - 1)
+    part = take(x, where.flatten(1)).view(b * runs, width, c)
+    real, merges = real.flatten(0, 1), done.diff(dim=-1).flatten()
+    label = agglomerate(cosine_distance(part, real), most, linkage, merges)
+    label = (label.view(b, runs, width) + start[:, :-1, None]).flatten(1)
+    slot = where.flatten(1).masked_fill(~real.view(b, -1), f)
+    return slot.new_zeros(b, f + 1).scatter(1, slot, label.clamp(max=f - 1))[:, :f]
 
 
 def dpc_knn(
@@ -60,17 +103,17 @@ def dpc_knn(
 
     Shapes   metric: (B, N, d); distances are Euclidean over sqrt(d), in float32, without gradient. weight: (B, N).
     Returns  a hard plan, one row per cluster. No noise is added to the densities: the earlier of two equals is denser.
-    Cost     2 F^2 d FLOPs and F^2 floats per sample; no loop, no sync.
+    Cost     F^2 d FLOPs and F^2 floats per sample; no loop, no sync. Beyond `NEAR` tokens (4 F + 2 K) F d FLOPs.
     Source   Du et al. 2016; as TCFormer, arXiv:2204.08680, sec. 3.2, uses it.
     """
     field = Field.of(metric, budget, tokens, at)
     if neighbours < 1:
         raise PlanError(f"neighbours={neighbours}: the density needs at least one neighbour")
     if field.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    at.spend(2 * field.f**2 * metric.shape[-1])
+        return tokens.unchanged(metric.device)
+    at.spend(Distances.flops(field.f, metric.shape[-1], 2, field.k))
     with torch.no_grad():
-        d = squared_distance(field.take(metric), field.real) / metric.shape[-1]
+        d = Distances(field.take(metric), field.real, metric.shape[-1])
         label, _ = density_peaks(d, field.k, neighbours, field.real, field.count)
         return field.plan(label, tokens, weight)
 
@@ -85,7 +128,7 @@ def kmeans(
     """
     field = Field.of(metric, budget, tokens, at)
     if field.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     at.spend(4 * field.f * field.k * metric.shape[-1] * max(iterations, 1))
     with torch.no_grad():
         mass = field.mass(tokens, weight)
@@ -102,15 +145,17 @@ def kmedoids(
     Shapes   metric: (B, N, d); squared Euclidean, in float32, without gradient. weight: (B, N), non-negative: ranks
              the first centres, weighs the members' distances and the rows' averages; None = the tokens' sizes.
     output   "mean": a row is the average of its cluster; "medoid": its centre, as it is.
-    Cost     2 F^2 d + 3 F^2 iterations FLOPs and F^2 floats per sample; iterations loops, no sync.
+    Cost     F^2 d + 2 F^2 iterations FLOPs and F^2 floats per sample; iterations loops, no sync. Beyond `NEAR` tokens
+             (2 F + 2 K) F d FLOPs per iteration.
     Source   Token Pooling, arXiv:2110.03860, sec. 3.2 (weighted clustering).
     """
     field = Field.of(metric, budget, tokens, at)
     if field.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    at.spend(2 * field.f**2 * metric.shape[-1] + 3 * field.f**2 * iterations)
+        return tokens.unchanged(metric.device)
+    asked = Distances.flops(field.f, metric.shape[-1], iterations, field.k * (iterations + 1))
+    at.spend(asked + 2 * field.f**2 * iterations)
     with torch.no_grad():
-        d = squared_distance(field.take(metric), field.real)
+        d = Distances(field.take(metric), field.real)
         label, centre = medoids(d, field.k, iterations, field.mass(tokens, weight), field.real, field.count)
         if output == "medoid":
             weight = field.only(centre, tokens)
@@ -121,17 +166,20 @@ def kcentre(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, weight
     """Greedy k-centre: from the first free token on, the token farthest from all centres is the next one.
 
     Shapes   metric: (B, N, d); squared Euclidean, in float32, without gradient. weight: (B, N).
-    Cost     2 F^2 d + 2 F K FLOPs and F^2 floats per sample; K steps, no sync. At most twice the optimal radius.
+    Cost     F^2 d + 2 F K FLOPs and F^2 floats per sample; K steps, no sync. At most twice the optimal radius.
+             Beyond `NEAR` tokens 4 F K d FLOPs.
     Source   Gonzalez 1985.
     """
     field = Field.of(metric, budget, tokens, at)
     if field.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    at.spend(2 * field.f**2 * metric.shape[-1] + 2 * field.f * field.k)
+        return tokens.unchanged(metric.device)
+    at.spend(Distances.flops(field.f, metric.shape[-1], 0, 2 * field.k) + 2 * field.f * field.k)
     with torch.no_grad():
-        d = squared_distance(field.take(metric), field.real)
+        d = Distances(field.take(metric), field.real)
         first = torch.zeros(tokens.batch, dtype=torch.long, device=metric.device)
-        centre = farthest(known(d), first, field.k, field.f, field.real)
+        if field.real is not None:  # the first real one
+            first = field.real.to(torch.int8).argmax(-1)
+        centre = farthest(d.to, first, field.k, field.f, field.real)
         if field.count is None:
             centre = centre.sort(-1).values
         return field.plan(nearest(d, centre, field.count), tokens, weight)
@@ -146,8 +194,8 @@ def runs(key: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
     """
     field = Field.of(key[..., None], budget, tokens, at)
     if field.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, key.device)
-    line = field.take(key).float()
+        return tokens.unchanged(key.device)
+    line = field.take(key).float().nan_to_num(nan=torch.finfo(torch.float32).max)  # what is no number comes last
     if field.real is not None:
         line = line.masked_fill(~field.real, INF)
     rank = line.argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -170,17 +218,24 @@ def pairs(f: int) -> int:
 def cosine_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
     """1 - cosine. x: (B, F, d) -> (B, F, F) float32, exactly symmetric, +inf on the diagonal and at padding."""
     u = unit(x)
-    f = u.shape[1]
-    d = u.new_empty(u.shape[0], f, f)
-    for i in range(0, f, PAIRS):
-        j = min(i + PAIRS, f)
-        s = u[:, i:j] @ u[:, i:].transpose(-1, -2)
-        # The two triangles of a matrix product may differ in the last bit; the order of merges must not depend on that.
-        s[..., : j - i] = torch.maximum(s[..., : j - i], s[..., : j - i].transpose(-1, -2))
-        d[:, i:j, i:] = s.neg_().add_(1)
-        d[:, j:, i:j] = s[..., j - i :].transpose(-1, -2)
+    d = _mirrored(u, lambda i, j: (u[:, i:j] @ u[:, i:].transpose(-1, -2)).neg_().add_(1))
     d.diagonal(dim1=-2, dim2=-1).fill_(INF)
     return d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+
+
+def _mirrored(x: Tensor, part: Callable[[int, int], Tensor]) -> Tensor:
+    """(B, F, F), exactly symmetric, from its upper triangle. part(i, j): (B, j - i, F - i), the entries of rows i to
+    j from column i on. x: (B, F, d)."""
+    f = x.shape[1]
+    d = x.new_empty(x.shape[0], f, f)
+    for i in range(0, f, PAIRS):
+        j = min(i + PAIRS, f)
+        s = part(i, j)
+        # The two triangles of a matrix product may differ in the last bit; the order of merges must not depend on that.
+        s[..., : j - i] = torch.minimum(s[..., : j - i], s[..., : j - i].transpose(-1, -2))
+        d[:, i:j, i:] = s
+        d[:, j:, i:j] = s[..., j - i :].transpose(-1, -2)
+    return d
 
 
 def loneliest(u: Tensor, real: Tensor | None = None) -> Tensor:
@@ -218,14 +273,77 @@ def loneliest(u: Tensor, real: Tensor | None = None) -> Tensor:
     return known.argmin(-1)
 
 
-def squared_distance(x: Tensor, real: Tensor | None = None) -> Tensor:
-    """Squared Euclidean. x: (B, F, d) -> (B, F, F) float32, symmetric, zero diagonal, +inf at padding."""
+class Distances:
+    """Squared Euclidean distances between F tokens, over `scale`: never below zero, zero to itself, +inf at padding.
+
+    x: (B, F, d), any float; compared in float32, without gradient; what is not finite counts as zero, and samples of
+    huge numbers are scaled down, so that no distance overflows. Up to `NEAR` tokens all pairs are kept, exactly
+    symmetric; beyond, rows are computed again whenever they are asked for, `CHUNK` distances at a time.
+    """
+
+    def __init__(self, x: Tensor, real: Tensor | None = None, scale: float = 1.0) -> None:
+        self.x, self.real, self.scale = bounded(x, real), real, scale
+        self.norm = (self.x * self.x).sum(-1)
+        self.kept = None
+        if x.shape[1] <= NEAR:
+            d = _mirrored(self.x, lambda i, j: self._between(slice(i, j), self.x[:, i:], self.norm[:, i:]))
+            d.diagonal(dim1=-2, dim2=-1).zero_()
+            self.kept = d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+
+    @staticmethod
+    def flops(f: int, d: int, whole: int, centres: int) -> int:
+        """FLOPs per sample of asking for all distances so many times, and for those to so many centres in all."""
+        return pairs(f) * d if f <= NEAR else 2 * f * (whole * f + centres) * d
+
+    @property
+    def f(self) -> int:
+        return self.x.shape[1]
+
+    def _between(self, rows: slice, y: Tensor, norm: Tensor) -> Tensor:
+        """(B, R, K): from some rows to others. y: (B, K, d); norm: (B, K), their squared lengths."""
+        d = torch.baddbmm(norm[:, None], self.x[:, rows], y.transpose(-1, -2), alpha=-2)
+        d = d.add_(self.norm[:, rows, None]).clamp_(min=0)
+        return d if self.scale == 1 else d.div_(self.scale)
+
+    def rows(self, centre: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Some tokens at a time, and their distances to all tokens, (B, R, F), or to those at centre, (B, R, K)."""
+        if self.kept is not None:
+            yield slice(0, self.f), self.kept if centre is None else self.kept.gather(2, _each(centre, self.f))
+            return
+        y, norm = (self.x, self.norm) if centre is None else (take(self.x, centre), self.norm.gather(1, centre))
+        step = max(1, CHUNK // max(1, y.shape[0] * y.shape[1]))
+        for i in range(0, self.f, step):
+            part = slice(i, min(i + step, self.f))
+            d = self._between(part, y, norm)
+            own = torch.arange(part.start, part.stop, device=d.device)[:, None]
+            which = torch.arange(self.f, device=d.device) if centre is None else centre[:, None]
+            d.masked_fill_(own == which, 0)
+            if self.real is not None:
+                there = self.real if centre is None else self.real.gather(1, centre)
+                d.masked_fill_(~(self.real[:, part, None] & there[:, None]), INF)
+            yield part, d
+
+    def to(self, at: Tensor) -> Tensor:
+        """(B, F): how far all tokens are from one of each sample. at: (B,) positions."""
+        if self.kept is not None:
+            return take(self.kept, at[:, None])[:, 0]
+        y = take(self.x, at[:, None])
+        d = self._between(slice(None), y, self.norm.gather(1, at[:, None]))[..., 0].scatter(1, at[:, None], 0)
+        return d if self.real is None else d.masked_fill(~self.real, INF)
+
+
+def bounded(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """x as float32 without gradient, finite and small enough that squared distances are too. x: (B, F, d)."""
     x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)
-    norm = (x * x).sum(-1)
-    d = (norm[:, :, None] + norm[:, None] - 2 * (x @ x.transpose(-1, -2))).clamp_(min=0)
-    d = torch.minimum(d, d.transpose(-1, -2))
-    d.diagonal(dim1=-2, dim2=-1).zero_()
-    return d if real is None else d.masked_fill_(~(real[:, None] & real[:, :, None]), INF)
+    if real is not None:
+        x = x.masked_fill(~real[..., None], 0)
+    most = torch.finfo(torch.float32).max ** 0.5 / (4 * max(x.shape[-1], 1) ** 0.5)
+    return x / (x.abs().amax(dim=(-2, -1), keepdim=True) / most).clamp(min=1)
+
+
+def _each(index: Tensor, f: int) -> Tensor:
+    """(B, K) positions for each of f tokens, (B, F, K)."""
+    return index[:, None].expand(-1, f, -1)
 
 
 def agglomerate(d: Tensor, merges: int, linkage: Linkage, limit: Tensor | None = None) -> Tensor:
@@ -283,9 +401,9 @@ def agglomerate(d: Tensor, merges: int, linkage: Linkage, limit: Tensor | None =
 
 
 def density_peaks(
-    d: Tensor, k: int, neighbours: int | Tensor, real: Tensor | None = None, count: Tensor | None = None
+    d: Distances, k: int, neighbours: int | Tensor, real: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Labels (B, F) in [0, k) and centres (B, k), positions. d: (B, F, F) squared distances over channels.
+    """Labels (B, F) in [0, k) and centres (B, k), positions. d: squared distances over channels.
 
     Centres are the highest `peaks`. neighbours: one number, or one per sample, (B,), of at most k.
     """
@@ -295,30 +413,31 @@ def density_peaks(
     return nearest(d, centre, count), centre
 
 
-def peaks(d: Tensor, neighbours: int | Tensor, real: Tensor | None = None, most: int | None = None) -> Tensor:
+def peaks(d: Distances, neighbours: int | Tensor, real: Tensor | None = None, most: int | None = None) -> Tensor:
     """How much each token is a peak of density: density times separation, (B, F) float32, -1 at padding.
 
     density = exp(-mean of d over the nearest `neighbours`), the token itself being one of them; separation = distance
-    to the nearest denser token, for the densest one the largest distance there is. d: (B, F, F) squared distances over
-    channels. neighbours: one number, or one per sample, (B,), of at most `most`.
+    to the nearest denser token, for the densest one the largest distance there is. d: squared distances over channels.
+    neighbours: one number, or one per sample, (B,), of at most `most`.
     """
-    f = d.shape[-1]
-    nearby = neighbours if isinstance(neighbours, int) else f if most is None else most
-    near = d.topk(min(nearby, f), dim=-1, largest=False).values
+    f = d.f
+    nearby = min(neighbours if isinstance(neighbours, int) else f if most is None else most, f)
+    near = torch.cat([part.topk(nearby, dim=-1, largest=False).values for _, part in d.rows()], 1)
     if isinstance(neighbours, Tensor):
-        beyond = torch.arange(near.shape[-1], device=d.device) >= neighbours[:, None, None]
-        real = torch.ones(d.shape[:2], dtype=torch.bool, device=d.device) if real is None else real
+        beyond = torch.arange(nearby, device=near.device) >= neighbours[:, None, None]
+        real = torch.ones(near.shape[:2], dtype=torch.bool, device=near.device) if real is None else real
         near = near.masked_fill(beyond, INF)
     if real is None:
         density = (-near.mean(-1)).exp()
     else:  # a sample shorter than `neighbours` averages over what it has
         there = near.isfinite()
         density = (-near.masked_fill(~there, 0).sum(-1) / there.sum(-1).clamp(min=1)).exp().masked_fill(~real, -1)
-    where = torch.arange(f, device=d.device)
-    mine, theirs = density[:, :, None], density[:, None]
-    denser = (theirs > mine) | ((theirs == mine) & (where < where[:, None]))
-    far = d.masked_fill(d == INF, 0).amax(dim=(-2, -1))[:, None]
-    separation = torch.minimum(d.masked_fill(~denser, INF).amin(-1), far).sqrt()
+    rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    apart, far = [], []
+    for part, some in d.rows():
+        apart.append(some.masked_fill(rank[:, part, None] <= rank[:, None], INF).amin(-1))
+        far.append((some if real is None else some.masked_fill(some == INF, 0)).amax(dim=(-2, -1)))
+    separation = torch.minimum(torch.cat(apart, 1), torch.stack(far, 1).amax(-1, keepdim=True)).sqrt()
     score = density * separation
     return score if real is None else score.masked_fill(~real, -1)
 
@@ -327,7 +446,7 @@ def lloyd(
     x: Tensor, k: int, iterations: int, mass: Tensor, real: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """k-means labels (B, F) in [0, k). x: (B, F, d) float32; mass: (B, F) weights of the means."""
-    x = x.nan_to_num(0.0, 0.0, 0.0)
+    x = bounded(x, real)
     b, f, c = x.shape
     step = torch.arange(k, device=x.device)
     if real is None or count is None:
@@ -336,16 +455,13 @@ def lloyd(
     else:
         seed = step * real.sum(-1, keepdim=True) // count.clamp(min=1)[:, None]
         spare = step >= count[:, None]
-        seed = seed.clamp(max=f - 1)
+        line = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # wherever padding stands
+        seed = line.gather(1, seed.clamp(max=f - 1))
     centre = take(x, seed)
     own = step.expand(b, k)
     label = own
     for _ in range(max(iterations, 1)):
-        # |x|^2 is the same for all centres of a token and is left out
-        d = (centre * centre).sum(-1)[:, None] - 2 * (x @ centre.transpose(-1, -2))
-        if spare is not None:
-            d = d.masked_fill(spare[:, None], INF)
-        label = _put(d.argmin(-1), seed, own, spare)
+        label = _put(_closest(x, centre, spare), seed, own, spare)
         m = mass[..., None]
         index = label[..., None]
         total = x.new_zeros(b, k, 1).scatter_add(1, index, m)
@@ -354,20 +470,32 @@ def lloyd(
     return label
 
 
+def _closest(x: Tensor, centre: Tensor, spare: Tensor | None) -> Tensor:
+    """(B, F): the nearest of some centres, (B, K, d), but for the spare ones. x: (B, F, d)."""
+    norm = (centre * centre).sum(-1)  # |x|^2 is the same for all centres of a token and is left out
+    if spare is not None:
+        norm = norm.masked_fill(spare, INF)
+    step = max(1, CHUNK // max(1, centre.shape[0] * centre.shape[1]))
+    parts = x.split(step, 1)
+    return torch.cat([torch.baddbmm(norm[:, None], p, centre.transpose(-1, -2), alpha=-2).argmin(-1) for p in parts], 1)
+
+
 def medoids(
-    d: Tensor, k: int, iterations: int, mass: Tensor, real: Tensor | None = None, count: Tensor | None = None
+    d: Distances, k: int, iterations: int, mass: Tensor, real: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """k-medoids: labels (B, F) in [0, k) and centres (B, k). d: (B, F, F) squared distances; mass: (B, F)."""
-    b, f, _ = d.shape
+    """k-medoids: labels (B, F) in [0, k) and centres (B, k). d: squared distances; mass: (B, F)."""
+    b, f = mass.shape
     rank = mass if real is None else mass.masked_fill(~real, -INF)
     centre = rank.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     if count is None:
         centre = centre.sort(-1).values
-    weighted = d.masked_fill(d == INF, 0) * mass[:, None]
-    where = torch.arange(f, device=d.device).expand(b, f)
+    where = torch.arange(f, device=mass.device).expand(b, f)
     label = nearest(d, centre, count)
     for _ in range(iterations):
-        cost = (weighted * (label[:, :, None] == label[:, None])).sum(-1)
+        shut = label if real is None else label.masked_fill(~real, -1)
+        cost = torch.cat([
+            some.masked_fill(label[:, part, None] != shut[:, None], 0) @ mass[..., None] for part, some in d.rows()
+        ], 1)[..., 0]  # fmt: skip
         if real is not None:
             cost = cost.masked_fill(~real, INF)
         best = cost.new_full((b, k), INF).scatter_reduce(1, label, cost, "amin")
@@ -396,9 +524,7 @@ def farthest(reach: Callable[[Tensor], Tensor], first: Tensor, k: int, f: int, r
 
 def known(d: Tensor) -> Callable[[Tensor], Tensor]:
     """`reach` of `farthest` for a matrix of distances. d: (B, F, F)."""
-    flat = d.reshape(-1, d.shape[-1])
-    base = torch.arange(d.shape[0], device=d.device) * d.shape[-1]
-    return lambda at: flat.index_select(0, at + base)
+    return lambda at: take(d, at[:, None])[:, 0]
 
 
 def spread(
@@ -410,7 +536,7 @@ def spread(
     x: (B, N, d); centres: (B or 1, N) bool, `fixed` of them in each sample (at most), chosen before all others; k:
     further tokens; block: how many of these are chosen at once.
     """
-    x = x.detach().float().nan_to_num(0.0, 0.0, 0.0)
+    x = bounded(x, real)
     b, n, _ = x.shape
     limit = torch.finfo(torch.float32).max
     apart = x.new_full((b, n), limit)
@@ -433,16 +559,15 @@ def spread(
     return score
 
 
-def nearest(d: Tensor, centre: Tensor, count: Tensor | None = None) -> Tensor:
+def nearest(d: Distances, centre: Tensor, count: Tensor | None = None) -> Tensor:
     """The nearest centre of each token, (B, F) in [0, k); a centre belongs to itself. centre: (B, k) positions."""
     b, k = centre.shape
-    to = d.transpose(-1, -2) if d.shape[0] == 0 else take(d, centre)  # (B, k, F); d is symmetric
-    spare = None
-    if count is not None:
-        spare = torch.arange(k, device=d.device) >= count[:, None]
-        to = to.masked_fill(spare[..., None], INF)
-    own = torch.arange(k, device=d.device).expand(b, k)
-    return _put(to.argmin(-2), centre, own, spare)
+    own = torch.arange(k, device=centre.device)
+    spare = None if count is None else own >= count[:, None]
+    label = []
+    for _, some in d.rows(centre):
+        label.append((some if spare is None else some.masked_fill(spare[:, None], INF)).argmin(-1))
+    return _put(torch.cat(label, 1), centre, own.expand(b, k), spare)
 
 
 def _put(label: Tensor, where: Tensor, own: Tensor, spare: Tensor | None) -> Tensor:
@@ -453,6 +578,11 @@ def _put(label: Tensor, where: Tensor, own: Tensor, spare: Tensor | None) -> Ten
     return wide.scatter(1, where.masked_fill(spare, label.shape[1]), own)[:, :-1]
 
 
+def weighed(x: Tensor, least: float) -> Tensor:
+    """Weights as float32 without gradient: numbers, at least `least`, and small enough to be added up."""
+    return x.detach().float().nan_to_num(0.0).clamp(least, 1e30)
+
+
 # -- the free tokens as one block -----------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Field:
@@ -461,6 +591,7 @@ class Field:
     start   their first position where they are a run; index: (B, F) positions otherwise
     f, k    tokens and clusters, the largest of any sample
     real    (B, F) bool and count (B,), the clusters of each sample, where samples are padded
+    table   tokens and clusters, the fewest there can be, of every length that a sample can have
     """
 
     start: int
@@ -469,7 +600,7 @@ class Field:
     k: int
     real: Tensor | None = None
     count: Tensor | None = None
-    most_merges: int = 0
+    table: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, metric: Tensor, budget: Budget, tokens: Tokens, at: Place) -> Field:
@@ -483,11 +614,12 @@ class Field:
             index = tokens.free_index()
         table = budget.counts(f, at, least=1)
         if tokens.valid is None:
-            return cls(tokens.prefix, index, f, table[f], most_merges=f - table[f])
+            return cls(tokens.prefix, index, f, table[f], table=((f, table[f]),))
         real = tokens.valid[:, tokens.prefix :] if index is None else tokens.valid.gather(1, index)
         count = budget.granted(real.sum(-1), f, at, least=1)
-        most = max(n - k for n, k in enumerate(table))
-        return cls(tokens.prefix, index, f, max(table), real, count, most)
+        if at.starts is not None:  # the fewest clusters: a sample may have started with no more tokens than it has
+            table = [min(k, max(budget.keep(n, replace(at.quiet, start=n)), min(1, n))) for n, k in enumerate(table)]
+        return cls(tokens.prefix, index, f, budget.most(f, at, least=1), real, count, tuple(enumerate(table)))
 
     @property
     def all_stay(self) -> bool:
@@ -512,7 +644,7 @@ class Field:
         if given is None:
             mass = torch.ones(shape, device=tokens.device if self.real is None else self.real.device)
         else:
-            mass = self.take(given).detach().float().nan_to_num(0.0)
+            mass = weighed(self.take(given), 0)
         return mass if self.real is None else mass.masked_fill(~self.real, 0)
 
     def only(self, centre: Tensor, tokens: Tokens) -> Tensor:
@@ -541,7 +673,7 @@ class Field:
         row = (alive.long().cumsum(-1) - 1).gather(1, root.clamp(max=n - 1))
         m = n - self.f + self.k
         # Members that all weigh nothing still make a row: their even average.
-        size = tokens.size if weight is None else weight.detach().float().clamp_min(1e-12)
+        size = tokens.size if weight is None else weighed(weight, 1e-12)
         if self.count is None:
             return Plan.from_rows(row, m, size=size)
         assert tokens.valid is not None

@@ -84,12 +84,17 @@ def bipartite(
     >>> bipartite(metric, Remove(1), Tokens.plain(1, 4), at=Place()).row.tolist()
     [[0, 0, 1, 2]]
     """
-    if tokens.guarded is None:
-        parts: Parts = (slice(0, None, 2), slice(1, None, 2))
-    else:  # guarded tokens lie anywhere: the halves are the even and the odd ones among those that may go
-        index = tokens.free_index()
-        parts, order = (index[:, ::2], index[:, 1::2]), "position"
-    return _fold(metric, budget, tokens, at, parts, lambda free: free // 2, order, penalty)
+    parts: Parts = (slice(0, None, 2), slice(1, None, 2))
+    if (
+        tokens.irregular
+    ):  # the even and the odd ones among the real ones; where tokens are guarded, among those that may go
+        index = torch.arange(tokens.n, device=metric.device).expand(tokens.batch, -1)
+        if tokens.guarded is not None:
+            index, order = tokens.free_index(), "position"
+        if tokens.valid is not None:
+            index = index.gather(1, (~tokens.valid.gather(1, index)).to(torch.int8).argsort(dim=-1, stable=True))
+        parts = (index[:, ::2], index[:, 1::2])
+    return _fold(metric, budget, tokens, at, parts, _half, order, penalty)
 
 
 def kth_bipartite(
@@ -143,12 +148,11 @@ def random_bipartite(
     if movable is not None:  # what may not go is drawn last
         fixed = (~movable).expand_as(order).gather(-1, order)
         order = order.gather(-1, fixed.to(torch.int8).argsort(dim=-1, stable=True))
-    most = max(free - 1, 0)
-    r = _asked(budget, tokens, at, most)
-    goes = None
+    r = _asked(budget, tokens, at, _all_but_one(free))
+    goes, left = None, tokens.n - r
     if tokens.valid is not None:  # a sample's sources are its own first r, the others receive
-        goes = _own_share(budget, tokens, at, tokens.n, lambda n: max(n - 1, 0))
-    return _fold_drawn(metric, tokens, at, order, r, goes)
+        goes, left = _own_share(budget, tokens, at, tokens.n, _all_but_one), _left(budget, tokens, at, _all_but_one)
+    return _fold_drawn(metric, tokens, at, order, r, goes, left)
 
 
 def grid_bipartite(
@@ -204,17 +208,18 @@ def ranked_bipartite(
     n, free = tokens.n, tokens.free_count
     most = _asked(budget, tokens, at, free // 2)
     if free < 2 or (tokens.valid is None and most <= 0):
-        return Plan.identity((tokens.batch,), n, metric.device)
+        return tokens.unchanged(metric.device)
     with torch.no_grad():
         movable = tokens.movable
-        s = scores.float() if movable is None else scores.float().masked_fill(~movable, float("inf"))
+        s = scores.float().nan_to_num(nan=torch.finfo(torch.float32).min)  # what is no number goes first
+        s = s if movable is None else s.masked_fill(~movable, float("inf"))
         order = s.argsort(dim=-1, stable=True)
         real: Tensor | int = free
         goes: Tensor | int = most
         if tokens.valid is not None:
             real = (tokens.valid.sum(-1, keepdim=True) - n + free).clamp(min=0)
             goes = torch.minimum(real - budget.granted(real[:, 0], free, at)[:, None], real // 2)
-            most = free // 2
+            left, most = _left(budget, tokens, at, _half), free // 2
         rank = torch.arange(n, device=s.device).expand_as(order)
         shut = torch.ones_like(order, dtype=torch.bool).scatter(-1, order, (rank < real // 2) | (rank >= real))
         u, source = unit(metric), order[:, : free // 2]
@@ -233,28 +238,33 @@ def ranked_bipartite(
         to = (stays.long().cumsum(-1) - 1).gather(-1, into).masked_fill(~leaves | (place < cut), -1)
         if tokens.valid is None:
             return Hard(n, anchor[:, : n - most], source, to).averaged(tokens.size)
-        return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
+        return Hard(n, anchor[:, :left], source, to, length=stays.sum(-1)).averaged(tokens.size)
 
 
 def joined(kept: Hard, metric: Tensor, tokens: Tokens, *, at: Place) -> Hard:
     """A pruning plan whose dropped tokens join the most similar of those that stay; rows are averages by size.
 
     metric: (B, N, d), any float; compared by cosine in float32, without gradient. Of equals the earliest takes all.
+    Protected tokens and padding take nobody in; where nothing else stays, what was dropped stays dropped.
     Cost     2 N M d FLOPs for M rows; memory linear in N. No synchronisation.
     """
     _check(metric, tokens)
-    if kept.length is None and kept.m == kept.n:
+    if kept.m == 0 or (kept.length is None and kept.m == kept.n):
         return kept
     at.spend(2 * kept.n * kept.m * metric.shape[-1])
     x = unit(metric)
-    _, partner = best_partner(x, take(x, kept.anchor), None if kept.valid is None else ~kept.valid)
+    shut = None if tokens.protected is None else tokens.protected.expand(tokens.batch, -1).gather(1, kept.anchor)
+    if kept.valid is not None:
+        shut = ~kept.valid if shut is None else shut | ~kept.valid
+    best, partner = best_partner(x, take(x, kept.anchor), shut)
     if kept.length is None:
         guest = complement(kept.anchor, kept.n)
-        to = partner(guest)
+        gone = best.gather(1, guest) > float("-inf")
     else:
         guest = torch.arange(kept.n, device=x.device).expand(*kept.lead, kept.n)
-        gone = kept.row < 0 if tokens.valid is None else (kept.row < 0) & tokens.valid
-        to = torch.where(gone, partner(guest), -1)
+        gone = (kept.row < 0) & (best > float("-inf"))
+        gone = gone if tokens.valid is None else gone & tokens.valid
+    to = torch.where(gone, partner(guest), -1)
     return replace(kept, extra=guest, to=to).averaged(tokens.size)
 
 
@@ -295,7 +305,7 @@ def _fold(
     cut = budget.value if isinstance(budget, Threshold) else None
     r = most(tokens.free_count) if cut is not None else _asked(budget, tokens, at, most(tokens.free_count))
     if r <= 0:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     with torch.no_grad():
         u = unit(metric)
         a, b = (_part(u, part) for part in parts)
@@ -314,28 +324,34 @@ def _fold(
         ranked = best.sort(dim=-1, descending=True, stable=True)
         first = ranked.indices[:, :r]
         source, into = _at(parts[0], first), _at(parts[1], partner(first))
-        # Which sources can go is known from the counts alone, unless guarded tokens lie in a partition made without
-        # regard to them, samples are padded, or a threshold decides.
-        counted = tokens.guarded is None or (isinstance(parts[0], Tensor) and parts[0].dim() == 2)
-        if cut is None and tokens.valid is None and counted:
+        # How many sources go is known from the counts alone, unless a threshold decides or the partition was made
+        # without regard to padding and guarded tokens.
+        apart = isinstance(parts[0], Tensor) and parts[0].dim() == 2
+        if cut is None and tokens.valid is None and (apart or tokens.guarded is None):
             plan = Plan.merge(source, into, tokens.n, tokens.size)
         else:
-            value = ranked.values[:, :r]
-            goes = value > float("-inf") if cut is None else value >= cut
-            if cut is None and tokens.valid is not None:
+            value, width = ranked.values[:, :r], tokens.n
+            goes = value > float("-inf")
+            if cut is not None:
+                goes = goes & (value >= cut)
+            elif tokens.valid is not None:
                 goes = goes & _own_share(budget, tokens, at, r, most)
-            plan = _merge_some(source, into, goes, tokens)
+                width = _left(budget, tokens, at, most) if apart else width
+            plan = _merge_some(source, into, goes, tokens, width)
         return plan if order == "position" else _in_halves(plan, tokens, best if order == "ranked" else None)
 
 
-def _fold_drawn(metric: Tensor, tokens: Tokens, at: Place, order: Tensor, r: int, goes: Tensor | None) -> Hard:
+def _fold_drawn(
+    metric: Tensor, tokens: Tokens, at: Place, order: Tensor, r: int, goes: Tensor | None, left: int
+) -> Hard:  # fmt: skip
     """The first tokens of an order into the most similar of the free ones behind them.
 
-    order: (B, N); r: how many go, goes: (B, N) bool, which entries of the order do where samples differ.
+    order: (B, N); r: how many go, goes: (B, N) bool, which entries of the order do where samples differ; left: the
+    most rows that any sample has then.
     """
     _check(metric, tokens)
     if r <= 0:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     with torch.no_grad():
         u = unit(metric)
         at.spend(2 * r * (tokens.n - r) * u.shape[-1])
@@ -352,7 +368,7 @@ def _fold_drawn(metric: Tensor, tokens: Tokens, at: Place, order: Tensor, r: int
         into = target.gather(-1, partner(torch.arange(r, device=order.device).expand(tokens.batch, r)))
         if goes is None:
             return Plan.merge(source, into, tokens.n, tokens.size)
-        return _merge_some(source, into, goes[:, :r], tokens)
+        return _merge_some(source, into, goes[:, :r], tokens, left)
 
 
 def _check(metric: Tensor, tokens: Tokens) -> None:
@@ -375,12 +391,31 @@ def _own_share(
     return torch.arange(width, device=own.device) < own[:, None]
 
 
-def _merge_some(source: Tensor, into: Tensor, goes: Tensor, tokens: Tokens) -> Hard:
-    """A ragged merge: each source that goes is folded into the token at `into`; padding is dropped. All (B, S)."""
+def _left(budget: Budget | None, tokens: Tokens, at: Place, most: Callable[[int], int]) -> int:
+    """The rows of the fullest padded sample behind a matching, from the counts alone: nothing is read from the
+    device, and no row is carried on that is padding in every sample."""
+    free = tokens.free_count
+    left = max(n - most(n) for n in range(free + 1))
+    return tokens.n - free + (left if budget is None else max(left, budget.most(free, at)))
+
+
+def _half(free: int) -> int:
+    """How many of some free tokens a matching of two halves can fold."""
+    return free // 2
+
+
+def _all_but_one(free: int) -> int:
+    return max(free - 1, 0)
+
+
+def _merge_some(source: Tensor, into: Tensor, goes: Tensor, tokens: Tokens, width: int) -> Hard:
+    """A ragged merge: each source that goes is folded into the token at `into`; padding is dropped. All (B, S).
+
+    width: rows, at least as many as any sample has left."""
     n = tokens.n
     gone = torch.zeros(tokens.batch, n, dtype=torch.bool, device=source.device).scatter(-1, source, goes)
     stays = ~gone if tokens.valid is None else tokens.valid & ~gone
-    anchor = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+    anchor = (~stays).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
     row = stays.long().cumsum(-1) - 1
     to = row.gather(-1, into).masked_fill(~goes, -1)
     return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
@@ -388,8 +423,10 @@ def _merge_some(source: Tensor, into: Tensor, goes: Tensor, tokens: Tokens) -> H
 
 def _in_halves(plan: Hard, tokens: Tokens, best: Tensor | None) -> Hard:
     """The rows of a bipartite plan as prefix, even positions, odd positions, padding. best: (B, ceil(N / 2)), what the
-    even ones are ranked by, or None for their position."""
+    even ones are ranked by, or None for their position. Positions are those among the real tokens."""
     where, n = plan.anchor, tokens.n
+    if tokens.valid is not None:
+        where = (tokens.valid.cumsum(-1) - 1).clamp(min=0).gather(-1, where)
     even = where
     if best is not None:
         rank = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

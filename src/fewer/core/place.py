@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import Tensor
@@ -49,3 +49,8 @@ class Place:
     spend: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
     note: Callable[[str], None] = field(default=_ignore, compare=False, repr=False)
     starts: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def quiet(self) -> Place:
+        """The same place for questions that are no request: nothing is noted."""
+        return replace(self, note=_ignore)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from .budgets import Budget
 from .place import Site
 from .plan import Plan
+from .settings import Settings
 from .signals import Signals
 from .tokens import Tokens
 
@@ -33,7 +34,7 @@ class Card:
     exempt: dict[str, str] = field(default_factory=dict)
 
 
-class Reducer:
+class Reducer(Settings):
     """A published method: a frozen dataclass of its parameters and one `plan`. Subclass and decorate with `reducer`.
 
     budget        how many stay

@@ -35,9 +35,9 @@ def top(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, among: Gro
     free = tokens.free_count if among is None else len(among)
     fixed = tokens.n - free
     if budget.adaptive:
-        return _ragged(_adaptive(scores, budget), tokens)
+        return _ragged(_adaptive(scores, budget), tokens, fixed + budget.most(free, at))
     if tokens.valid is None and budget.keep(free, at) == free:
-        return Plan.identity((tokens.batch,), tokens.n, scores.device)
+        return tokens.unchanged(scores.device)
     return _first(scores.sort(dim=-1, descending=True, stable=True).indices, budget, tokens, at, fixed)
 
 
@@ -51,10 +51,14 @@ def outliers(scores: Tensor, tokens: Tokens, *, at: Place, factor: float = 1.5) 
     return top(scores, Outliers(factor), tokens, at=at)
 
 
-def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fidelity: Fidelity = "paper") -> Hard:
+def sampled(
+    scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fidelity: Fidelity = "paper",
+    whole: Tensor | None = None,
+) -> Hard:  # fmt: skip
     """Inverse transform sampling: K fixed points of the distribution of scores; a token hit twice stays once.
 
     Shapes   scores: (B, N), non-negative; they need not sum to one. A sample whose scores are all zero counts as even.
+    whole    (B,) bool, samples of at most K tokens that keep them all; None = none.
     Returns  a ragged pruning plan: at most K free tokens stay, fewer where the scores are peaked. Deterministic.
     Points   the free tokens in order of rising score (the earlier position first) are summed up from 0 to 1. "paper":
              the points (2i - 1) / 2K, each takes the token whose step holds it. "code": K points spread from 0 to 1,
@@ -96,6 +100,7 @@ def sampled(scores: Tensor, budget: Budget, tokens: Tokens, *, at: Place, fideli
         hit = order.gather(-1, hit.clamp(max=f - 1))
         hit = hit.masked_fill(i >= number, f)
         keep = torch.zeros(tokens.batch, f + 1, dtype=torch.bool, device=s.device).scatter(-1, hit, True)[:, :-1]
+        keep = keep if whole is None else keep | whole[:, None]
         return _kept(keep, place, tokens, tokens.n - free + k, ragged=True)
 
 
@@ -127,7 +132,7 @@ def stratified(
     if budget.adaptive:
         raise PlanError(f"{budget!r} names no count; stratified takes r, keep or tokens")
     s = _candidates(scores, tokens, None)
-    patch = (tokens.place() - (tokens.prefix if offset is None else offset)).clamp(min=0)
+    patch = (tokens.ordinal() - (tokens.prefix if offset is None else offset)).clamp(min=0)
     across = -(-grid[1] // window[1])
     cell = patch // grid[1] // window[0] * across + patch % grid[1] // window[1]
     turn = rank_within(s, cell.masked_fill(~s.isfinite(), -1))
@@ -145,13 +150,14 @@ def maxmin(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard
              is the token whose nearest neighbour is farthest. At least one free token stays.
     Returns  a hard pruning plan, rows ascending by position.
     Cost     at most (F^2 + 2 F K) d FLOPs per sample for F free tokens, K of them chosen, and memory linear in F; F^2 d
-             FLOPs and F^2 floats up to `NEAR` tokens, or where more than F / 4 are chosen. K steps, no sync.
+             FLOPs and F^2 floats up to `NEAR` tokens, or four times as many where more than F / 4 are chosen. K steps,
+             no sync.
     Source   DivPrune, arXiv:2503.02175, alg. 1.
     """
     block = cluster.Field.of(metric, budget, tokens, at)
     if block.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
-    few = 4 * block.k <= block.f and block.f > NEAR
+        return tokens.unchanged(metric.device)
+    few = block.f > (NEAR if 4 * block.k <= block.f else 2 * cluster.NEAR)
     at.spend((cluster.pairs(block.f) + 2 * block.f * block.k * few) * metric.shape[-1])
     with torch.no_grad():
         if few:  # columns of the matrix of pairs are computed again when they are wanted: cheaper than keeping them
@@ -181,7 +187,7 @@ def dpp(metric: Tensor, quality: Tensor, budget: Budget, tokens: Tokens, *, at: 
     _check(quality, tokens)
     block = cluster.Field.of(metric, budget, tokens, at)
     if block.all_stay:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     at.spend(2 * block.f * block.k * metric.shape[-1] + block.f * block.k**2)
     with torch.no_grad():
         u = unit(block.take(metric))
@@ -199,8 +205,8 @@ def dpp(metric: Tensor, quality: Tensor, budget: Budget, tokens: Tokens, *, at: 
             pick = torch.where(new, gain, weight).argmax(-1, keepdim=True)
             chosen.append(pick)
             past = known[:, :step]
-            mine = past.gather(-1, pick[:, None].expand(-1, step, -1))
-            column = (u @ take(u, pick).transpose(-1, -2))[..., 0] - (mine * past).sum(1)
+            mine = past.gather(-1, pick[:, None].expand(-1, step, -1)).transpose(-1, -2)
+            column = (u @ take(u, pick).transpose(-1, -2))[..., 0] - (mine @ past)[:, 0]  # copies none of the past
             known[:, step] = (column * left.gather(-1, pick).clamp_min(EXPLAINED).rsqrt()).masked_fill(~new, 0)
             left = (left - known[:, step].square()).clamp(min=0).scatter(-1, pick, 0.0)
             weight = weight.scatter(-1, pick, -INF)
@@ -239,9 +245,9 @@ def core_set(metric: Tensor, budget: Budget, tokens: Tokens, *, at: Place, block
         raise PlanError(f"{budget!r} names no count; a core-set takes r, keep or tokens")
     _check(metric[..., 0], tokens)
     free = tokens.free_count
-    most = budget.keep(free, at) if tokens.valid is None else max(budget.counts(free, at))
+    most = budget.keep(free, at) if tokens.valid is None else budget.most(free, at)
     if tokens.valid is None and most == free:
-        return Plan.identity((tokens.batch,), tokens.n, metric.device)
+        return tokens.unchanged(metric.device)
     at.spend(2 * tokens.n * (tokens.n - free + most) * metric.shape[-1])
     with torch.no_grad():
         centres = tokens.protected
@@ -284,10 +290,11 @@ def allowed(budget: Budget, tokens: Tokens, *, at: Place, device: torch.device) 
     Raises BudgetError for a budget that names no count.
     """
     free = tokens.free_count
-    table = budget.counts(free, at, least=1)
+    most = budget.counts(free, at, least=1)[free]
     if tokens.valid is None:
-        return torch.full((tokens.batch,), table[free], device=device), table[free]
-    return on_device(table, device)[(tokens.valid.sum(-1) - (tokens.n - free)).clamp(min=0)], max(table)
+        return torch.full((tokens.batch,), most, device=device), most
+    real = (tokens.valid.sum(-1) - (tokens.n - free)).clamp(min=0)
+    return budget.granted(real, free, at, least=1), budget.most(free, at, least=1)
 
 
 def within(scores: Tensor, group: Tensor, budget: Budget, tokens: Tokens, *, at: Place) -> Hard:
@@ -423,4 +430,4 @@ def _first(order: Tensor, budget: Budget, tokens: Tokens, at: Place, fixed: int)
     lengths = fixed + budget.granted((tokens.valid.sum(-1) - fixed).clamp(min=0), free, at)
     rank = torch.arange(tokens.n, device=order.device)
     keep = torch.zeros_like(tokens.valid).scatter(-1, order, rank < lengths[:, None]) & tokens.valid
-    return _ragged(keep, tokens, fixed + max(budget.counts(free, at)))
+    return _ragged(keep, tokens, fixed + budget.most(free, at))

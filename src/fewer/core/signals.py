@@ -95,9 +95,18 @@ class Signals:
         tokens of a vision-language model know their cell themselves, in the tile or frame that `plane` numbers."""
         if self.beside is not None:
             return self.beside.view.row, self.beside.view.column
-        place = (self.tokens.place() - self.prefix).clamp(min=0)
-        width = self.at.start if self.grid is None else self.grid[1]
-        return place // max(width, 1), place % max(width, 1)
+        place = (self.tokens.ordinal() - self.prefix).clamp(min=0)
+        if self.grid is None:
+            return torch.zeros_like(place), place
+        return place // self.grid[1], place % self.grid[1]
+
+    @property
+    def extent(self) -> tuple[int, int | Tensor]:
+        """Height and width of the patch grid of the input; what forms no known grid is one row, whose width may differ
+        from sample to sample, (B, 1)."""
+        if self.grid is not None:
+            return self.grid
+        return 1, self.at.start if self.at.starts is None else self.at.starts[:, None]
 
     @lazy
     def plane(self) -> Tensor:

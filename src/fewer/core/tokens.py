@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Hard, Masked, Plan
+from .plan import Hard, Masked, Plan, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class Group:
         if self.index is None:
             return x.narrow(dim, self.start, len(self))
         dim = dim % x.dim()
+        if dim == x.dim() - 2 and x.dim() in (3, 4):  # whole rows are copied several times faster than gathered
+            if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+                return take(x.transpose(1, 2).flatten(2), self.index).unflatten(-1, x.shape[1::2]).transpose(1, 2)
+            if x.is_contiguous():
+                return take(x, self.index if x.dim() == 3 else self.index[:, None].expand(-1, x.shape[1], -1))
         shape = [1] * x.dim()
         shape[0], shape[dim] = self.index.shape
         target = list(x.shape)
@@ -49,6 +54,7 @@ class Tokens:
     modality   (B, N) int, 0 = text, 1 = image; None = one modality
     images     how many of the rows are image tokens, where samples differ the most in any; None = not known
     position   (B, N) long, the input token each row stands for; None = its own index
+    ahead      (B, 1) long, padding in front of each sample's first token in the input; None = none that is known
     """
 
     batch: int
@@ -63,6 +69,7 @@ class Tokens:
     modality: Tensor | None = None
     images: int | None = None
     position: Tensor | None = None
+    ahead: Tensor | None = None
     device: torch.device | None = None
 
     @classmethod
@@ -173,6 +180,22 @@ class Tokens:
             return self.position
         return torch.arange(self.n, device=self.device).expand(self.batch, self.n)
 
+    def ordinal(self) -> Tensor:
+        """(B, N): the how-manieth of its own sample that token is, from 0; padding in front does not count."""
+        ahead = self._ahead()
+        return self.place() if ahead is None else self.place() - ahead
+
+    def _ahead(self) -> Tensor | None:
+        if self.valid is None or self.position is not None:
+            return self.ahead
+        return self.valid.to(torch.int8).argmax(-1, keepdim=True)
+
+    def unchanged(self, device: torch.device | None = None) -> Hard:
+        """The plan in which every token stays where it is; padding is dropped."""
+        if self.valid is None:
+            return Plan.identity((self.batch,), self.n, device)
+        return Plan.keep((~self.valid).to(torch.int8).argsort(dim=-1, stable=True), self.n, self.valid.sum(-1))
+
     def after(self, plan: Plan) -> Tokens:
         """The tokens a plan leaves, every stream moved in step."""
         if isinstance(plan, Masked):
@@ -182,16 +205,22 @@ class Tokens:
         merges = not (isinstance(plan, Hard) and not plan.averages)
         size = plan.sizes(self.size) if merges or self.size is not None else None
         valid = plan.valid
+        if self.valid is not None and valid is None:
+            valid = plan.gather(self.valid)
+        guarded = None if self.guarded is None else plan.gather(self.guarded)
+        if guarded is not None and plan.valid is not None:  # what stands for padding is arbitrary
+            guarded = guarded & plan.valid
         return replace(
             self,
             n=plan.m,
             prefix=self.prefix + getattr(plan, "front", 0),
             size=size,
-            valid=valid if self.valid is None else (valid if valid is not None else plan.gather(self.valid)),
-            guarded=None if self.guarded is None else plan.gather(self.guarded),
+            valid=valid,
+            guarded=guarded,
             modality=None if self.modality is None else plan.gather(self.modality),
             images=self.images if plan.m == self.n else None,
             position=plan.gather(self.place()),
+            ahead=self._ahead(),
         )
 
     def _with_front(self, plan: Masked) -> Tokens:
@@ -204,4 +233,5 @@ class Tokens:
             guarded=None if self.guarded is None else plan.gather(self.guarded),
             modality=None if self.modality is None else plan.gather(self.modality),
             position=plan.gather(self.place()),
+            ahead=self._ahead(),
         )

@@ -11,12 +11,16 @@ from .kv.state import Record
 @dataclass
 class Entry:
     """One block: mean tokens per sample in attention and in the MLP, the method's own FLOPs per sample, and the mean
-    number of query-key pairs (by default the square of the tokens: all samples alike)."""
+    number of query-key pairs (by default the square of the tokens: all samples alike).
+
+    ran  the same of the rows that were computed, padding and masked ones too; None: those that are there
+    """
 
     attention: float
     mlp: float
     own: int = 0
     pairs: float | None = None
+    ran: Entry | None = None
 
 
 @dataclass
@@ -78,6 +82,12 @@ class Ledger:
     def ceiling(self) -> float:
         """Speed-up that the remaining FLOPs of the model would allow."""
         return self.gflops_full / self.gflops_model
+
+    @property
+    def reach(self) -> float:
+        """Speed-up that the FLOPs really computed allow: no more than the ceiling, less where padding and masked rows
+        are computed."""
+        return self.gflops_full / (self._macs([entry.ran or entry for entry in self.entries]) / 1e9)
 
     @property
     def bytes(self) -> int:

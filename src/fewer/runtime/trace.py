@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -48,10 +49,11 @@ class Readable(Protocol):
 @dataclass(eq=False)
 class BlockCosts:
     """Of one block: rows in attention, in the MLP and behind it, as shapes tell; (B,) real ones where samples differ;
-    the methods' own FLOPs."""
+    those of each sample that were computed, padding and masked ones too; the methods' own FLOPs."""
 
     rows: list[int] = field(default_factory=lambda: [0, 0, 0])
     lengths: list[Tensor | None] = field(default_factory=lambda: [None, None, None])
+    computed: list[list[int]] = field(default_factory=lambda: [[0], [0], [0]])
     own: int = 0
 
     def mean(self, which: int) -> float:
@@ -63,6 +65,12 @@ class BlockCosts:
         """Mean number of pairs of a query and a key."""
         lengths = self.lengths[0]
         return self.rows[0] ** 2 if lengths is None else lengths.double().square().mean().item()
+
+    def entry(self) -> Entry:
+        """The same for the ledger, per sample."""
+        first, second, _ = self.computed
+        ran = Entry(fmean(first), fmean(second), self.own, fmean(n * n for n in first))
+        return Entry(self.mean(ATTENTION), self.mean(MLP), self.own, self.pairs, ran)
 
 
 ATTENTION, MLP, BEHIND = range(3)  # of `BlockCosts.rows`
@@ -105,8 +113,7 @@ class Trace:
     @property
     def ledger(self) -> Ledger:
         """What the pass cost."""
-        entries = [Entry(b.mean(ATTENTION), b.mean(MLP), b.own, b.pairs) for b in self.blocks]
-        ledger = Ledger.of(self.host, entries, self.first.n, self.itemsize)
+        ledger = Ledger.of(self.host, [block.entry() for block in self.blocks], self.first.n, self.itemsize)
         ledger.causal = self.host.kind == "decoder"
         ledger.seconds, ledger.own_seconds = self.seconds, self.own_seconds
         ledger.notes = list(dict.fromkeys(self.notes))
@@ -196,9 +203,11 @@ class Trace:
         own = f", own share {100 * ledger.gflops_own / ledger.gflops:.1f} % of FLOPs"
         if ledger.seconds and ledger.own_seconds is not None:
             own += f", {100 * ledger.own_seconds / ledger.seconds:.1f} % of time"
+        ran = ledger.ceiling - ledger.reach
+        padded = "" if ran < 0.01 else f", {ledger.reach:.2f}x with the padding that was computed"
         return [
             f"tokens {self.first.n} -> {' '.join(map(str, shown))}",
-            f"{ledger.gflops_full:.2f} -> {ledger.gflops:.2f} GFLOPs (ceiling {ledger.ceiling:.2f}x{own})",
+            f"{ledger.gflops_full:.2f} -> {ledger.gflops:.2f} GFLOPs (ceiling {ledger.ceiling:.2f}x{padded}{own})",
             *ledger.notes,
         ]
 
@@ -206,7 +215,7 @@ class Trace:
         """A copy as it is now, for running a block once more without touching this one."""
         other = copy.copy(self)
         other.steps, other.notes = list(self.steps), list(self.notes)
-        other.blocks = [BlockCosts(list(b.rows), list(b.lengths), b.own) for b in self.blocks]
+        other.blocks = [BlockCosts(list(b.rows), list(b.lengths), list(b.computed), b.own) for b in self.blocks]
         other.memory = [dict(m) for m in self.memory]
         return other
 

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewer.core import Hard, Place, Plan, Reducer, Seen, Signals, Soft, Tokens
+from fewer.hosts import MATRICES
 from fewer.runtime.trace import Step
 
 from .hosts import TinyHost, keep_all
@@ -259,6 +260,40 @@ def restore_has_shape_and_order(method: Reducer, host: TinyHost) -> None:
         assert_close(dense, wanted, msg=lambda m: f"{method}: restore puts rows in the wrong place: {m}")
 
 
+def ledger_counts_what_ran(method: Reducer, host: TinyHost) -> None:
+    """The rows that reach each block's first and last matrix, in attention and in the MLP, are those that the ledger
+    says ran: padded with texts of different lengths, packed and masked."""
+    scan = host.found.kind == "scan"  # reads every row it is given
+    ways = ["padded", *(["packed"] if host.found.packs and not scan else []), *([] if scan else ["masked"])]
+    real = None if "padding_changes_nothing" in method.card.exempt else host.lengths
+    for execution in ways:
+        model, x = host.model(), host.batch
+        with torch.no_grad(), host.session(model, method, execution=execution) as session:
+            blocks: list[list[int]] = [[] for _ in session.host.blocks]
+            handles = [
+                part.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][..., 0].numel()))
+                for rows, block in zip(blocks, session.host.blocks, strict=True)
+                for part in block.modules()
+                if type(part).__name__ in MATRICES
+            ]
+            answer(model, x, real)
+            ledger = getattr(session.ledger, "reading", None) or session.ledger  # in front of a cache
+            for layer, (rows, entry) in enumerate(zip(blocks, ledger.entries, strict=True)):
+                assert entry.ran is not None, (
+                    f"{method}, {execution}: the ledger does not say what ran in block {layer}"
+                )
+                said = (entry.ran.attention, entry.ran.mlp)
+                for where, ran, counted in zip(
+                    ("attention", "MLP"), (rows[0] / len(x), rows[-1] / len(x)), said, strict=True
+                ):
+                    assert abs(ran - counted) < 1e-6, (
+                        f"{method}, {execution}: {ran} rows per sample are computed in the {where} of block {layer}, "
+                        f"the ledger says {counted}"
+                    )
+            for handle in handles:
+                handle.remove()
+
+
 # -- conduct ----------------------------------------------------------------------------------------------------------
 class Interrupted(RuntimeError):
     """Raised by a check inside a forward pass."""
@@ -394,5 +429,5 @@ def no_sync(method: Reducer, host: TinyHost) -> None:
 CHECKS: tuple[Check, ...] = (
     keep_all_is_identity, batch_changes_nobody, padding_changes_nothing, masked_equals_gathered, same_input_same_output,
     gradients_reach, dtypes, protected_survive, budget_is_met, trace_is_partition, restore_has_shape_and_order,
-    exception_leaves_clean, removal_is_exact, no_sync,
+    ledger_counts_what_ran, exception_leaves_clean, removal_is_exact, no_sync,
 )  # fmt: skip

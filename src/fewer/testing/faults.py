@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewer.core import Budget, Group, Hard, Plan, Reducer, Remove, Signals, Threshold, Tokens, reducer, select
 from fewer.hosts import Call
+from fewer.runtime.costs import Ledger
 from fewer.runtime.session import Session
 
 from . import checks
@@ -193,6 +194,28 @@ class RestoresUpsideDown(TinyHost):
         return session
 
 
+class _Flattering(Session):
+    """A session whose ledger counts one row less in the MLP of the last block."""
+
+    @property
+    def ledger(self) -> Ledger:
+        ledger = super().ledger
+        ran = ledger.entries[-1].ran
+        assert ran is not None
+        ran.mlp -= 1
+        return ledger
+
+
+@dataclass(frozen=True)
+class FlattersItself(TinyHost):
+    """The ledger says less than was computed."""
+
+    def session(self, model: nn.Module, method: Reducer, **options: Any) -> Session:
+        session = super().session(model, method, **options)
+        session.__class__ = _Flattering
+        return session
+
+
 @dataclass(frozen=True)
 class Fault:
     """A broken method, or an honest one on a broken host."""
@@ -213,6 +236,7 @@ FAULTS: dict[checks.Check, list[Fault]] = {
     checks.budget_is_met: [Fault(OneTooMany())],
     checks.trace_is_partition: [Fault(CountsTwice())],
     checks.restore_has_shape_and_order: [Fault(Honest(), RestoresUpsideDown())],
+    checks.ledger_counts_what_ran: [Fault(Honest(), FlattersItself())],
     checks.exception_leaves_clean: [Fault(PopsItsSchedule())],
     checks.removal_is_exact: [Fault(Honest(), LeavesOneHook())],
     checks.no_sync: [Fault(AsksForAnItem())],

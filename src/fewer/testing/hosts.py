@@ -60,6 +60,14 @@ class TinyHost:
         return Shape().patches
 
     @property
+    def lengths(self) -> Tensor | None:
+        """(3, N) bool, False = padding, for a batch of texts of different lengths; None where there are none."""
+        if self.kind not in TEXTS or self.kind == "vilt":
+            return None
+        n = self.batch.shape[1]
+        return (torch.arange(n) < torch.tensor([n, n - 5, n - 8])[:, None]).to(self.device)
+
+    @property
     def guarded(self) -> int:
         """Tokens behind the first that must stay: the last one of a causal model, an image's class token."""
         return int(self.kind in TEXTS and (self.kind == "vilt" or not self.found.prefix))

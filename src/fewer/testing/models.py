@@ -243,17 +243,20 @@ def texts(batch: int = 2, tokens: int = 17, width: int = 32, seed: int = 0) -> T
     return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def answer(model: nn.Module, x: Tensor) -> Tensor:
+def answer(model: nn.Module, x: Tensor, real: Tensor | None = None) -> Tensor:
     """What a model answers for images, (B, classes or channels): logits, or the pooled features of a backbone. For
     embeddings of text, (B, N, C): the features of the class token, in a causal model those of the last token. In a
-    model of words and patches the first WORDS are words."""
+    model of words and patches the first WORDS are words. real: (B, N) bool, which tokens of a text are no padding."""
     if x.dim() == 3 and "Vilt" in type(model).__name__:
         words, patches = x[:, :WORDS], x[:, WORDS:]
         real = torch.ones(patches.shape[:2], device=x.device)
         return model(inputs_embeds=words, image_embeds=patches, pixel_mask=real).last_hidden_state[:, 0]
     if x.dim() == 3:
         causal = not hasattr(model, "embeddings") or "Mamba" in type(model).__name__
-        out = model(inputs_embeds=x, use_cache=False) if causal else model(inputs_embeds=x)
+        given: dict[str, Any] = {"use_cache": False} if causal else {}
+        if real is not None:
+            given["attention_mask"] = real.long()
+        out = model(inputs_embeds=x, **given)
         return out.last_hidden_state[:, -1 if causal else 0]
     out = model.get_image_features(x) if hasattr(model, "get_image_features") else model(x)  # type: ignore[operator]
     if isinstance(out, Tensor):

@@ -97,7 +97,7 @@ class DynamicPooling(Reducer):
         is sure, and no boundary at all as long as it is not. The other predictors use one half.
         """
         if self.boundaries == "stride":
-            ends = (tokens.place() + 1) % self.stride == 0
+            ends = (tokens.ordinal() + 1) % self.stride == 0
         elif self.boundaries == "whitespace":
             ends = signals.memory["whitespace"]
         else:
@@ -109,7 +109,7 @@ class DynamicPooling(Reducer):
                 logp = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
                 ends = keep_decision(logp, gumbel(logp), self.temperature)
             else:
-                ends = logits.sigmoid() > even(tokens.place())
+                ends = logits.sigmoid() > even(tokens.ordinal())
         signals.memory["boundaries"] = ends
         return ends
 

@@ -28,7 +28,7 @@ class Ends(Reducer):
             raise ValueError(f"first={self.first}: it counts tokens at the beginning, from 0 up")
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        place = tokens.place()
+        place = tokens.ordinal()
         early = place < signals.prefix + self.first
         score = torch.where(early, float(torch.finfo(torch.float32).max), place.float())
         return select.top(score, self.budget, tokens, at=signals.at)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, VisualReducer, reducer, select
 from fewer.core.visual.crops import Canvas
@@ -53,17 +54,17 @@ class HiRED(VisualReducer):
         size = canvas.counts()
         whole, room = size[:, 0], size.scatter(1, torch.zeros_like(size[:, :1]), 0)
 
-        first = torch.minimum((count * self.alpha + 1e-6).floor().long(), whole)
+        first = torch.minimum(self._cut(count, self.alpha), whole)
         first = torch.where(room.any(-1), first, count)
         others = torch.minimum(count - first, room.sum(-1))
-        marks = (whole * (1 - self.alpha) + 1e-6).floor().long()
+        marks = self._cut(whole, 1 - self.alpha)
         group = torch.where(canvas.whole, 0, torch.where(canvas.cut, view.tile, tokens.n))  # padding by itself
         marked = canvas.whole & (select.rank_within(early, group) < marks[:, None])
         if self.fidelity == "code":
             crops = view.tile.masked_fill(~canvas.cut, 0).amax(-1, keepdim=True)
             under = (canvas.whole.cumsum(-1) - 1) * crops // whole.clamp(min=1)[:, None] + 1
             credit = canvas.sums(marked.long(), under.clamp(min=0))
-            share = credit * others[:, None] // credit.sum(-1, keepdim=True).clamp(min=1)
+            share = (credit / credit.sum(-1, keepdim=True).clamp(min=1) * others[:, None]).long()  # in float32
             quota = torch.minimum(share, room)
         else:
             first = count - others
@@ -71,3 +72,7 @@ class HiRED(VisualReducer):
         quota = quota.scatter(1, torch.zeros_like(size[:, :1]), first[:, None])
         keep = (canvas.whole | canvas.cut) & (select.rank_within(late, group) < canvas.of_tile(quota))
         return select.marked(keep, tokens) if self.fidelity == "code" else select.counted(keep, tokens, most)
+
+    def _cut(self, number: Tensor, share: float) -> Tensor:
+        """A share of whole numbers, rounded down: the decimal product, in "code" the one in double precision."""
+        return (number.double() * share + (0 if self.fidelity == "code" else 1e-6)).floor().long()

@@ -64,7 +64,7 @@ class PruMerge(VisualReducer):
             if tokens.valid is None and most == tokens.n:
                 return Plan.identity((tokens.batch,), tokens.n, signals.device)
             extra = (count < real.sum(-1)) & (count > 1)
-            keep = self._counted(paid, count - extra.long(), real)
+            keep = self._counted(paid, count - extra.long(), real, self.plus)
             spare = real & ~keep
         home = spare & extra[:, None] & (where == spare.to(torch.int8).argmax(-1, keepdim=True))
         if self.budget.adaptive:
@@ -79,22 +79,27 @@ class PruMerge(VisualReducer):
         """(R, N) bool, who stays, and the most rows that any line can have."""
         n = tokens.n
         keep = select.top(paid, self.budget, tokens, at=signals.at).row >= 0
+        length, count = real.sum(-1, keepdim=True), keep.sum(-1, keepdim=True)
+        step = length // count.clamp(min=1)
+        if self.fidelity == "code":  # there a share is handed on: 196 * (27 / 196) is cut off to 26
+            share = count.double() / length.clamp(min=1)
+            step = (1 / share.clamp(min=1e-9)).long()
+            keep = self._counted(paid, (length * share).long()[:, 0].clamp(min=1), keep, plus=False)
         if not self.plus:
-            few = max(1, -(-(n - 1) // 4)) if isinstance(self.budget, Outliers) else n  # so many lie above Q3
-            return keep, min(few + 1, n)
-        length = real.sum(-1, keepdim=True)
-        step = (length // keep.sum(-1, keepdim=True).clamp(min=1) // SPREAD).clamp(min=1)
+            return keep, min(self.budget.most(n, signals.at) + 1, n)
+        step = (step // SPREAD).clamp(min=1)
         place = real.cumsum(-1) - 1
         sampled = real & (place % step == 0)
         if self.fidelity == "code":
             sampled = sampled & (place < length - 1)
         return keep | sampled, n
 
-    def _counted(self, paid: Tensor, count: Tensor, real: Tensor) -> Tensor:
+    @staticmethod
+    def _counted(paid: Tensor, count: Tensor, real: Tensor, plus: bool) -> Tensor:
         """(R, N) bool: so many of each line stay."""
         score = paid.masked_fill(~real, float("-inf"))
         rank = select.rank_within(score, torch.zeros_like(score, dtype=torch.long))
-        if not self.plus:
+        if not plus:
             return real & (rank < count[:, None])
         first = -(-count // (1 + SPREAD))
         keep = real & (rank < first[:, None])

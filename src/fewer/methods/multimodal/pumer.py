@@ -36,6 +36,9 @@ class _Pruned(Budget):
     def keep(self, free: int, at: Place) -> int:
         return max(self.whole.keep(free, at), KeepRatio(1 - self.share, rounding="round").keep(free, at))
 
+    def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
+        return torch.maximum(super().granted(real, free, at, least=least), self.whole.granted(real, free, at))
+
 
 @dataclass(frozen=True, eq=False)
 class _Left(Budget):

@@ -108,7 +108,7 @@ class SeTok(VisualReducer):
         signals.at.spend(2 * n * n * x.shape[-1])
         with torch.no_grad():
             real = tokens.unpadded
-            d = cluster.squared_distance(x, real) / x.shape[-1]
+            d = cluster.Distances(x, real, x.shape[-1])
             score = cluster.peaks(d, self.neighbours, real)
             count = (score > self._fence(score, real)).sum(-1)
             count = torch.where(count > 0, count, real.sum(-1).clamp(max=self.fallback))

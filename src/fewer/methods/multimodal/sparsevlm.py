@@ -195,7 +195,7 @@ def recycled(
         turn = torch.arange(block, device=device)
         there = turn < again[:, None]
         place = order.gather(-1, (stay[:, None] + turn).clamp(max=n - 1))
-        d = cluster.squared_distance(take(x, place), there) / x.shape[-1]
+        d = cluster.Distances(take(x, place), there, x.shape[-1])
         label, centre = cluster.density_peaks(d, most, made, there, made)
         centre = place.gather(-1, centre)
         place = torch.where(there, place, n)

@@ -32,7 +32,10 @@ class ATS(Reducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         at = signals.at
-        if not self.budget.adaptive and self.budget.keep(at.start, at) == at.start:
-            return Plan.identity((tokens.batch,), tokens.n, signals.device)
+        if not self.budget.adaptive and at.starts is None and self.budget.keep(at.start, at) == at.start:
+            return tokens.unchanged(signals.device)
         score = signals.saliency * signals.value_norm
-        return select.sampled(score, self.budget, tokens, at=at, fidelity=self.fidelity)
+        whole = None
+        if not self.budget.adaptive and at.starts is not None:
+            whole = self.budget.granted(at.starts, at.start, at) == at.starts
+        return select.sampled(score, self.budget, tokens, at=at, fidelity=self.fidelity, whole=whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fewer.core import Budget, Hard, Place, Plan, Reducer, Remove, Signals, Tokens, match, reducer, select
@@ -18,6 +19,9 @@ class _Paired(Budget):
 
     def keep(self, free: int, at: Place) -> int:
         return max(self.wanted.keep(free, at), free - free // 2)
+
+    def granted(self, real: Tensor, free: int, at: Place, *, least: int = 0) -> Tensor:
+        return torch.maximum(self.wanted.granted(real, free, at, least=least), real - real // 2)
 
 
 @reducer("ppt", paper="arXiv:2310.01812", acts="prune+merge", on="vision", training="optional")

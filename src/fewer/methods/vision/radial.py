@@ -30,7 +30,7 @@ class Radial(Reducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell
-        height, width = (1, signals.at.start) if signals.grid is None else signals.grid
+        height, width = signals.extent
         # Twice the offsets, to stay with whole numbers: the centre of an even grid lies between two patches.
         down, right = (2 * row - height + 1).abs(), (2 * column - width + 1).abs()
         away = {"l1": down + right, "l2": down**2 + right**2, "linf": torch.maximum(down, right)}[self.norm]

@@ -26,6 +26,4 @@ class Random(Reducer):
     site: Site = Site.MID_BLOCK  # type: ignore[misc]
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        place = tokens.place()
-        place = place - place[:, :1]  # padding in front of a text changes nothing
-        return select.top(noise(place, self.seed, signals.at.layer), self.budget, tokens, at=signals.at)
+        return select.top(noise(tokens.ordinal(), self.seed, signals.at.layer), self.budget, tokens, at=signals.at)

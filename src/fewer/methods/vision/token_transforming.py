@@ -45,11 +45,13 @@ class TokenTransforming(Reducer):
         chosen = select.top(score, self.budget, tokens, at=signals.at)
         anchor, m, n, c = chosen.anchor, chosen.m, tokens.n, signals.hidden.shape[-1]
         signals.at.spend(4 * m * n * c)  # cosines, and the product with the features that carries the plan out
-        matrix = self.weights(signals.hidden, anchor, tokens)
+        count: Tensor | int = n if tokens.valid is None else tokens.valid.sum(-1)
+        matrix = self.weights(signals.hidden, anchor, tokens, chosen.counted == count)
         return Plan.soft(matrix, position=anchor, lengths=chosen.lengths)
 
-    def weights(self, x: Tensor, anchor: Tensor, tokens: Tokens) -> Tensor:
-        """(B, M, N), rows summing to one. Protected tokens stay as they are and give nothing to other rows."""
+    def weights(self, x: Tensor, anchor: Tensor, tokens: Tokens, whole: Tensor) -> Tensor:
+        """(B, M, N), rows summing to one. Protected tokens stay as they are and give nothing to other rows, and so do
+        all tokens of a sample that keeps them all. whole: (B,) bool."""
         unit = F.normalize(x.float(), dim=-1)
         own = anchor[..., None].expand(*anchor.shape, x.shape[-1])
         logits = self.beta * (unit.gather(1, own) @ unit.transpose(-1, -2))
@@ -57,8 +59,8 @@ class TokenTransforming(Reducer):
             logits = logits + tokens.size.clamp_min(1e-30).log()[:, None]
         movable, protected = tokens.movable, tokens.protected
         soft = (logits if movable is None else logits.masked_fill(~movable[:, None], float("-inf"))).softmax(-1)
-        if protected is None:
-            return soft
-        stays = protected.expand(anchor.shape[0], -1).gather(1, anchor)[..., None]
+        stays = whole[:, None, None]
+        if protected is not None:
+            stays = stays | protected.expand(anchor.shape[0], -1).gather(1, anchor)[..., None]
         itself = anchor[..., None] == torch.arange(tokens.n, device=anchor.device)
         return torch.where(stays, itself.to(soft.dtype), soft)

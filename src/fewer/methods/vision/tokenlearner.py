@@ -131,5 +131,12 @@ class TokenLearner(Reducer):
         if self.fuser:
             signals.memory["patches"] = {**signals.memory.get("patches", {}), signals.at.stage: patches}
         p, s = tokens.prefix, alpha.shape[1]
+        lengths = None
+        if tokens.valid is not None:  # a text no longer than its summary stays as it is
+            real = free.of(tokens.valid, -1).sum(-1)
+            short = real <= s
+            alpha = torch.where(short[:, None, None], torch.eye(s, len(free), device=alpha.device), alpha)
+            lengths = p + real.clamp(max=s)
         aside = torch.eye(p, tokens.n, device=alpha.device).expand(tokens.batch, p, tokens.n)
-        return Plan.soft(torch.cat([aside, torch.cat([alpha.new_zeros(tokens.batch, s, p), alpha], 2)], 1))
+        rows = torch.cat([alpha.new_zeros(tokens.batch, s, p), alpha], 2)
+        return Plan.soft(torch.cat([aside, rows], 1), lengths=lengths)

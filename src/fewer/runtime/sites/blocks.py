@@ -404,6 +404,7 @@ class Pass:
         block, valid = self.trace.blocks[layer], self.tokens.valid if self.live is None else self.compact.valid
         block.rows[which] = self.tokens.n if self.live is None else self.live.m
         block.lengths[which] = None if valid is None else valid.sum(-1)
+        block.computed[which] = [self.tokens.n] if self.packing is None else self.packing.lengths
 
     # -- plans --------------------------------------------------------------------------------------------------------
     def _at(self, site: Site, layer: int, x: Tensor, beside: Beside) -> tuple[Tensor, Beside]:
