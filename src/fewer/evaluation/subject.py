@@ -34,6 +34,7 @@ class Subject:
     processor  PIL images -> (B, C, H, W)
     layer      0-based block whose output is read as features; None = the class scores where the model has a head
                for the data's classes, else the features behind the last norm
+    notes      what must be known of the data
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Subject:
     neighbours: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    notes: list[str] = field(default_factory=list)
     unit: ClassVar[str] = "images"
     call: ClassVar[str] = "model(pixel_values)"  # what one writes to run it
 
@@ -100,9 +102,9 @@ class Subject:
             height, width = self.host.patch(self.pixels(0)[:1]).shape[-2:]  # type: ignore[misc]
         return int(height), int(width)
 
-    def default_methods(self) -> list[str]:
-        """What is measured when nobody says otherwise."""
-        return default_methods(self.host)
+    def default_methods(self, *, all: bool = True) -> list[str]:
+        """What is measured when nobody says otherwise. all: everything, not only what differs."""
+        return default_methods(self.host, all=all)
 
     def size(self, index: int) -> int:
         """Items in batch `index`."""
