@@ -115,6 +115,14 @@ def test_plots_are_svg_with_every_name_and_no_line_to_follow(rows: list[Row]) ->
         plots(rows[-1:])
 
 
+def test_what_is_far_off_is_written_and_leaves_the_others_their_room(rows: list[Row]) -> None:
+    (level,) = levels([*rows[:4], row("lost:r=1", np.arange(N) < 40, 130, 1.2)])
+    root = ElementTree.fromstring(against_random(level, rows)[1])
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert "◂ -75" in texts
+    assert not any(text.lstrip("−-").isdecimal() and int(text.lstrip("−-")) > 30 for text in texts if text)  # noqa: RUF001
+
+
 def test_hostile_names_are_text(rows: list[Row], tmp_path: Path) -> None:
     for name in (
         r"$\frac{1}$:r=1",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FONT = "DejaVu Sans"  # what matplotlib measures with; readers see the page's own font
 WIDTH = 4.6  # inches: 331 points, about as many pixels as a telephone leaves
 LINE = 0.21  # inches of a method's line
+FLOOR = 30  # points below the best that are still drawn to scale
 
 
 class PlotError(ImportError):
@@ -79,10 +80,16 @@ def against_random(level: Level, rows: Sequence[Row]) -> tuple[str, str]:
     random, many = level.random, len(level.rows)
     whole = "" if base is None else f" of {base.tokens:.0f}"
     title = f"{random.tokens:.0f}{whole} tokens: against {random.method}, {_percent(random):.1f} %"
+    low = max(100 * min(gain.low for gain in level.gains), 100 * max(gain.value for gain in level.gains) - FLOOR)
     with _drawing(1.0 + LINE * many) as (axes, out):
         for i, (row, gain) in enumerate(zip(level.rows, level.gains, strict=True)):
             colour = ACCENT if gain.low > 0 else QUIET if gain.high < 0 else INK
-            _bar(axes, 100 * gain.value, i, _ends(gain), colour, _told(row, f"{interval(gain)} points against random"))
+            if 100 * gain.value >= low:
+                told = _told(row, f"{interval(gain)} points against random")
+                _bar(axes, 100 * gain.value, i, _ends(gain), colour, told)
+            else:
+                axes.annotate(f"◂ {100 * gain.value:.0f}", (0.01, i), xycoords=("axes fraction", "data"), va="center",
+                              fontsize=8, color=colour)  # fmt: skip
             if row.speedup:
                 axes.annotate(f"{row.speedup.value:.2f}x", (1.01, i), xycoords=("axes fraction", "data"), va="center",
                               fontsize=8, color=QUIET, annotation_clip=False)  # fmt: skip
@@ -91,6 +98,7 @@ def against_random(level: Level, rows: Sequence[Row]) -> tuple[str, str]:
             axes.axvline(_percent(base) - _percent(random), color=QUIET, lw=1, ls=":")
         axes.set_yticks(range(many), [row.method for row in level.rows], parse_math=False)
         axes.set_ylim(many - 0.5, -0.5)
+        axes.set_xlim(left=low - 1)
         axes.tick_params(axis="y", labelcolor=INK, length=0, labelsize=8)
         axes.set_xlabel("points of accuracy against random", color=INK)
         axes.grid(axis="x", color=FAINT, lw=0.6)
