@@ -240,6 +240,7 @@ def _watch() -> Any:
 def _print_table(rows: Sequence[Row]) -> None:
     from rich.text import Text
 
+    from fewer.evaluation.language.bench import FAULT
     from fewer.evaluation.settings import UNREDUCED
     from fewer.studio.plots import cost
     from fewer.studio.table import columns, failed, footnotes, frontier, measured
@@ -258,6 +259,10 @@ def _print_table(rows: Sequence[Row]) -> None:
     out.print()
     for mark, says in footnotes(good):
         out.print(f"[{ACCENT}]{mark}[/] [dim]{shown(says)}[/]", soft_wrap=True)
+    for row in good:
+        for line in row.notes:
+            if line.startswith(FAULT):
+                out.print(f"[{ACCENT}]{shown(row.method)}[/] {shown(line)}", soft_wrap=True)
     for row in failed(rows):
         out.print(f"[{ACCENT}]{shown(row.method)}[/] left out: {shown(row.error)}", soft_wrap=True)
 

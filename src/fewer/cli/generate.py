@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .inputs import NAMES, applied, load, scene, sees, text_of, use_threads
 from .inputs import guide as guide_of
-from .output import out
+from .output import Json, as_json, out
 
 
 def command(
@@ -34,8 +36,10 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; default: greedy.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0 = as torch has it.")] = 0,
+    json: Json = False,
 ) -> None:
     """Write with a method on, and show live what the cache holds, and what is left of the images."""
+    from fewer.evaluation.language.subject import Held
     from fewer.evaluation.settings import split_forms
     from fewer.studio.writing import Pen, prompt_ids
 
@@ -65,4 +69,8 @@ def command(
     with on as session:
         if guide is not None and session is not None:
             session.ask([said])
-        Pen(network, tokenizer, out, session).write(given, max_new_tokens, seed)
+        pen = Pen(network, tokenizer, Console(quiet=True) if json else out, session)
+        pen.write(given, max_new_tokens, seed)
+    if json:
+        as_json({"text": pen.text, "read": pen.prompt, "written": pen.written, "first token, s": pen.first,
+                 **asdict(Held.of(pen.cache))})  # fmt: skip

@@ -365,4 +365,5 @@ def _spans(outcomes: Sequence[Outcome]) -> np.ndarray:
 
 
 def _exp(x: stats.Interval) -> stats.Interval:
-    return stats.Interval(math.exp(x.value), math.exp(x.low), math.exp(x.high))
+    with np.errstate(over="ignore"):  # infinite is an answer, too
+        return stats.Interval(*(float(np.exp(end)) for end in (x.value, x.low, x.high)))
