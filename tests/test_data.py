@@ -196,6 +196,18 @@ def test_a_hub_table_becomes_a_set(monkeypatch):
     assert found.image(1).getpixel((0, 0)) == 200
 
 
+def test_a_hub_picture_that_cannot_be_read_is_left_out(monkeypatch):
+    class Table(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("cannot identify image file")
+            return super().__getitem__(index)
+
+    blank = Image.new("RGB", (2, 2))
+    found = ImageSet("someone/something", torch.tensor([0, 1, 0]), ("a", "b"), Table([blank, None, blank])).readable()
+    assert (len(found), found.skipped) == (2, ("picture 1",))
+
+
 def test_a_hub_table_without_labels_is_refused(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"text": ["a"]}))

@@ -307,6 +307,21 @@ def test_labels_by_order_are_said_and_halves_are_refused() -> None:
         bench.labelled(*reversed(named("crane", "e", "f", "g", "h", "i", "tench")))
 
 
+def test_heads_that_do_not_say_what_their_classes_are() -> None:
+    """timm's, and those of models without a head."""
+
+    class Head(torch.nn.Module):
+        num_classes = 7
+
+    _, data = named(*"tuvwxyz")
+    found, told = bench.labelled(data, Head())
+    assert found is data
+    assert "labels by order" in told[0]
+    Head.pretrained_cfg = {"label_names": tuple("zyxwvut")}  # type: ignore[attr-defined]
+    assert bench.labelled(data, Head())[0].labels.tolist() == list(reversed(KEEP))
+    assert bench.labelled(data, torch.nn.Linear(1, 1)) == (data, [])
+
+
 def test_a_model_that_is_right_by_name_scores_so(tmp_path: Path) -> None:
     """Folders in another order than the model's classes, pictures of which one cannot be read."""
     model: Any = tiny_vit()

@@ -84,7 +84,12 @@ class ImageSet:
 
     def image(self, index: int) -> Image.Image:
         """Picture `index` as PIL, grey ("L") if it is stored as (H, W), else RGB. Raises DataError if unreadable."""
-        return _open(self.pictures[index])
+        try:
+            return _open(self.pictures[index])
+        except DataError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # decoded when asked for
+            raise DataError(f"{self.name}: picture {index} cannot be read ({_sentence(error)})") from error
 
     def batch(self, indices: Iterable[int], processor: Callable[[list[Image.Image]], Tensor]) -> Tensor:
         """What `processor` makes of the pictures at `indices`: pixel values, usually (B, C, H, W) float32."""

@@ -28,7 +28,7 @@ from .runner import FILE, Runner, Watch, with_control
 from .settings import RANDOM, UNREDUCED, split_forms
 from .settings import Settings as Common
 from .stats import Interval
-from .subject import Subject
+from .subject import Subject, class_names
 
 __all__ = ["FILE", "EncoderSettings", "Settings", "Watch", "against_random", "draw", "load", "rival", "run"]
 
@@ -70,7 +70,10 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Sub
     data = draw(datasets.load(settings.data), settings.limit, settings.seed).readable()
     model, processor = zoo.load_model(settings.model) if loaded is None else loaded
     model = model.to(device=device, dtype=dtype)
-    data, told = labelled(data, model)
+    told = [_skipped(data)] if data.skipped else []
+    if settings.layer is None:
+        data, more = labelled(data, model)
+        told += more
     return Subject(
         model, processor, data, settings.model, settings.batch, settings.layer, device=device, dtype=dtype, notes=told
     )
@@ -82,29 +85,28 @@ def labelled(data: datasets.ImageSet, model: nn.Module) -> tuple[datasets.ImageS
     Where the head's names say nothing (LABEL_0, ...), folder k is class k if there are as many, and that is said.
     Raises   DataError where there are as many classes, and only some of the names match.
     """
-    told = [] if not data.skipped else [skipped(data)]
-    names: dict[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
-    if "ForImageClassification" not in type(model).__name__ or data.classes == tuple(names.values()):
-        return data, told
-    whole = {_plain(name): int(k) for k, name in names.items()}
+    names = class_names(model)
+    if not names or data.classes == tuple(names.values()):
+        return data, []
+    whole = {_plain(name): k for k, name in names.items()}
     listed = Counter(alias for name in names.values() for alias in _aliases(name))
-    ids = {alias: int(k) for k, name in names.items() for alias in _aliases(name) if listed[alias] == 1} | whole
-    numbered = all(name.isdigit() and int(name) in names for name in data.classes)
+    ids = {alias: k for k, name in names.items() for alias in _aliases(name) if listed[alias] == 1} | whole
+    numbered = all(name.isdecimal() and int(name) in names for name in data.classes)
     found = [int(name) if numbered else ids.get(_plain(name)) for name in data.classes]
     if None not in found and len(set(found)) == len(found):
         labels = torch.tensor(found)[data.labels]
-        return replace(data, labels=labels, classes=tuple(names[k] for k in sorted(names))), told
+        return replace(data, labels=labels, classes=tuple(names[k] for k in sorted(names))), []
     if len(names) != len(data.classes):
         said = f"the model's {len(names)} classes are not the {len(data.classes)} of {data.name}"
-        return data, [*told, f"{said}: nearest neighbours are asked instead"]
+        return data, [f"{said}: nearest neighbours are asked instead"]
     strange = [name for name, k in zip(data.classes, found, strict=True) if k is None]
     if len(strange) < len(data.classes):
         raise datasets.DataError(
             f"{data.name}: of its {len(data.classes)} classes, {_listed(strange)} are none of the model's "
-            f"({_listed(list(names.values()))}); rename the folders as the model's config.id2label says"
+            f"({_listed(list(names.values()))}); rename the folders as the model's config.id2label says, or give --layer"
         )
     said = f"class k of {data.name} is taken for the model's class k, as the names say nothing"
-    return data, [*told, f"labels by order: {said} ({_listed(list(names.values()))})"]
+    return data, [f"labels by order: {said} ({_listed(list(names.values()))})"]
 
 
 def _plain(name: str) -> str:
@@ -124,7 +126,7 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def skipped(data: datasets.ImageSet) -> str:
+def _skipped(data: datasets.ImageSet) -> str:
     """How many pictures could not be read, and which."""
     of = len(data) + len(data.skipped)
     return f"{len(data.skipped)} of {of:,} pictures could not be read and were left out: {_listed(data.skipped)}"

@@ -77,9 +77,7 @@ class Subject:
     @property
     def classes(self) -> int:
         """Of the model's head; 0 where it has none."""
-        if "ForImageClassification" in type(self.model).__name__:
-            return int(self.model.config.num_labels)  # type: ignore[union-attr, arg-type]
-        return int(getattr(self.model, "num_classes", 0))
+        return len(class_names(self.model))
 
     @property
     def classifies(self) -> bool:
@@ -173,6 +171,15 @@ class Subject:
         else:
             right = knn_hits(answers.where(finite[:, None], 0), labels, self.neighbours)
         return (right & finite).numpy()
+
+
+def class_names(model: Any) -> dict[int, str]:
+    """What the classes of an image model's head are called, as far as it says; nothing where it has no head."""
+    if "ForImageClassification" in type(model).__name__:
+        return {int(k): str(name) for k, name in model.config.id2label.items()}
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    head = int(getattr(model, "num_classes", 0))
+    return dict(enumerate(names if len(names) == head else (f"LABEL_{k}" for k in range(head))))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
