@@ -35,7 +35,7 @@ def command(
     from fewer.evaluation.settings import split_forms
     from fewer.studio.pictures import followed, sheet
 
-    if writable(out_).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(writable(out_).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {out_} is not named as a picture: end it with .png")
     forms = split_forms(method)
     picture, asked = scene(image)

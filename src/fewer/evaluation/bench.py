@@ -103,7 +103,8 @@ def labelled(data: datasets.ImageSet, model: nn.Module) -> tuple[datasets.ImageS
     if len(strange) < len(data.classes):
         raise datasets.DataError(
             f"{data.name}: of its {len(data.classes)} classes, {_listed(strange)} are none of the model's "
-            f"({_listed(list(names.values()))}); rename the folders as the model's config.id2label says, or give --layer"
+            f"({_listed(list(names.values()))}); rename the folders as the model's config.id2label says, or give "
+            "--layer"
         )
     said = f"class k of {data.name} is taken for the model's class k, as the names say nothing"
     return data, [f"labels by order: {said} ({_listed(list(names.values()))})"]
