@@ -14,7 +14,6 @@ from torch import nn
 from fewer.core import Reducer
 from fewer.runtime.apply import apply
 from fewer.runtime.modules import UNTRAINED, ModulesError
-from fewer.spec import text
 
 from . import record
 from .record import Journal, Passport, Row
@@ -81,7 +80,7 @@ class Runner:
         with Journal.open(out / FILE) as journal:
             self.watch.begin(self.subject, len(forms))
             keys = {form: self._key(form, method) for form, method in forms.items()}
-            self._tell(journal, set(keys.values()))
+            self._tell(journal, keys)
             for form, method in forms.items():
                 row = journal.done(keys[form])
                 resumed = row is not None
@@ -93,11 +92,12 @@ class Runner:
                 self.watch.done(row, resumed)
         return rows
 
-    def _tell(self, journal: Journal, keys: set[str]) -> None:
+    def _tell(self, journal: Journal, keys: Mapping[str, str]) -> None:
         """What of a results file is not used, and why."""
         for fault in journal.faults:
             self.watch.note(f"{journal.path}, {fault}; it is passed over")
-        others = [row for key, row in journal.rows.items() if key not in keys and row.method in self._named]
+        known = set(keys.values())
+        others = [row for key, row in journal.rows.items() if key not in known and row.method in keys]
         if others:
             commits = ", ".join(sorted({row.passport.commit for row in others}))
             self.watch.note(
@@ -106,7 +106,6 @@ class Runner:
             )
 
     def _key(self, form: str, method: Reducer | None) -> str:
-        self._named = {*getattr(self, "_named", ()), form}
         return record.key(
             method=form if method is None else repr(method), settings=str(self.chosen), commit=record.commit(),
             hardware=self.hardware, items=self.passport.n,
@@ -141,7 +140,7 @@ class Runner:
         except ModulesError:
             session, row.trained = apply(model, method, modules=UNTRAINED, **how), UNTRAINED
             more = f', modules="{UNTRAINED}"'
-        row.code = f'fewer.apply(model, "{row.method or text(method)}"{more})'
+        row.code = f'fewer.apply(model, "{row.method}"{more})'
         return session
 
     def now(self) -> float:
