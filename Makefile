@@ -1,6 +1,6 @@
 # Every target sets itself up: on a machine with Python 3.11 or newer, `make demo` and `make test` are all there is to type.
 #
-#   make demo    measure the embedded model with every method, write a report
+#   make demo    measure ten settings on the embedded model, write a report: three minutes on one core
 #   make test    all tests and doctests             make test T="-k plan -x" passes options to pytest
 #   make test-newest   a choice of them on the newest releases of everything; test-oldest: on the oldest that are supported
 #   make lint    formatting, lint, types, and the floors of the house
@@ -64,16 +64,16 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/visual_speed.py --rows 2916 --tokens 64 --rounds 1 --methods divprune:tokens=64 \
 		cdpruner:tokens=64 --out benchmarks/results/visual_speed_2916.json
 	$(PY) benchmarks/prefill_speed.py --context 4096 --layers 6 --rounds 3 --out benchmarks/results/prefill_speed.json
-	$(VENV)/bin/fewer bench --out runs/bench
+	$(VENV)/bin/fewer bench --all --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
-	$(VENV)/bin/fewer bench --model smollm2-135m --out runs/smollm2
+	$(VENV)/bin/fewer bench --all --model smollm2-135m --out runs/smollm2
 	cp runs/smollm2/results.jsonl benchmarks/results/smollm2.jsonl
-	$(VENV)/bin/fewer bench --model llava-scenes --out runs/llava-scenes
+	$(VENV)/bin/fewer bench --all --model llava-scenes --out runs/llava-scenes
 	cp runs/llava-scenes/results.jsonl benchmarks/results/llava_scenes.jsonl
-	$(VENV)/bin/fewer bench --model bert-eras --out runs/bert-eras
+	$(VENV)/bin/fewer bench --all --model bert-eras --out runs/bert-eras
 	cp runs/bert-eras/results.jsonl benchmarks/results/bert_eras.jsonl
 	$(VENV)/bin/fewer train minilm-r8 --out runs/minilm-r8
-	$(VENV)/bin/fewer bench --model runs/minilm-r8 --data reuters-r8 --limit 500 --out runs/minilm
+	$(VENV)/bin/fewer bench --all --model runs/minilm-r8 --data reuters-r8 --limit 500 --out runs/minilm
 	sed 's|runs/minilm-r8|minilm-r8|g' runs/minilm/results.jsonl > benchmarks/results/minilm_r8.jsonl
 
 docs: export NO_MKDOCS_2_WARNING = 1

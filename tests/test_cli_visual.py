@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,15 @@ def test_generate_writes_what_the_model_writes(model: Path) -> None:
     own = fewer_cli("generate", "--model", model, "--image", "scenes:2", f"<image> {QUESTION}", "--method",
                     "divprune:tokens=36", "--max-new-tokens", 4)  # fmt: skip
     assert said(own).splitlines()[0].strip() == written.strip()
+
+
+def test_generate_as_json(model: Path) -> None:
+    words = ("generate", "--model", model, "--image", "scenes:0", QUESTION, "--max-new-tokens", 3, "--method",
+             "divprune:tokens=36")  # fmt: skip
+    made, plain = json.loads(fewer_cli(*words, "--json").stdout), fewer_cli(*words).stdout
+    assert plain.startswith(made["text"])
+    assert (made["read"], made["written"]) == (1 + 144 + 6, 3)
+    assert made["rows"] == [36 + 7 + 2] * 3
 
 
 def test_generate_stacks_methods_and_reads_texts_alone(model: Path) -> None:

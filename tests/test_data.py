@@ -116,6 +116,46 @@ def test_an_unreadable_picture_is_named_when_it_is_opened(tmp_path):
         found.image(0)
 
 
+def test_what_cannot_be_read_is_left_out_and_counted(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).mkdir()
+        for i in range(2):
+            Image.new("RGB", (5, 4)).save(tmp_path / kind / f"{i}.png")
+    assert load(tmp_path).readable().skipped == ()
+    (tmp_path / "cat" / "._a.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
+    (tmp_path / "dog" / "0.png").write_bytes((tmp_path / "dog" / "0.png").read_bytes()[:45])
+    (tmp_path / "dog" / "empty.jpg").write_bytes(b"")
+    found = load(tmp_path).readable()
+    assert found.skipped == ("cat/._a.jpg", "dog/0.png", "dog/empty.jpg")
+    assert found.labels.tolist() == [0, 0, 1]
+    assert found.take([0]).skipped == found.skipped
+    for i in range(2):
+        (tmp_path / "cat" / f"{i}.png").unlink()
+    (tmp_path / "dog" / "1.png").unlink()
+    with pytest.raises(DataError, match="none of 3 pictures can be read"):
+        load(tmp_path).readable()
+
+
+def test_pictures_stand_upright(tmp_path):
+    (tmp_path / "cat").mkdir()
+    lying = Image.new("RGB", (4, 2), (255, 0, 0))
+    lying.putpixel((0, 0), (0, 0, 255))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    lying.save(tmp_path / "cat" / "a.png", exif=exif)
+    upright = load(tmp_path).image(0)
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (0, 0, 255)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    Image.new("1", (60, 60)).save(tmp_path / "cat" / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"huge\.png is too large .*3600 pixels.*scale it down"):
+        load(tmp_path).image(0)
+
+
 def test_a_picture_that_ends_early_is_named_too(tmp_path):
     (tmp_path / "cat").mkdir()
     path = tmp_path / "cat" / "short.png"
@@ -154,6 +194,18 @@ def test_a_hub_table_becomes_a_set(monkeypatch):
     assert found.classes == ("dark", "light")
     assert found.labels.tolist() == [1, 0]
     assert found.image(1).getpixel((0, 0)) == 200
+
+
+def test_a_hub_picture_that_cannot_be_read_is_left_out(monkeypatch):
+    class Table(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("cannot identify image file")
+            return super().__getitem__(index)
+
+    blank = Image.new("RGB", (2, 2))
+    found = ImageSet("someone/something", torch.tensor([0, 1, 0]), ("a", "b"), Table([blank, None, blank])).readable()
+    assert (len(found), found.skipped) == (2, ("picture 1",))
 
 
 def test_a_hub_table_without_labels_is_refused(monkeypatch):

@@ -222,7 +222,8 @@ def test_the_tables_come_from_the_results(tmp_path, monkeypatch):
     hits = stats.pack_hits(np.arange(10) > 0)
     for method in ("evit:keep=0.7", "unreduced", "random:keep=0.7", "tome:r=13"):
         rate, ratio = Interval(0.9, 0.8, 1.0), Interval(1.5, 1.4, 1.6)
-        journal.add(record.Row(method, method, passport, n=10, hits=hits, accuracy=rate, speedup=ratio, ceiling=1.6))
+        cost = record.Cost(ceiling=1.6)
+        journal.add(record.Row(method, method, passport, n=10, hits=hits, accuracy=rate, speedup=ratio, cost=cost))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = [line for line in tables.bench(first_screen=True).splitlines() if line.startswith("|")][2:]
     assert [line.split("|")[1].strip(" ≈") for line in lines] == ["unreduced", "`tome:r=13`", "`evit:keep=0.7`"]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fewer
 from fewer import hosts
-from fewer.datasets.images import ImageSet
+from fewer.datasets.images import DataError, ImageSet
 from fewer.evaluation import bench, stats
 from fewer.evaluation.bench import Settings, Watch, against_random, run
 from fewer.evaluation.record import Journal, JournalError, Row
@@ -65,14 +67,14 @@ def test_the_unreduced_model_comes_first_and_differs_in_nothing(rows: list[Row])
     first = rows[0]
     assert first.method == UNREDUCED
     assert [row.method for row in rows[1:]] == list(FORMS)
-    assert (first.agreement, first.kl, first.ceiling, first.tokens, first.final) == (1, 0, 1, 17, 17)
+    assert (first.agreement, first.kl, first.cost.ceiling, first.tokens, first.final) == (1, 0, 1, 17, 17)
     assert first.difference is None
     assert first.speedup is not None
 
 
 def test_removing_nothing_changes_nothing(rows: list[Row]) -> None:
     row, first = by_method(rows)["tome:r=0"], rows[0]
-    assert (row.agreement, row.hits, row.gflops) == (1, first.hits, first.gflops)
+    assert (row.agreement, row.hits, row.cost.gflops) == (1, first.hits, first.cost.gflops)
     assert row.kl == pytest.approx(0, abs=1e-12)
     assert row.difference is not None
     assert row.difference.value == 0
@@ -87,7 +89,9 @@ def test_a_row_tells_what_a_session_tells(rows: list[Row]) -> None:
             answers.append(s.model(pixels).logits)
         ledger, counts = session.ledger, session.counts
     assert row.counts == counts
-    assert (row.tokens, row.gflops, row.ceiling) == pytest.approx((ledger.mean_tokens, ledger.gflops, ledger.ceiling))
+    assert (row.tokens, row.cost.gflops, row.cost.ceiling) == pytest.approx(
+        (ledger.mean_tokens, ledger.gflops, ledger.ceiling)
+    )
     hits = (torch.cat(answers).argmax(-1) == s.data.labels).numpy()
     assert stats.unpack_hits(row.hits, 24).tolist() == hits.tolist()
     assert row.accuracy == stats.share(hits)
@@ -101,9 +105,9 @@ def test_every_number_has_its_passport(rows: list[Row]) -> None:
         assert set(p.versions) == {"fewer", "torch", "transformers", "python"}
         assert p.commit
         assert p.hardware
-        assert row.peak > 0
+        assert row.cost.peak > 0
         assert row.milliseconds > 0
-        assert row.achieved == pytest.approx(row.speedup.value / row.ceiling)  # type: ignore[union-attr]
+        assert row.achieved == pytest.approx(row.speedup.value / row.cost.ceiling)  # type: ignore[union-attr]
         assert row.speedup.low <= row.speedup.value <= row.speedup.high  # type: ignore[union-attr]
         assert row.method == UNREDUCED or 0 <= row.own_time < 1  # type: ignore[operator]
 
@@ -202,7 +206,7 @@ def test_samples_with_different_counts_report_their_means(tmp_path: Path) -> Non
     assert row.counts[0] == 17
     assert 1 < row.counts[1] < 17
     assert row.counts[1] == row.final
-    assert row.ceiling > 1
+    assert row.cost.ceiling > 1
 
 
 def test_methods_are_set_to_a_number_of_tokens(tmp_path: Path) -> None:
@@ -247,7 +251,9 @@ def test_forms_are_split_at_semicolons() -> None:
     ("change", "message"),
     [
         ({"batch": 0}, "batch=0"), ({"repeats": 0}, "repeats=0"), ({"dtype": "float13"}, "float13"),
-        ({"limit": -1}, "limit=-1"),
+        ({"limit": -1}, "limit=-1"), ({"dtype": "int64"}, "dtype='int64': give float32, bfloat16 or float16"),
+        ({"device": "blah"}, "device='blah': give cpu, cuda"), ({"device": "meta"}, "device='meta'"),
+        ({"threads": -1}, "threads=-1"), ({"execution": "loose"}, "execution='loose'"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(change: dict[str, object], message: str) -> None:
@@ -260,3 +266,103 @@ def test_subjects_are_checked() -> None:
         subject(layer=9)
     with pytest.raises(SubjectError, match="no images"):
         Subject(tiny_vit(), lambda x: x, pictures(0))
+
+
+# -- labels and pictures ----------------------------------------------------------------------------------------------
+NAMED = ("tench, Tinca tinca", "Sea_Lion", "crane", "maple leaf, crane", "e", "f", "g")
+KEEP = tuple(range(7))
+
+
+def named(*names: str) -> tuple[Any, ImageSet]:
+    """A model whose classes are `NAMED`, and a picture of each of some others."""
+    model: Any = tiny_vit()
+    model.config.id2label = dict(enumerate(NAMED))
+    data = ImageSet("photos", torch.arange(len(names)), names, np.zeros((len(names), 32, 32, 3), np.uint8))
+    return model, data
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (NAMED, KEEP), (tuple(reversed(NAMED)), tuple(reversed(KEEP))), (("g", "sea-lion", "Tinca tinca"), (6, 1, 0)),
+        (("crane", "maple leaf"), (2, 3)), (("0", "1", "5"), (0, 1, 5)), (("10", "2"), None),
+    ],
+)  # fmt: skip
+def test_labels_are_matched_by_name(names: tuple[str, ...], labels: tuple[int, ...] | None) -> None:
+    data, told = bench.labelled(*reversed(named(*names)))
+    if labels is None:
+        assert "the model's 7 classes are not the 2 of photos" in told[0]
+        assert data.classes == names
+        return
+    assert tuple(data.labels.tolist()) == labels
+    assert data.classes == NAMED
+    assert told == []
+
+
+def test_labels_by_order_are_said_and_halves_are_refused() -> None:
+    data, told = bench.labelled(*reversed(named(*"tuvwxyz")))
+    assert data.labels.tolist() == list(KEEP)
+    assert told[0].startswith("labels by order: class k of photos is taken for the model's class k")
+    with pytest.raises(DataError, match=r"of its 7 classes, h, i are none of the model's .*id2label"):
+        bench.labelled(*reversed(named("crane", "e", "f", "g", "h", "i", "tench")))
+
+
+def test_heads_that_do_not_say_what_their_classes_are() -> None:
+    """timm's, and those of models without a head."""
+
+    class Head(torch.nn.Module):
+        num_classes = 7
+
+    _, data = named(*"tuvwxyz")
+    found, told = bench.labelled(data, Head())
+    assert found is data
+    assert "labels by order" in told[0]
+    Head.pretrained_cfg = {"label_names": tuple("zyxwvut")}  # type: ignore[attr-defined]
+    assert bench.labelled(data, Head())[0].labels.tolist() == list(reversed(KEEP))
+    assert bench.labelled(data, torch.nn.Linear(1, 1)) == (data, [])
+
+
+def test_a_model_that_is_right_by_name_scores_so(tmp_path: Path) -> None:
+    """Folders in another order than the model's classes, pictures of which one cannot be read."""
+    model: Any = tiny_vit()
+    model.config.id2label = {k: "gfedcba"[k] for k in range(7)}
+    rng, processor = np.random.default_rng(0), Processor((32, 32), (0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        for i in range(21):
+            image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+            folder = tmp_path / "gfedcba"[int(model(processor([image])).logits.argmax())]
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"{i}.png")
+    (folder / "._a.jpg").write_bytes(b"Mac OS X")
+    settings = replace(SETTINGS, model="tiny", data=str(tmp_path), methods=FORMS[1:2])
+    s = bench.load(settings, (model, processor))
+    rows = run(settings, tmp_path / "out", subject=s)
+    assert rows[0].score == "accuracy"
+    assert rows[0].accuracy.value == 1  # type: ignore[union-attr]
+    assert rows[0].n == 21
+    assert rows[0].passport.notes == [
+        f"1 of 22 pictures could not be read and were left out: {folder.name}/._a.jpg"
+    ]  # fmt: skip
+    assert rows[1].passport.notes == rows[0].passport.notes
+
+
+def test_rows_of_other_settings_are_said(tmp_path: Path) -> None:
+    s, said = subject(), []
+
+    class Listening(Log):
+        def note(self, line: str) -> None:
+            said.append(line)
+
+    run(replace(SETTINGS, methods=FORMS[:1]), tmp_path, subject=s, watch=Listening())
+    assert said == []
+    run(replace(SETTINGS, methods=FORMS[:1], seed=3), tmp_path, subject=s, watch=Listening())
+    assert "2 rows of these methods" in said[0]
+    assert "measured anew" in said[0]
+
+
+def test_the_telling_list_is_a_short_one_with_its_random_rows() -> None:
+    host = hosts.find(tiny_vit(depth=6, image=56, patch=8))
+    short, whole = default_methods(host, all=False), default_methods(host)
+    assert 8 <= len(short) <= 11
+    assert set(short) < set(whole)
+    assert sum(form.startswith("random") for form in short) == 2

@@ -47,9 +47,9 @@ def test_rows_of_a_bench(tmp_path: Path) -> None:
     assert whole.kl == 0.0
     assert whole.code == "model(input_ids, attention_mask)"
     for row in (drawn, ranked):
-        assert row.ceiling > 1.4
+        assert row.cost.ceiling > 1.4
         assert row.counts[0] == pytest.approx(row.counts[1] * 2, rel=0.25)
-        assert row.gflops < 0.7 * whole.gflops
+        assert row.cost.gflops < 0.7 * whole.cost.gflops
         assert row.difference is not None
     assert against_random(ranked, [whole, drawn, ranked], within=0.2) is not None
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["DataError", "ImageSet", "embedded", "fashion_mnist", "image_folder", "load", "tuxpaint"]
+__all__ = ["DataError", "ImageSet", "embedded", "fashion_mnist", "image_folder", "load", "read_image", "tuxpaint"]
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -61,12 +61,14 @@ class ImageSet:
 
     name: what `load` was asked for. labels: (N,) int64. classes: names, so that label k reads classes[k].
     pictures: N of anything `image` can open: a uint8 array (H, W) or (H, W, 3), a file path, or a PIL image.
+    skipped: names of those that `readable` left out.
     """
 
     name: str
     labels: Tensor
     classes: tuple[str, ...]
     pictures: Sequence[Any] | np.ndarray
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.pictures) != len(self.labels):
@@ -82,7 +84,12 @@ class ImageSet:
 
     def image(self, index: int) -> Image.Image:
         """Picture `index` as PIL, grey ("L") if it is stored as (H, W), else RGB. Raises DataError if unreadable."""
-        return _open(self.pictures[index])
+        try:
+            return _open(self.pictures[index])
+        except DataError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # decoded when asked for
+            raise DataError(f"{self.name}: picture {index} cannot be read ({_sentence(error)})") from error
 
     def batch(self, indices: Iterable[int], processor: Callable[[list[Image.Image]], Tensor]) -> Tensor:
         """What `processor` makes of the pictures at `indices`: pixel values, usually (B, C, H, W) float32."""
@@ -91,7 +98,32 @@ class ImageSet:
     def take(self, indices: Iterable[int]) -> ImageSet:
         """The pictures at `indices`, in that order, with their labels."""
         chosen = [int(i) for i in indices]
-        return ImageSet(self.name, self.labels[chosen], self.classes, [self.pictures[i] for i in chosen])
+        return replace(self, labels=self.labels[chosen], pictures=[self.pictures[i] for i in chosen])
+
+    def readable(self) -> ImageSet:
+        """The set without the pictures that cannot be read, whose names are in `skipped`. Opens every one.
+
+        Raises DataError where none is left.
+        """
+        if isinstance(self.pictures, np.ndarray) or not len(self):
+            return self
+        fine, faults = [], []
+        for index in range(len(self)):
+            try:
+                self.image(index)
+                fine.append(index)
+            except DataError as error:
+                faults.append((self._called(index), error))
+        if not fine:
+            raise DataError(f"{self.name}: none of {len(self)} pictures can be read; {faults[0][1]}")
+        return replace(self.take(fine), skipped=tuple(name for name, _ in faults)) if faults else self
+
+    def _called(self, index: int) -> str:
+        """A picture's name among the others."""
+        try:
+            return Path(self.pictures[index]).relative_to(self.name).as_posix()
+        except (TypeError, ValueError, DataError, OSError):
+            return f"picture {index}"
 
     def stratified(self, count: int, *, seed: int = 0) -> ImageSet:
         """`count` pictures, the same number of each class, drawn without replacement; order as in the whole set.
@@ -115,15 +147,34 @@ def _open(picture: Any) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)
         return picture if picture.mode == "L" else picture.convert("RGB")
+    return read_image(picture)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture file as RGB, turned upright as its EXIF data say; what is transparent is paper.
+
+    Raises DataError, naming the file, if it is missing, no picture, cut short, or larger than Pillow decodes.
+    """
     try:
-        with Image.open(picture) as opened:
-            if opened.mode in ("RGBA", "LA", "P"):  # cut-outs: what is transparent is paper
-                cut = opened.convert("RGBA")
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in ("RGBA", "LA", "P"):
+                cut = upright.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", cut.size, "white"), cut).convert("RGB")
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{picture}: not a readable picture ({error}); repair it or take it out") from error
+            return upright.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large to be decoded ({_sentence(error)}); scale it down") from error
+    except FileNotFoundError as error:
+        raise DataError(f"no image {path}") from error
+    except Exception as error:  # decoders fail in ways of their own: struct.error, ValueError, zlib.error, ...
+        raise DataError(f"{path} is not a readable image ({_sentence(error)}); repair it or take it out") from error
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line, or its kind where it says nothing."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def load(name: str | os.PathLike[str], *, split: str = "test") -> ImageSet:
@@ -213,7 +264,7 @@ def image_folder(root: str | os.PathLike[str]) -> ImageSet:
     """Pictures in one subfolder per class; the classes are the subfolders' names in sorted order.
 
     Subfolders without pictures are left out. Files are opened only when asked for: an unreadable one raises
-    DataError, with its name, from `image`. Raises DataError if there is nothing to read.
+    DataError, with its name, from `image`; `readable()` leaves such out. Raises DataError if there is nothing to read.
     """
     root = Path(root)
     found = {

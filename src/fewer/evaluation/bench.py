@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,84 +16,121 @@ from torch import Tensor, nn
 from fewer.core import Reducer
 from fewer.datasets import images as datasets
 from fewer.models import zoo
-from fewer.runtime.apply import apply
 from fewer.runtime.costs import Entry, Ledger
-from fewer.runtime.modules import UNTRAINED, ModulesError
 from fewer.runtime.session import Session
 from fewer.spec import parse, text
 
-from . import record, stats
+from . import stats
 from .calibrate import calibrate
 from .memory import peak_bytes
-from .record import Journal, Passport, Row
+from .record import Passport, Row
+from .runner import FILE, Runner, Watch, with_control
 from .settings import RANDOM, UNREDUCED, split_forms
+from .settings import Settings as Common
 from .stats import Interval
-from .subject import Subject
+from .subject import Subject, class_names
 
-WHAT = "one forward pass of a batch; answers on n items"
-AGAINST = "the same weights, all tokens, fused attention"
-SPREAD = (
-    "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, Price"
-)
-FILE = "results.jsonl"
+__all__ = ["FILE", "EncoderSettings", "Settings", "Watch", "against_random", "draw", "load", "rival", "run"]
 
 Picture = Callable[[Session, Subject, Path], "str | None"]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure and how.
+class EncoderSettings(Common):
+    """What to measure and how, for models that take a batch in one pass.
 
-    methods    text forms; empty = the default list
     tokens     calibrate every method to this mean number of tokens per block
-    limit      images, a class-balanced draw where the classes allow it; 0 = all
-    repeats    timed comparisons, two runs of each model in each; threads: torch threads, 0 leaves them;
-               one is timed by its own clock, which other work on the machine does not disturb
-    layer      read features of this block instead of class scores
+    execution  of samples with different counts
+    limit      items, of images a class-balanced draw where the classes allow it; 0 = all
     """
 
-    model: str = "vit-fashion"
-    data: str = "embedded"
-    methods: tuple[str, ...] = ()
     tokens: float | None = None
     batch: int = 32
-    device: str = "cpu"
-    dtype: str = "float32"
-    repeats: int = 4
-    limit: int = 1000
-    seed: int = 0
-    threads: int = 1
-    layer: int | None = None
     execution: Literal["padded", "packed"] = "packed"
+    LEAST: ClassVar = {**Common.LEAST, "batch": 1}
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("repeats", 1), ("limit", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r} is not a torch dtype; float32, bfloat16 or float16")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, but torch sees no CUDA device here")
+        super().__post_init__()
+        if self.execution not in ("padded", "packed"):
+            raise ValueError(f"execution={self.execution!r}: packed or padded")
 
 
-class Watch:
-    """What a run tells whoever looks on. Nothing, unless overridden."""
+@dataclass(frozen=True)
+class Settings(EncoderSettings):
+    """The same for images. layer: read features of this block, from 0, instead of class scores."""
 
-    def begin(self, subject: Any, rows: int) -> None: ...
-    def row(self, method: str, batches: int) -> None: ...
-    def batch(self) -> None: ...
-    def done(self, row: Row, resumed: bool) -> None: ...
+    layer: int | None = None
 
 
 def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Subject:
     """The model and the data of some settings. loaded: a model and its processor, instead of loading what they name."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    dtype, device = settings.torch_dtype, torch.device(settings.device)
+    data = draw(datasets.load(settings.data), settings.limit, settings.seed).readable()
     model, processor = zoo.load_model(settings.model) if loaded is None else loaded
     model = model.to(device=device, dtype=dtype)
-    data = draw(datasets.load(settings.data), settings.limit, settings.seed)
-    return Subject(model, processor, data, settings.model, settings.batch, settings.layer, device=device, dtype=dtype)
+    told = [_skipped(data)] if data.skipped else []
+    if settings.layer is None:
+        data, more = labelled(data, model)
+        told += more
+    return Subject(
+        model, processor, data, settings.model, settings.batch, settings.layer, device=device, dtype=dtype, notes=told
+    )
+
+
+def labelled(data: datasets.ImageSet, model: nn.Module) -> tuple[datasets.ImageSet, list[str]]:
+    """The pictures with the labels of the model's head, matched by name, and what must be said about that.
+
+    Where the head's names say nothing (LABEL_0, ...), folder k is class k if there are as many, and that is said.
+    Raises   DataError where there are as many classes, and only some of the names match.
+    """
+    names = class_names(model)
+    if not names or data.classes == tuple(names.values()):
+        return data, []
+    whole = {_plain(name): k for k, name in names.items()}
+    listed = Counter(alias for name in names.values() for alias in _aliases(name))
+    ids = {alias: k for k, name in names.items() for alias in _aliases(name) if listed[alias] == 1} | whole
+    numbered = all(name.isdecimal() and int(name) in names for name in data.classes)
+    found = [int(name) if numbered else ids.get(_plain(name)) for name in data.classes]
+    if None not in found and len(set(found)) == len(found):
+        labels = torch.tensor(found)[data.labels]
+        return replace(data, labels=labels, classes=tuple(names[k] for k in sorted(names))), []
+    if len(names) != len(data.classes):
+        said = f"the model's {len(names)} classes are not the {len(data.classes)} of {data.name}"
+        return data, [f"{said}: nearest neighbours are asked instead"]
+    strange = [name for name, k in zip(data.classes, found, strict=True) if k is None]
+    if len(strange) < len(data.classes):
+        raise datasets.DataError(
+            f"{data.name}: of its {len(data.classes)} classes, {_listed(strange)} are none of the model's "
+            f"({_listed(list(names.values()))}); rename the folders as the model's config.id2label says, or give "
+            "--layer"
+        )
+    said = f"class k of {data.name} is taken for the model's class k, as the names say nothing"
+    return data, [f"labels by order: {said} ({_listed(list(names.values()))})"]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _aliases(name: str) -> set[str]:
+    """A class's name, and each of those it lists: ImageNet has "tench, Tinca tinca".
+
+    >>> sorted(_aliases("tench, Tinca_tinca"))
+    ['tench', 'tench, tinca tinca', 'tinca tinca']
+    """
+    return {_plain(name), *(_plain(part) for part in name.split(","))}
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _skipped(data: datasets.ImageSet) -> str:
+    """How many pictures could not be read, and which."""
+    of = len(data) + len(data.skipped)
+    return f"{len(data.skipped)} of {of:,} pictures could not be read and were left out: {_listed(data.skipped)}"
 
 
 def draw(data: datasets.ImageSet, limit: int, seed: int) -> datasets.ImageSet:
@@ -107,40 +144,23 @@ def draw(data: datasets.ImageSet, limit: int, seed: int) -> datasets.ImageSet:
         return data.take(order[:limit].sort().values)
 
 
-def run(settings: Settings, out: Path, *, watch: Watch | None = None, picture: Picture | None = None,
+def run(settings: EncoderSettings, out: Path, *, watch: Watch | None = None, picture: Picture | None = None,
         subject: Subject | None = None) -> list[Row]:  # fmt: skip
-    """Measure everything, the unreduced model first. Returns the rows in order; each is in `out/results.jsonl` by then.
+    """Measure everything, the unreduced model first; see `Runner.run`.
 
-    Rows already there with the same settings, at the same commit and on the same hardware, are not measured again.
-    A method that does not work on this model becomes a row with an error; the others go on.
     picture    called with each method's session still on; returns the file it drew, if any
     subject    what to measure, instead of loading what settings name
-    Raises   ValueError for settings, ModelError, DataError, HostError, UnknownMethod, SpecError: before anything runs.
+    Raises   ValueError for settings, ModelError, DataError, HostError, UnknownMethod, SpecError, JournalError: before
+             anything runs.
     """
-    watch = watch or Watch()
-    subject = load(settings) if subject is None else subject
-    methods = _methods(settings, subject)
-    journal = Journal(out / FILE)
-    watch.begin(subject, 1 + len(methods))
-    bench = _Bench(settings, subject, watch)
-    rows = []
-    draw = None if picture is None else lambda session: picture(session, subject, out)
-    for reducer, form in ((None, UNREDUCED), *methods.items()):
-        key = bench.key(reducer)
-        row = journal.done(key)
-        resumed = row is not None
-        if row is None:
-            watch.row(form, subject.batches)
-            row = bench.row(key, form, reducer, draw)
-            journal.add(row)
-        rows.append(row)
-        watch.done(row, resumed)
-    return rows
+    assert subject is not None or isinstance(settings, Settings), "texts need their subject"
+    subject = load(settings) if subject is None else subject  # type: ignore[arg-type]
+    return _Bench(settings, subject, watch, picture).run(with_control(_methods(settings, subject)), out)
 
 
-def _methods(settings: Settings, subject: Subject) -> dict[Reducer, str]:
+def _methods(settings: EncoderSettings, subject: Subject) -> dict[Reducer, str]:
     """What to measure, each with the text form it goes by: as written, else the shortest."""
-    forms = split_forms(list(settings.methods)) or subject.default_methods()
+    forms = split_forms(list(settings.methods)) or subject.default_methods(all=settings.all)
     methods = {parse(form): form for form in forms}
     if settings.tokens is None:
         return methods
@@ -149,33 +169,33 @@ def _methods(settings: Settings, subject: Subject) -> dict[Reducer, str]:
     return {method: text(method) for method in found}
 
 
-class _Bench:
-    """The parts of one run that its rows share."""
+class _Bench(Runner):
+    WHAT = "one forward pass of a batch; answers on n items"
+    AGAINST = "the same weights, all tokens, fused attention"
+    SPREAD = (
+        "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, "
+        "Price"
+    )
+    settings: EncoderSettings
+    subject: Subject
 
-    def __init__(self, settings: Settings, subject: Subject, watch: Watch) -> None:
-        self.settings, self.subject, self.watch = settings, subject, watch
-        self.threads = torch.get_num_threads()
-        self.hardware = record.hardware(subject.device)
-        padded = not subject.host.packs
-        self.execution: Literal["padded", "packed"] = "padded" if padded else settings.execution
+    def __init__(
+        self, settings: EncoderSettings, subject: Subject, watch: Watch | None, picture: Picture | None
+    ) -> None:
+        super().__init__(settings, subject, watch)
+        self.picture, self.score, self.batches = picture, subject.score, subject.batches
+        packs = subject.host.packs
+        self.execution: Literal["padded", "packed"] = settings.execution if packs else "padded"
         self._reference: Tensor | None = None
-        # One thread: CPU time of this thread, which others on the machine do not disturb.
-        alone = self.threads == 1 and subject.device.type == "cpu"
-        self._clock = time.thread_time if alone else time.perf_counter
 
-    def key(self, reducer: Reducer | None) -> str:
-        method = UNREDUCED if reducer is None else repr(reducer)
-        chosen = replace(self.settings, methods=(), tokens=None, threads=self.threads, execution=self.execution)
-        return record.key(method=method, settings=str(chosen), commit=record.commit(), hardware=self.hardware)
+    @property
+    def chosen(self) -> Common:
+        return replace(super().chosen, tokens=None, execution=self.execution)  # type: ignore[call-arg]
 
     @property
     def passport(self) -> Passport:
-        s, subject = self.settings, self.subject
-        return Passport(
-            WHAT, AGAINST, subject.name, subject.data.name, len(subject.data), s.repeats, SPREAD, s.batch,
-            str(subject.device), s.dtype, self.threads, self.execution, s.seed, self.hardware, record.versions(),
-            record.commit(), record.now(), subject.unit,
-        )  # fmt: skip
+        s = self.subject
+        return self.stamped(s.data.name, len(s.data), self.settings.batch, self.execution, s.unit, s.notes)
 
     def reference(self) -> Tensor:
         """The unreduced model's answers, (N, classes or C)."""
@@ -183,52 +203,31 @@ class _Bench:
             self._reference = torch.cat([self._answer(self.subject.model, x) for _, x in self.subject])
         return self._reference
 
-    def row(self, key: str, form: str, reducer: Reducer | None, picture: Callable[[Session], str | None] | None) -> Row:
-        row = Row(key, form, self.passport, score=self.subject.score)
-        try:
-            with torch.inference_mode():
-                return self._measured(row, reducer, picture)
-        except Exception as error:  # whatever one method does wrong, the others are still measured
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            return row
-
-    def _measured(self, row: Row, reducer: Reducer | None, picture: Callable[[Session], str | None] | None) -> Row:
+    def measured(self, row: Row, form: str, method: Reducer | None) -> Row:
         subject = self.subject
         reference = self.reference()
         with ExitStack() as stack:
             session = None
             row.code = subject.call
-            if reducer is not None:
-                row.acts = reducer.card.acts
-                session, row.trained = self._applied(reducer)
-                stack.enter_context(session)
-                extra = f', modules="{UNTRAINED}"' if row.trained == UNTRAINED else ""
-                row.code = f'fewer.apply(model, "{row.method}"{extra})'
+            if method is not None:
+                session = stack.enter_context(self.applied(row, subject.twin, method, execution=self.execution))
             torch.manual_seed(self.settings.seed)
             answers = self._timed_pass(row, session)
-            row.peak = peak_bytes(lambda: subject.forward(subject.twin, subject.pixels(0)), subject.device)
-            if session is not None and picture is not None:
-                row.picture = picture(session)
+            row.cost.peak = peak_bytes(lambda: subject.forward(subject.twin, subject.pixels(0)), subject.device)
+            if session is not None and self.picture is not None:
+                row.picture = self.picture(session, subject, self.out)
         hits = subject.hits(answers)
         row.n, row.hits = len(hits), stats.pack_hits(hits)
         row.accuracy = stats.share(hits)
         if not answers.isfinite().all():
             row.notes.append("some answers are not finite; they count as wrong")
-        if reducer is not None:
+        if method is not None:
             row.difference = stats.paired_difference(hits, subject.hits(reference))
         if subject.classifies:
             row.agreement, row.kl = stats.agreement(answers, reference), _finite(stats.kl(reference, answers))
         else:
             row.movement = _finite(stats.movement(answers, reference))
         return row
-
-    def _applied(self, reducer: Reducer) -> tuple[Session, str]:
-        twin = self.subject.twin
-        try:
-            session = apply(twin, reducer, execution=self.execution)
-            return session, "packaged" if len(list(session.modules.parameters())) else ""
-        except ModulesError:
-            return apply(twin, reducer, execution=self.execution, modules=UNTRAINED), UNTRAINED
 
     # -- one pass over the data --------------------------------------------------------------------------------
     def _timed_pass(self, row: Row, session: Session | None) -> Tensor:
@@ -277,9 +276,9 @@ class _Bench:
         spent = {id(model): 0.0 for model in turns}
         answers: dict[int, Tensor] = {}
         for model in (*turns, *reversed(turns)):
-            began = self._now()
+            began = self.now()
             answers[id(model)] = self._answer(model, pixels)
-            spent[id(model)] += (self._now() - began) / 2
+            spent[id(model)] += (self.now() - began) / 2
         plain.append(spent[id(subject.model)])
         reduced.append(spent[id(subject.twin)])
         return answers[id(subject.twin)]
@@ -287,11 +286,6 @@ class _Bench:
     def _answer(self, model: torch.nn.Module, pixels: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.subject.answer(model, pixels).float().cpu()
-
-    def _now(self) -> float:
-        if self.subject.device.type == "cuda":
-            torch.cuda.synchronize(self.subject.device)
-        return self._clock()
 
 
 class _Cost:
@@ -324,8 +318,8 @@ class _Cost:
         if not self.images:
             for n, size in zip(lengths, sizes, strict=True):
                 self._add(Ledger.of(self.host, [Entry(n, n)] * blocks, n, 0), np.full(blocks, n), size)
-        row.tokens, row.gflops, row.gflops_own, model, full = (self.sums / self.images).tolist()
-        row.ceiling = full / model
+        row.tokens, row.cost.gflops, row.cost.gflops_own, model, full = (self.sums / self.images).tolist()
+        row.cost.ceiling = full / model
         row.counts = [round(c, 3) for c in (self.counts / self.images).tolist()]
         row.final, row.tokens_full = row.counts[-1], round(np.average(lengths, weights=sizes))
         row.notes.extend(self.notes)
@@ -335,15 +329,22 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def against_random(row: Row, rows: Sequence[Row], *, within: float = 0.05) -> Interval | None:
-    """Accuracy minus that of random choice at the same tokens (nearest, within 5 %), paired on the same items.
-
-    None where there is no such random row, or the row is one itself.
-    """
+def rival(row: Row, rows: Sequence[Row], *, within: float = 0.05) -> Row | None:
+    """The random row at the same tokens (the nearest, within 5 %), on as many items; None where there is none, or the
+    row is no method's, or one itself."""
     rivals = [r for r in rows if r.name in RANDOM and not r.error and r.n == row.n]
     if row.error or row.method == UNREDUCED or row.name in RANDOM or not rivals or not row.n:
         return None
-    rival = min(rivals, key=lambda r: abs(r.tokens - row.tokens))
-    if abs(rival.tokens - row.tokens) > within * rival.tokens:
+    nearest = min(rivals, key=lambda r: abs(r.tokens - row.tokens))
+    return nearest if abs(nearest.tokens - row.tokens) <= within * nearest.tokens else None
+
+
+def against_random(row: Row, rows: Sequence[Row], *, within: float = 0.05, among: int = 1) -> Interval | None:
+    """Accuracy minus that of random choice at the same tokens, paired on the same items; None without a `rival`.
+
+    among: how many comparisons the 95 % are to hold for at once (Bonferroni)."""
+    other = rival(row, rows, within=within)
+    if other is None:
         return None
-    return stats.paired_difference(stats.unpack_hits(row.hits, row.n), stats.unpack_hits(rival.hits, row.n))
+    hits = (stats.unpack_hits(r.hits, r.n) for r in (row, other))
+    return stats.paired_difference(*hits, among=among)

@@ -22,10 +22,10 @@ from fewer.datasets.texts import Encoded
 from fewer.models import zoo
 from fewer.registry import lookup, names
 
-from .bench import Settings
+from .bench import EncoderSettings as Settings
 from .subject import Subject, SubjectError
 
-__all__ = ["LENGTH", "TextSubject", "load"]
+__all__ = ["LENGTH", "Settings", "TextSubject", "load"]
 
 LENGTH = 256
 """Tokens of a text at most, [CLS] and [SEP] included, where the tokenizer does not say less."""
@@ -46,7 +46,7 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Tex
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    dtype, device = settings.torch_dtype, torch.device(settings.device)
     model: Any
     model, tokenizer = zoo.load_model(settings.model) if loaded is None else loaded
     data = texts.load(settings.data)
@@ -56,7 +56,7 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Tex
     length = min(LENGTH, tokenizer.model_max_length, model.config.max_position_embeddings)
     return TextSubject(
         model.to(device=device, dtype=dtype), tokenizer, Encoded.of(data, tokenizer, length=length).by_length(),
-        name, settings.batch, settings.layer, device=device, dtype=dtype,
+        name, settings.batch, device=device, dtype=dtype,
     )  # fmt: skip
 
 
@@ -83,12 +83,13 @@ class TextSubject(Subject):
         """One row of the tokens a batch in the middle has, the class token left out: what `calibrate` counts on."""
         return 1, self.length(self.batches // 2) - self.host.prefix
 
-    def default_methods(self) -> list[str]:
-        """`METHODS`, each keeping in every block the share that makes `SHARES` of the whole; and LTP as it comes."""
+    def default_methods(self, *, all: bool = True) -> list[str]:
+        """`METHODS`, each keeping in every block the share that makes `SHARES` of the whole, all: not the first share
+        alone; and LTP as it comes."""
         blocks = len(self.host.blocks)
         forms = [
             f"{name}:keep={every_block(share, blocks, lookup(name).site)}{rest}"
-            for share in SHARES for name, rest in METHODS.items() if name in names()
+            for share in (SHARES if all else SHARES[:1]) for name, rest in METHODS.items() if name in names()
         ]  # fmt: skip
         return [*forms, "ltp:learned=false"]
 

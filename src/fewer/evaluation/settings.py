@@ -1,6 +1,12 @@
-"""What `fewer bench` measures when nobody says otherwise."""
+"""What every benchmark is told, and what `fewer bench` measures when nobody says otherwise."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 
 from fewer.core import Remove
 from fewer.hosts import Host
@@ -8,7 +14,58 @@ from fewer.registry import names
 from fewer.spec import parse, text
 
 UNREDUCED = "unreduced"
+DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = ("random", "random_cache")  # what nobody may lose to
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure and how: what every kind of model knows. The kinds' own settings add to it.
+
+    methods    text forms; empty = the default list, all: the whole of it, not only its telling rows
+    limit      items, 0 = all
+    repeats    timed comparisons
+    threads    torch threads, 0 leaves them; one is timed by its own clock, which other work on the machine does not
+               disturb
+
+    Raises   ValueError for a value that cannot be.
+    """
+
+    model: str = "vit-fashion"
+    data: str = "embedded"
+    methods: tuple[str, ...] = ()
+    all: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    repeats: int = 4
+    limit: int = 1000
+    seed: int = 0
+    threads: int = 1
+    LEAST: ClassVar[Mapping[str, int]] = {"repeats": 1, "limit": 0, "threads": 0}
+
+    def __post_init__(self) -> None:
+        for name, least in self.LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        try:
+            device = torch.device(self.device)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
+        except RuntimeError as error:
+            raise ValueError(f"device={self.device!r}: give cpu, cuda, cuda:1, ... or mps") from error
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"device={self.device!r}, but torch sees no such device here; give cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={self.device!r}, but torch sees no CUDA device here; give cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device={self.device!r}, but torch sees cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
 
 # Four levels on the embedded model (12 blocks, 196 patches and a class token): about 131, 100 and 66 of 197 tokens
 # per block, averaged over attention and MLP. `keep=0.7` at blocks 3, 6, 9 and `r=11` in each block both mean 131;
@@ -25,6 +82,10 @@ HALF = (
     "tokenlearner",
 )  # fmt: skip
 THIRD = ("random:keep=0.15", "cls_topk:keep=0.15", "tome:r=26", "ats")
+TELLING = (  # what differs: of two levels with their random row, and of the last
+    "random:keep=0.5", "cls_topk:keep=0.5", "tome:r=16", "evit:keep=0.5", "atc:keep=0.5", "dynamicvit:keep=0.5",
+    "random:keep=0.15", "cls_topk:keep=0.15", "tome:r=26", "tokenlearner:tokens=8,layers=3",
+)  # fmt: skip
 EIGHT = ("random:tokens=8,layers=3", "cls_topk:tokens=8,layers=3", "tokenlearner:tokens=8,layers=3")
 
 # KV caches: the newest rows and the sinks, random rows between them, what keys say by themselves, what attention says.
@@ -37,16 +98,18 @@ CACHE_SHARES = (0.5, 0.25)
 REFERENCE_BLOCKS, REFERENCE_PATCHES = 12, 196
 
 
-def default_methods(host: Host) -> list[str]:
-    """The default list for a model: counts that go are rescaled where it has other numbers of blocks or patches."""
+def default_methods(host: Host, *, all: bool = True) -> list[str]:
+    """The default list for a model: counts that go are rescaled where it has other numbers of blocks or patches.
+    all: the whole of it, not only its telling rows."""
     factor = REFERENCE_BLOCKS / len(host.blocks) * host.patches / REFERENCE_PATCHES
-    forms = (*TWO_THIRDS, *HALF, *THIRD, *EIGHT)
+    forms = (*TWO_THIRDS, *HALF, *THIRD, *EIGHT) if all else TELLING
     return [_rescaled(form, factor) for form in forms if form.partition(":")[0] in names()]
 
 
-def cache_methods() -> list[str]:
-    """The default list for a language model: every cache method at half and at a quarter of the rows."""
-    return [f"{name}:keep={share}" for share in CACHE_SHARES for name in CACHES if name in names()]
+def cache_methods(*, all: bool = True) -> list[str]:
+    """The default list for a language model: every cache method at a quarter of the rows, all: at half of them, too."""
+    shares = CACHE_SHARES if all else CACHE_SHARES[-1:]
+    return [f"{name}:keep={share}" for share in shares for name in CACHES if name in names()]
 
 
 def _rescaled(form: str, factor: float) -> str:

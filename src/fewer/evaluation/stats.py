@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ def share(hits: np.ndarray) -> Interval:
     return Interval(p, min(middle - half, p), max(middle + half, p))  # at 0 and 1 the ends meet, but for rounding
 
 
-def paired_difference(hits: np.ndarray, reference: np.ndarray) -> Interval:
+def paired_difference(hits: np.ndarray, reference: np.ndarray, *, among: int = 1) -> Interval:
     """share(hits) - share(reference) on the same items, with a 95 % interval. hits, reference: (N,) bool.
+
+    among: how many such intervals are to hold at once with 95 % (Bonferroni): what the best of many needs.
 
     Only items the two disagree on carry information, so the interval is far narrower than that of two independent
     shares. Bonett and Price (2012): Wald's interval after one imagined item was added to either kind of
@@ -45,10 +48,10 @@ def paired_difference(hits: np.ndarray, reference: np.ndarray) -> Interval:
     """
     if hits.shape != reference.shape:
         raise ValueError(f"a paired difference needs the same items, got {hits.shape} and {reference.shape}")
-    n = _count(hits)
+    n, z = _count(hits), Z if among == 1 else NormalDist().inv_cdf(1 - 0.025 / among)
     gained, lost = int(np.sum(hits & ~reference)), int(np.sum(reference & ~hits))
     a, b = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
+    half = z * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
     return Interval((gained - lost) / n, a - b - half, a - b + half)
 
 

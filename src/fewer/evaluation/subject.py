@@ -34,6 +34,7 @@ class Subject:
     processor  PIL images -> (B, C, H, W)
     layer      0-based block whose output is read as features; None = the class scores where the model has a head
                for the data's classes, else the features behind the last norm
+    notes      what must be known of the data
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Subject:
     neighbours: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    notes: list[str] = field(default_factory=list)
     unit: ClassVar[str] = "images"
     call: ClassVar[str] = "model(pixel_values)"  # what one writes to run it
 
@@ -75,9 +77,7 @@ class Subject:
     @property
     def classes(self) -> int:
         """Of the model's head; 0 where it has none."""
-        if "ForImageClassification" in type(self.model).__name__:
-            return int(self.model.config.num_labels)  # type: ignore[union-attr, arg-type]
-        return int(getattr(self.model, "num_classes", 0))
+        return len(class_names(self.model))
 
     @property
     def classifies(self) -> bool:
@@ -100,9 +100,9 @@ class Subject:
             height, width = self.host.patch(self.pixels(0)[:1]).shape[-2:]  # type: ignore[misc]
         return int(height), int(width)
 
-    def default_methods(self) -> list[str]:
-        """What is measured when nobody says otherwise."""
-        return default_methods(self.host)
+    def default_methods(self, *, all: bool = True) -> list[str]:
+        """What is measured when nobody says otherwise. all: everything, not only what differs."""
+        return default_methods(self.host, all=all)
 
     def size(self, index: int) -> int:
         """Items in batch `index`."""
@@ -171,6 +171,15 @@ class Subject:
         else:
             right = knn_hits(answers.where(finite[:, None], 0), labels, self.neighbours)
         return (right & finite).numpy()
+
+
+def class_names(model: Any) -> dict[int, str]:
+    """What the classes of an image model's head are called, as far as it says; nothing where it has no head."""
+    if "ForImageClassification" in type(model).__name__:
+        return {int(k): str(name) for k, name in model.config.id2label.items()}
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    head = int(getattr(model, "num_classes", 0))
+    return dict(enumerate(names if len(names) == head else (f"LABEL_{k}" for k in range(head))))
 
 
 def twin_of(model: nn.Module) -> nn.Module:

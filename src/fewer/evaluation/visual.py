@@ -16,7 +16,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,13 +28,12 @@ from fewer.core import Budget, Capacity, Plan, Reducer, Signals, Tokens, VisualR
 from fewer.core.noise import noise
 from fewer.datasets import scenes
 from fewer.datasets.scenes import GRID, Question
-from fewer.evaluation import record, stats
-from fewer.evaluation.bench import FILE, Watch
-from fewer.evaluation.record import Journal, Passport, Row, Score
-from fewer.evaluation.settings import UNREDUCED, split_forms
+from fewer.evaluation import stats
+from fewer.evaluation.record import Cost, Passport, Row, Score
+from fewer.evaluation.runner import Runner, Watch, with_control
+from fewer.evaluation.settings import Settings as Common
+from fewer.evaluation.settings import split_forms
 from fewer.models import zoo
-from fewer.runtime.apply import apply
-from fewer.runtime.modules import UNTRAINED, ModulesError
 from fewer.spec import parse
 
 TASKS = {
@@ -52,17 +51,9 @@ TASKS = {
     "coverage": "cosine of each patch to the nearest one that is left, features centred on the picture's mean",
     "flooded": "one-picture questions on pictures whose empty patches are all one and the same",
 }
-WHAT = (
-    "right answers to questions about scenes of real pictures, one word each, by the likeliest next token; three draws "
-    "of scenes and questions, random methods drawn anew with each"
-)
-AGAINST = "the same weights, questions and pictures with all visual tokens, fused attention"
-SPREAD = (
-    "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, Price; "
-    "for means: bootstrap over pictures"
-)
 BLIND, ORACLE = "no-image", "oracle"
 SHARES = (0.5, 0.25, 0.11, 0.05)
+TELLING = (0.25,)
 DRAWS = 3
 SIZE = 50  # questions in a batch
 BRIDGE = (
@@ -94,47 +85,33 @@ class Oracle(VisualReducer):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure and how.
-
-    methods    text forms; empty = `default_methods`
-    limit      questions of each kind in each of three draws
-    repeats    timed comparisons on a batch of one-picture questions
-    threads    torch threads, 0 leaves them; one is timed by its own clock, which other work does not disturb
-    """
+class Settings(Common):
+    """What to measure and how. limit: questions of each kind in each of three draws."""
 
     model: str = "llava-scenes"
     data: str = "scenes"
-    methods: tuple[str, ...] = ()
     limit: int = 100
-    device: str = "cpu"
-    dtype: str = "float32"
-    repeats: int = 4
-    seed: int = 0
-    threads: int = 1
+    LEAST: ClassVar = {**Common.LEAST, "limit": 4}
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("limit", 4)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        super().__post_init__()
         if self.data != "scenes":
             raise ValueError(f"data={self.data!r}: questions with known places are those of 'scenes' only")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r} is not a torch dtype; float32, bfloat16 or float16")
 
 
-def default_methods(rows: int, blocks: int) -> list[str]:
-    """Every method at `SHARES` of the visual tokens, counted as the mean over the language model's blocks.
+def default_methods(rows: int, blocks: int, *, all: bool = True) -> list[str]:
+    """Every method at `SHARES` of the visual tokens, counted as the mean over the language model's blocks, and those
+    that choose their own number; not all: only at `TELLING`.
 
     Methods that act behind the first block cannot go below one block's share; they are there where they can."""
     forms = []
-    for share in SHARES:
+    for share in SHARES if all else TELLING:
         tokens = round(rows * share)
         forms += [f"{form}{',' if ':' in form else ':'}tokens={tokens}" for form in BRIDGE]
         late = (share * blocks - 1) / (blocks - 1)
         if late > 0.02:
             forms += [f"{form},keep={late:.4f}" for form in INSIDE]
-    return [*forms, "prumerge", "trim", "pyramiddrop", "sparsevlm", f"vtw:k={blocks // 2}"]
+    return [*forms, "prumerge", "trim", "pyramiddrop", "sparsevlm", f"vtw:k={blocks // 2}"] if all else forms
 
 
 @dataclass(eq=False)
@@ -181,7 +158,7 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None) -> Vis
         torch.set_num_threads(settings.threads)
     model, processor = zoo.load_model(settings.model) if loaded is None else loaded
     device = torch.device(settings.device)
-    model = model.to(device=device, dtype=getattr(torch, settings.dtype)).eval()
+    model = model.to(device=device, dtype=settings.torch_dtype).eval()
     asked = [q for draw in range(DRAWS) for q in scenes.exam(settings.limit, seed=settings.seed + draw)]
     half = [q for q in asked[: len(asked) // DRAWS] if len(q.scenes) == 1][::2]
     return VisualSubject(
@@ -214,34 +191,16 @@ def run(
     settings: Settings, out: Path, *, watch: Watch | None = None, subject: VisualSubject | None = None,
     picture: Callable[[VisualSubject, str, Callable[[], Any], Path], str | None] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Measure everything, the unreduced model first. Returns the rows in order; each is in `out/results.jsonl` by then.
+    """Measure everything, the unreduced model first; see `Runner.run`.
 
-    Rows already there with the same settings, at the same commit and on the same hardware, are not measured again.
-    A method that does not work on this model becomes a row with an error; the others go on.
     picture: draws a row's examples and returns the file, relative to out.
-    Raises   ValueError for settings, ModelError, UnknownMethod, SpecError: before anything runs.
+    Raises   ValueError for settings, ModelError, UnknownMethod, SpecError, JournalError: before anything runs.
     """
-    watch = watch or Watch()
     subject = load(settings) if subject is None else subject
-    bench = _Bench(settings, subject, watch)
-    forms = split_forms(list(settings.methods)) or default_methods(GRID * GRID, len(bench.host.blocks))
-    methods = {form: parsed(form) for form in forms}
-    journal = Journal(out / FILE)
-    watch.begin(subject, 2 + len(methods))
-    rows = []
-    for form, method in {UNREDUCED: None, BLIND: None, **methods}.items():
-        key = bench.key(form, method)
-        row = journal.done(key)
-        resumed = row is not None
-        if row is None:
-            watch.row(form, len(subject.prepared))
-            row = bench.row(key, form, method)
-            if picture is not None and not row.error and form != BLIND:
-                row.picture = picture(subject, form, lambda m=method: bench.session(m, 0), out)  # type: ignore[misc]
-            journal.add(row)
-        rows.append(row)
-        watch.done(row, resumed)
-    return rows
+    bench = _Bench(settings, subject, watch, picture)
+    blocks = len(bench.host.blocks)
+    forms = split_forms(list(settings.methods)) or default_methods(GRID * GRID, blocks, all=settings.all)
+    return bench.run(with_control({parsed(form): form for form in forms}, BLIND), out)
 
 
 def parsed(form: str) -> Reducer:
@@ -269,65 +228,47 @@ class _Seen:
     ledger: Any = None
 
 
-class _Bench:
-    """The parts of one run that its rows share."""
+class _Bench(Runner):
+    WHAT = (
+        "right answers to questions about scenes of real pictures, one word each, by the likeliest next token; three "
+        "draws of scenes and questions, random methods drawn anew with each"
+    )
+    AGAINST = "the same weights, questions and pictures with all visual tokens, fused attention"
+    SPREAD = (
+        "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, "
+        "Price; for means: bootstrap over pictures"
+    )
+    score = "answers right"
+    settings: Settings
+    subject: VisualSubject
 
-    def __init__(self, settings: Settings, subject: VisualSubject, watch: Watch) -> None:
+    def __init__(self, settings: Settings, subject: VisualSubject, watch: Watch | None, picture: Any) -> None:
         from fewer import hosts
 
-        self.settings, self.subject, self.watch = settings, subject, watch
-        self.threads = torch.get_num_threads()
-        self.hardware = record.hardware(subject.device)
+        super().__init__(settings, subject, watch)
         host = hosts.find(subject.model)
         if not isinstance(host, hosts.VisionLanguageHost):
             raise ValueError(f"{type(subject.model).__name__} is no vision-language model")
-        self.host = host
+        self.host, self.picture, self.batches = host, picture, len(subject.prepared)
         self.answers = torch.cat([torch.empty(0, dtype=torch.long)] + [b.answers for _, b in subject.prepared])
         self.order = [i for part, _ in subject.prepared for i in part]
-        self._raw = False  # whether the last session's modules are random
         self._plain: _Seen | None = None
         self._plain_flood: Tensor | None = None
-        alone = self.threads == 1 and subject.device.type == "cpu"
-        self._clock = time.thread_time if alone else time.perf_counter
-
-    def key(self, form: str, method: Reducer | None) -> str:
-        chosen = replace(self.settings, methods=(), threads=self.threads)
-        return record.key(
-            method=form if method is None else repr(method), settings=str(chosen), commit=record.commit(),
-            hardware=self.hardware,
-        )  # fmt: skip
 
     @property
     def passport(self) -> Passport:
-        s = self.settings
-        data = f"scenes: {len(self.subject.questions)} questions of {len(scenes.KINDS)} kinds, {DRAWS} draws"
-        return Passport(
-            WHAT, AGAINST, self.subject.name, data, len(self.subject.questions), s.repeats, SPREAD, SIZE,
-            str(self.subject.device), s.dtype, self.threads, "padded", s.seed, self.hardware, record.versions(),
-            record.commit(), record.now(), "questions",
-        )  # fmt: skip
+        n = len(self.subject.questions)
+        data = f"scenes: {n} questions of {len(scenes.KINDS)} kinds, {DRAWS} draws"
+        return self.stamped(data, n, SIZE, "padded", "questions", [])
 
-    def row(self, key: str, form: str, method: Reducer | None) -> Row:
-        row = Row(key, form, self.passport, score="answers right", tokens_full=GRID * GRID)
-        try:
-            with torch.inference_mode():
-                return self._blind(row) if form == BLIND else self._measured(row, method)
-        except Exception as error:  # whatever one method does wrong, the others are still measured
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            return row
-
-    def session(self, method: Reducer | None, draw: int) -> Any:
-        """A session of a method, drawn anew where it draws; none for no method."""
+    def session(self, method: Reducer | None, draw: int, row: Row | None = None) -> Any:
+        """A session of a method, drawn anew where it draws; none for no method. row: told what the session is."""
         if method is None:
             return nullcontext()
         if any(f.name == "seed" for f in fields(method)):  # type: ignore[arg-type]
             method = replace(method, seed=draw)  # type: ignore[type-var]
-        self._raw = False
-        try:
-            return apply(self.subject.model, method, guide=self.subject.guide)
-        except ModulesError:
-            self._raw = True
-            return apply(self.subject.model, method, modules=UNTRAINED, guide=self.subject.guide)
+        row = Row("", "", self.passport) if row is None else row
+        return self.applied(row, self.subject.model, method, guide=self.subject.guide)
 
     def _blind(self, row: Row) -> Row:
         """The same questions without their pictures: what words alone give away."""
@@ -337,15 +278,15 @@ class _Bench:
         self._scores(row, hits, None, compared=True)
         return row
 
-    def _measured(self, row: Row, method: Reducer | None) -> Row:
-        if method is not None:
-            row.acts = method.card.acts
-            row.code = f'fewer.apply(model, "{row.method}")'
+    def measured(self, row: Row, form: str, method: Reducer | None) -> Row:
+        row.tokens_full = GRID * GRID
+        if form == BLIND:
+            return self._blind(row)
         seen = self._pass(row, method)
         if method is None:
             self._plain = seen
         elif self._plain is None:
-            self._plain = self._pass(Row("", UNREDUCED, self.passport), None)
+            self._plain = self._pass(Row("", "", self.passport), None)
         assert self._plain is not None
         right, plain = (x.logits.argmax(-1) == self.answers for x in (seen, self._plain))
         self._scores(row, right.numpy(), seen, compared=method is not None, plain=plain.numpy())
@@ -358,6 +299,8 @@ class _Bench:
         row.agreement = stats.agreement(seen.logits, self._plain.logits)
         row.kl = stats.kl(self._plain.logits, seen.logits)
         self._timed(row, method)
+        if self.picture is not None:
+            row.picture = self.picture(self.subject, form, lambda: self.session(method, 0), self.out)
         return row
 
     # -- passes -------------------------------------------------------------------------------------------------------
@@ -366,10 +309,7 @@ class _Bench:
         seen, logits = _Seen(torch.empty(0)), []
         for draw in range(DRAWS):
             with ExitStack() as stack:
-                session = stack.enter_context(self.session(method, draw))
-                if session is not None:
-                    trained = len(list(session.modules.parameters())) > 0
-                    row.trained = "" if not trained else UNTRAINED if self._raw else "packaged"
+                session = stack.enter_context(self.session(method, draw, row))
                 for part, given in subject.prepared:
                     mine = [k for k, i in enumerate(part) if i // per == draw]
                     if not mine:
@@ -387,7 +327,7 @@ class _Bench:
             row.tokens = row.final = float(GRID * GRID)
         if seen.ledger is not None:
             cost = seen.ledger
-            row.gflops, row.gflops_own, row.ceiling = cost.gflops, cost.gflops_own, cost.ceiling
+            row.cost = Cost(cost.gflops, cost.gflops_own, cost.ceiling)
             row.notes = list(dict.fromkeys([*row.notes, *cost.notes]))
         return seen
 
@@ -422,7 +362,7 @@ class _Bench:
 
     def _forward(self, session: Any, asked: Sequence[Question], given: scenes.Batch) -> Tensor:
         inputs = {k: v.to(self.subject.device) for k, v in given.inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(getattr(torch, self.settings.dtype))
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.settings.torch_dtype)
         if session is not None:
             _prepare(session, asked, given)
         return self.subject.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
@@ -445,9 +385,9 @@ class _Bench:
         for turn in range(self.settings.repeats):
             for side in ((0, 1), (1, 0))[turn % 2]:
                 with self.session(method if side else None, 0) as session:
-                    began, wall = self._clock(), time.perf_counter()
+                    began, wall = self.now(), time.perf_counter()
                     self._forward(session, asked, given)
-                    (reduced if side else plain).append(self._clock() - began)
+                    (reduced if side else plain).append(self.now() - began)
                     if session is not None and (spent := session.ledger.reading.own_seconds) is not None:
                         own.append(spent / (time.perf_counter() - wall))
         row.speedup, row.milliseconds = stats.ratios(plain, reduced), 1e3 * float(np.median(reduced))
@@ -460,7 +400,7 @@ class _Bench:
         questions = [self.subject.questions[i] for i in self.order]
         if plain is None and compared:
             if self._plain is None:
-                self._plain = self._pass(Row("", UNREDUCED, self.passport), None)
+                self._plain = self._pass(Row("", "", self.passport), None)
             plain = (self._plain.logits.argmax(-1) == self.answers).numpy()
         row.n, row.hits, row.accuracy = len(hits), stats.pack_hits(hits), stats.share(hits)
         row.difference = stats.paired_difference(hits, plain) if compared and plain is not None else None

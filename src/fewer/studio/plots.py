@@ -1,26 +1,34 @@
-"""The benchmark as a plot: what accuracy is left at which cost, as an SVG string."""
+"""The benchmark as plots, SVG strings as wide as their place allows.
+
+They show who is told apart from random choice at each budget, and what accuracy is left at which cost. Each is drawn
+for the width of a telephone; wide pages lay them side by side.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fewer.evaluation.levels import Level, able, levels
 from fewer.evaluation.record import Row
 from fewer.evaluation.settings import RANDOM, UNREDUCED
-from fewer.evaluation.visual import BLIND, ORACLE
-from fewer.spec import BUDGET_KEYS
+from fewer.evaluation.stats import Interval
 
 from .style import ACCENT, FAINT, INK, QUIET
-from .table import RAW, frontier, marks, measured, of_language, of_seeing
+from .table import frontier, measured, of_language, of_seeing
+from .verdict import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FONT = "DejaVu Sans"  # what matplotlib measures with; readers see the page's own font
-APART = 11.5  # points between the lines of two labels
+WIDTH = 4.6  # inches: 331 points, about as many pixels as a telephone leaves
+LINE = 0.21  # inches of a method's line
+FLOOR = 30  # points below the best that are still drawn to scale
 
 
 class PlotError(ImportError):
@@ -29,19 +37,20 @@ class PlotError(ImportError):
 
 @dataclass(frozen=True)
 class Axis:
-    """What a panel shows across. better: "left" or "right"."""
+    """What a panel shows. better: where less or more is better, "left" or "right"."""
 
     title: str
     value: Callable[[Row], float]
-    better: str
+    better: str = "left"
 
 
-COST = Axis("GFLOPs per image  (less is better)", lambda row: row.gflops, "left")
+COST = Axis("GFLOPs per item  (less is better)", lambda row: row.cost.gflops)
 SPEED = Axis("measured speed-up  (more is better)", lambda row: row.speedup.value if row.speedup else 1.0, "right")
-CACHE = Axis("keys and values once the context is read, MB  (less is better)", lambda row: row.kv_read / 1e6, "left")
-
-
-SEEN = Axis("visual tokens a block reads, mean  (fewer is better)", lambda row: row.tokens, "left")
+CACHE = Axis(
+    "keys and values once the context is read, MB  (less is better)",
+    lambda row: row.writing.kv_read / 1e6 if row.writing else 0.0,
+)
+SEEN = Axis("visual tokens a block reads, mean  (fewer is better)", lambda row: row.tokens)
 
 
 def cost(rows: Sequence[Row]) -> Axis:
@@ -50,206 +59,139 @@ def cost(rows: Sequence[Row]) -> Axis:
     return SEEN if of_seeing(rows) else CACHE if of_language(rows) else COST
 
 
-def pareto(rows: Sequence[Row]) -> str:
-    """Accuracy against its cost and against speed-up, the rows nobody beats joined by a line.
+def plots(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(what it shows, an SVG element with live text) of every plot these rows allow.
 
-    Returns an SVG element with live text. Rows far below the others are named in the margin instead of squeezing the
-    rest. Raises PlotError without matplotlib, ValueError without a measured row.
+    Raises PlotError without matplotlib, ValueError without rows that have an accuracy.
     """
-    good = [row for row in measured(rows) if row.accuracy]
-    if not good:
-        raise ValueError("nothing to plot: no row has numbers")
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise PlotError("plots need matplotlib: pip install 'fewer[report]'") from error
-    settings: dict[str, Any] = {"svg.fonttype": "none", "font.family": FONT, "font.size": 9, "svg.hashsalt": "fewer"}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(11.6, 4.9), layout=ConstrainedLayoutEngine(w_pad=0.12))
-        canvas = FigureCanvasSVG(figure)
-        low, off = _floor(good)
-        left, right = figure.subplots(1, 2, sharey=True)
-        panels = ((left, cost(good)), (right, SPEED))
-        for axes, axis in panels:
-            _panel(axes, axis, good, low)
-        left.set_ylabel(f"{good[0].score} (%)", color=INK)
-        if off:
-            names = ", ".join(f"{row.method} {_percent(row):.0f} %" for row in off)
-            figure.supxlabel(f"below the chart: {names}", fontsize=8, color=QUIET, x=0.01, ha="left")
-        canvas.draw()
-        for axes, axis in panels:
-            _labels(axes, axis, [row for row in good if row not in off], good)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _responsive(out.getvalue())
+    if not any(row.accuracy for row in measured(rows)):
+        raise ValueError("nothing to plot: no row has an accuracy")
+    drawn = [against_random(level, rows) for level in levels(rows)]
+    drawn += [tradeoff(rows, axis) for axis in (cost(rows), SPEED)]
+    if of_seeing(rows):
+        drawn.append(tradeoff(rows, SEEN, "likely"))
+    return drawn
 
 
-def curves(rows: Sequence[Row]) -> str:
-    """What a vision-language model still knows at each number of visual tokens: right answers, and the denial of what
-    is likely but absent; a line per method, across its budgets.
-
-    Returns an SVG element with live text. Raises PlotError without matplotlib, ValueError without a method at two
-    budgets.
-    """
-    good = [row for row in measured(rows) if row.accuracy]
-    lines: dict[str, list[Row]] = {}
-    for row in good:
-        if row.method not in (UNREDUCED, BLIND):
-            lines.setdefault(_unbudgeted(row.method), []).append(row)
-    lines = {name: sorted(mine, key=lambda r: r.tokens) for name, mine in lines.items() if len(mine) > 1}
-    if not lines:
-        raise ValueError("nothing to plot: no method was measured at two budgets")
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError("plots need matplotlib: pip install 'fewer[report]'") from error
-    settings: dict[str, Any] = {"svg.fonttype": "none", "font.family": FONT, "font.size": 9, "svg.hashsalt": "fewer"}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(11.6, 4.9), layout="constrained")
-        FigureCanvasSVG(figure)
-        panels = figure.subplots(1, 2)
-        measures = ((good[0].score, None), ("likely but absent, denied", "likely"))
-        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        for axes, (title, task) in zip(panels, measures, strict=True):
-            for i, (name, mine) in enumerate(lines.items()):
-                control = name.split(":")[0] in (*RANDOM, ORACLE)
-                axes.plot(
-                    [r.tokens for r in mine], [_share(r, task) for r in mine], label=name, marker="o", markersize=3.5,
-                    color=INK if control else colours[i % len(colours)], linewidth=1.3,
-                    linestyle={ORACLE: ":"}.get(name, "--") if control else "-",
-                )  # fmt: skip
-            for row in good:
-                if row.method in (UNREDUCED, BLIND):
-                    axes.axhline(_share(row, task), color=QUIET, linewidth=0.9, linestyle=":")
-                    axes.annotate(row.method, (1, _share(row, task)), xycoords=("axes fraction", "data"), color=QUIET,
-                                  ha="right", va="bottom", fontsize=8)  # fmt: skip
-            axes.set_xscale("log")
-            ticks = sorted({round(r.tokens) for mine in lines.values() for r in mine if "random" in r.method})
-            axes.set_xticks(ticks, [str(t) for t in ticks])
-            axes.minorticks_off()
-            axes.set_xlabel(SEEN.title, color=INK)
-            axes.set_ylabel(f"{title} (%)", color=INK)
-            axes.grid(color=FAINT, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _responsive(out.getvalue())
+def against_random(level: Level, rows: Sequence[Row]) -> tuple[str, str]:
+    """A line for each method of a budget: its accuracy minus random's, with the interval that holds for all of them at
+    once. One that reaches over zero is not told apart from random."""
+    base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
+    random, many = level.random, len(level.rows)
+    whole = "" if base is None else f" of {base.tokens:.0f}"
+    title = f"{random.tokens:.0f}{whole} tokens: against {random.method}, {_percent(random):.1f} %"
+    low = max(100 * min(gain.low for gain in level.gains), 100 * max(gain.value for gain in level.gains) - FLOOR)
+    with _drawing(1.0 + LINE * many) as (axes, out):
+        for i, (row, gain) in enumerate(zip(level.rows, level.gains, strict=True)):
+            colour = ACCENT if gain.low > 0 else QUIET if gain.high < 0 else INK
+            if 100 * gain.value >= low:
+                told = _told(row, f"{interval(gain)} points against random")
+                _bar(axes, 100 * gain.value, i, _ends(gain), colour, told)
+            else:
+                axes.annotate(f"◂ {100 * gain.value:.0f}", (0.01, i), xycoords=("axes fraction", "data"), va="center",
+                              fontsize=8, color=colour)  # fmt: skip
+            if row.speedup:
+                axes.annotate(f"{row.speedup.value:.2f}x", (1.01, i), xycoords=("axes fraction", "data"), va="center",
+                              fontsize=8, color=QUIET, annotation_clip=False)  # fmt: skip
+        axes.axvline(0, color=INK, lw=1)
+        if base is not None and base.accuracy:
+            axes.axvline(_percent(base) - _percent(random), color=QUIET, lw=1, ls=":")
+        axes.set_yticks(range(many), [row.method for row in level.rows], parse_math=False)
+        axes.set_ylim(many - 0.5, -0.5)
+        axes.set_xlim(left=low - 1)
+        axes.tick_params(axis="y", labelcolor=INK, length=0, labelsize=8)
+        axes.set_xlabel("points of accuracy against random", color=INK)
+        axes.grid(axis="x", color=FAINT, lw=0.6)
+        return title, out()
 
 
-def _unbudgeted(method: str) -> str:
-    """A text form without what says how many stay.
-
-    >>> _unbudgeted("fastv:k=1,keep=0.4"), _unbudgeted("divprune:tokens=36")
-    ('fastv:k=1', 'divprune')
-    """
-    name, _, rest = method.partition(":")
-    kept = [part for part in rest.split(",") if part and part.partition("=")[0] not in BUDGET_KEYS]
-    return name + (":" + ",".join(kept) if kept else "")
-
-
-def _share(row: Row, task: str | None) -> float:
-    """A row's accuracy, or its score in a task, in per cent."""
-    if task is None:
-        return _percent(row)
-    return next((100 * s.value.value for s in row.scores if s.task == task), float("nan"))
-
-
-def _floor(rows: Sequence[Row]) -> tuple[float, list[Row]]:
-    """The lowest accuracy shown, and the rows below it: far from the best, or with untrained modules."""
-    best = max(map(_percent, rows))
-    shown = [p for row in rows if (p := _percent(row)) > best - 25 and RAW not in marks(row, rows)] or [best]
-    low = min(shown) - max(0.12 * (best - min(shown)), 0.5)
-    return low, [row for row in rows if _percent(row) < low]
-
-
-def _panel(axes: Axes, axis: Axis, rows: Sequence[Row], low: float) -> None:
+def tradeoff(rows: Sequence[Row], axis: Axis, task: str | None = None) -> tuple[str, str]:
+    """Accuracy, or the score of a task, over a cost, with 95 % intervals: a point for each row, named where a pointer
+    rests on it; random choice and the rows nobody beats each joined by a line."""
+    good = [r for r in measured(rows) if _score(r, task) and (r in able(rows) or r.method == UNREDUCED)]
+    what = (good[0].score if task is None else f"{task} but absent, denied") if good else "accuracy"
     sign = 1 if axis.better == "left" else -1
-    front = frontier(rows, lambda row: sign * axis.value(row))
-    visible = [row for row in front if _percent(row) >= low]
-    axes.plot([axis.value(r) for r in visible], [_percent(r) for r in visible], color=ACCENT, lw=1.4, zorder=1)
-    for row in rows:
-        if _percent(row) < low:
-            continue
-        colour = ACCENT if row in front else QUIET
-        kind = "s" if row.method == UNREDUCED else "x" if row.name in RANDOM else "o"
-        style: dict[str, Any] = {"c": colour}
-        if kind != "x":
-            style = {"facecolors": colour if row in front else "white", "edgecolors": colour}
-        axes.scatter(axis.value(row), _percent(row), s=30, marker=kind, linewidths=1.3, zorder=2, **style)
-    best = max(map(_percent, rows))
-    axes.set_ylim(low, best + 0.1 * (best - low))
-    _doubt(axes, rows)
-    axes.margins(x=0.16)
-    axes.set_xlabel(axis.title, color=INK)
-    axes.grid(color=FAINT, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=QUIET, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(FAINT)
+    front = frontier(good, lambda row: sign * axis.value(row)) if task is None else []
+    with _drawing(3.2) as (axes, out):
+        for row in good:
+            found = _score(row, task)
+            assert found is not None
+            told = _told(row, f"{100 * found.value:.1f} %")
+            mark = "s" if row.method == UNREDUCED else "x" if row.name in RANDOM else "o"
+            colour = ACCENT if row in front else QUIET
+            x, ends = axis.value(row), _ends(found)
+            _point(axes, x, 100 * found.value, ends, colour, told, mark)
+        for style, line in (("--", [r for r in good if r.name in RANDOM]), ("-", front)):
+            line = sorted(line, key=axis.value)
+            heights = [100 * found.value for r in line if (found := _score(r, task))]
+            axes.plot([axis.value(r) for r in line], heights, style, color=ACCENT if style == "-" else QUIET, lw=1.1,
+                      zorder=1)  # fmt: skip
+        axes.set_xlabel(axis.title, color=INK)
+        axes.set_ylabel(f"{what}, %", color=INK)
+        axes.margins(x=0.08)
+        axes.grid(color=FAINT, lw=0.6)
+        return f"{what} over {axis.title.partition('  (')[0]}", out()
 
 
-def _doubt(axes: Axes, rows: Sequence[Row]) -> None:
-    """A bar as long as the usual 95 % interval of a difference to the unreduced model, in the lower left corner."""
-    widths = sorted(100 * (row.difference.high - row.difference.low) for row in rows if row.difference)
-    if not widths:
-        return
-    low, half = axes.get_ylim()[0], widths[len(widths) // 2] / 2
-    frame = axes.get_yaxis_transform()
-    axes.errorbar([0.015], [low + half], yerr=half, color=QUIET, lw=1, capsize=2, transform=frame)
-    said = axes.annotate("95 % of a difference", (0.015, low), (4, 5), xycoords=frame, textcoords="offset points",
-                         rotation=90, va="bottom", fontsize=7.5, color=QUIET)  # fmt: skip
-    said.set_in_layout(False)
+def _score(row: Row, task: str | None) -> Interval | None:
+    return row.accuracy if task is None else next((s.value for s in row.scores if s.task == task), None)
 
 
-def _labels(axes: Axes, axis: Axis, rows: Sequence[Row], every: Sequence[Row]) -> None:
-    """Names beside the points, pushed apart where they would overlap, with a thin line where one had to move."""
-    sign = 1 if axis.better == "left" else -1
-    front = frontier(every, lambda row: sign * axis.value(row))
-    dpi = axes.figure.dpi / 72
-    height = axes.bbox.height / dpi
-    where = {row.key: axes.transData.transform((axis.value(row), _percent(row))) / dpi for row in rows}
-    placed = [(x - 4, x + 4, y) for x, y in where.values()]  # left, right, middle in points: the points themselves
-    right_edge = axes.bbox.x1 / dpi
-    for row in sorted(rows, key=lambda row: (row not in front, -_percent(row))):
-        x, y = where[row.key]
-        wide = 4.7 * len(row.method)
-        flip = x + 8 + wide > right_edge
-        a = x - 8 - wide if flip else x + 8
-        at = _free(y, a, a + wide, placed, axes.bbox.y0 / dpi + 4, axes.bbox.y0 / dpi + height - 4)
-        placed.append((a, a + wide, at))
-        moved = abs(at - y) > 5
-        axes.annotate(
-            row.method, (axis.value(row), _percent(row)), (-8 if flip else 8, at - y), textcoords="offset points",
-            ha="right" if flip else "left", va="center", fontsize=8.5, color=ACCENT if row in front else INK,
-            alpha=1 if row in front else 0.72,
-            arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.4, "shrinkA": 1, "shrinkB": 4} if moved else None,
-        )  # fmt: skip
-
-
-def _free(
-    y: float, left: float, right: float, placed: Sequence[tuple[float, float, float]], low: float, high: float
-) -> float:
-    """The height nearest to y where a label from left to right touches no other."""
-    rivals = [other for a, b, other in placed if a < right and left < b]
-    tries = sorted({y, *(o + s * APART for o in rivals for s in (1, -1))}, key=lambda t: abs(t - y))
-    fits = [t for t in tries if low <= t <= high and all(abs(t - o) >= APART - 1e-6 for o in rivals)]
-    return fits[0] if fits else y
+def _told(row: Row, more: str) -> str:
+    speed = f", {row.speedup.value:.2f}x" if row.speedup else ""
+    return f"{row.method}: {_percent(row):.1f} %{speed}; {more}"
 
 
 def _percent(row: Row) -> float:
     return 100 * row.accuracy.value if row.accuracy else 0.0
 
 
+def _ends(x: Interval) -> list[list[float]]:
+    return [[100 * max(x.value - x.low, 0)], [100 * max(x.high - x.value, 0)]]
+
+
+def _bar(axes: Axes, x: float, y: float, ends: Any, colour: str, told: str) -> None:
+    axes.errorbar([x], [y], xerr=ends, color=colour, lw=1.3, capsize=2.5, zorder=2)
+    axes.plot([x], [y], "o", color=colour, markersize=5, zorder=3, gid=told)
+
+
+def _point(axes: Axes, x: float, y: float, ends: Any, colour: str, told: str, mark: str) -> None:
+    axes.errorbar([x], [y], yerr=ends, color=colour, lw=0.8, alpha=0.45, zorder=2)
+    axes.plot([x], [y], mark, color=colour, markersize=5.5, zorder=3, gid=told)
+
+
+@contextmanager
+def _drawing(height: float) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on, and what writes them down as SVG. Raises PlotError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError("plots need matplotlib: pip install 'fewer[report]'") from error
+    settings: dict[str, Any] = {"svg.fonttype": "none", "font.family": FONT, "font.size": 8.5, "svg.hashsalt": "fewer"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(FAINT)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=QUIET, length=0)
+
+        def written() -> str:
+            out = io.StringIO()
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            return _responsive(out.getvalue())
+
+        yield axes, written
+
+
 def _responsive(svg: str) -> str:
-    """The bare element, as wide as its place allows."""
+    """The bare element, as wide as its place allows; what was drawn under a name says it where a pointer rests."""
     svg = svg[svg.index("<svg") :].replace(f"'{FONT}'", "inherit").replace("font: ", "font-size: ")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="([^"]*: [^"]*)">', lambda m: f"<g><title>{m[1]}</title>", svg)
     svg = re.sub(r' height="[\d.]+pt"', "", svg, count=1)
     return re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1width="100%"', svg, count=1)

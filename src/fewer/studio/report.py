@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fewer.evaluation.record import Row
 from fewer.evaluation.settings import UNREDUCED
 
 from . import style
-from .plots import PlotError, cost, curves, pareto
+from .gallery import FOLDER
+from .plots import PlotError, cost, plots
 from .style import count
-from .table import columns, failed, footnotes, frontier, measured, of_language, of_seeing, summary
+from .table import NONE, columns, failed, footnotes, frontier, measured, of_language
+from .verdict import verdict
 
 FILE = "report.html"
 TENSORS = "tensor bytes alive at once in one batch; on CUDA the allocator's peak; weights and input left out"
@@ -50,9 +55,9 @@ def html(rows: Sequence[Row], out: Path) -> str:
     ]  # fmt: skip
     return template.render(
         title=f"Fewer tokens in {Path(passport.model).name}",
-        summary=summary(rows),
+        verdict=verdict(rows),
         facts=facts,
-        plot=_plot(good),
+        plots=_plots(good),
         columns=columns(rows),
         rows=good,
         unreduced=UNREDUCED,
@@ -63,7 +68,7 @@ def html(rows: Sequence[Row], out: Path) -> str:
         passport=_passport(rows),
         style=style,
         language=of_language(good),
-        depths=[depth for depth, _, _ in next((row.sweep for row in good if row.sweep), [])],
+        depths=[depth for depth, _, _ in next((r.writing.sweep for r in good if r.writing and r.writing.sweep), [])],
     )
 
 
@@ -87,27 +92,44 @@ def _environment() -> Any:
 
 
 def _path(row: Row) -> str:
-    """Tokens after each block, runs of the same number written once."""
+    """Tokens after each block, the first one being block 1 as in the pictures; runs of the same number once, with the
+    blocks they hold for."""
+    if not row.counts:
+        return NONE
     counts = [count(c) for c in row.counts]
-    changed = [c for i, c in enumerate(counts) if i == 0 or c != counts[i - 1]]
-    return " → ".join(changed)
+    starts = [i for i, c in enumerate(counts) if i == 0 or c != counts[i - 1]]
+    if len(starts) == len(counts) > 6:
+        return f"{counts[0]} → {counts[-1]}, fewer in each of blocks 1 to {len(counts)}"
+    spans = zip(starts, [*starts[1:], len(counts)], strict=True)
+    return " → ".join(f"{counts[a]} (block{f' {b}' if b == a + 1 else f's {a + 1} to {b}'})" for a, b in spans)
 
 
-def _plot(rows: Sequence[Row]) -> Any:
+def _plots(rows: Sequence[Row]) -> Any:
+    """(title, SVG) of each plot, or why there is none."""
     from markupsafe import Markup
 
     try:
-        if of_seeing(rows):
-            return Markup(curves(rows))
-        return Markup(pareto(rows)) if any(row.accuracy for row in rows) else ""
+        return [(title, Markup(drawn)) for title, drawn in plots(rows)]
     except (PlotError, ValueError) as error:
         return str(error)
 
 
 def _embedded(out: Path, picture: str | None) -> str:
-    """A picture's bytes as base64, "" where there is none."""
-    file = None if picture is None else out / picture
-    return base64.b64encode(file.read_bytes()).decode() if file is not None and file.is_file() else ""
+    """A picture's bytes as base64; "" where there is none, or where what is named is no PNG of this run.
+
+    Results may come from somebody else: whatever they name, only a picture that lies in the run's own folder is read.
+    """
+    if picture is None:
+        return ""
+    try:
+        home, file = (out / FOLDER).resolve(), (out / picture).resolve()
+        own = home.parent == out.resolve() and file.parent == home and file.is_file()
+        raw = file.read_bytes() if own else b""
+        with Image.open(io.BytesIO(raw), formats=["PNG"]) as drawn:
+            drawn.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    return base64.b64encode(raw).decode()
 
 
 def _passport(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -122,5 +144,6 @@ def _passport(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("spread", p.spread), ("ragged samples", p.execution),
         ("memory", KEYS_AND_VALUES if of_language(rows) else TENSORS),
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
+        *(("data, further", note) for note in p.notes),
         ("commit", ", ".join(commits)), ("when", first if first == last else f"{first} to {last}"),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 def count(x: float) -> str:
     """A mean count: whole where it is whole, else with one decimal.
 
-    >>> count(12.0), count(12.34)
-    ('12', '12.3')
+    >>> count(12.0), count(12.34), count(float("nan"))
+    ('12', '12.3', 'nan')
     """
-    return f"{x:.0f}" if x == int(x) else f"{x:.1f}"
+    return f"{x:.0f}" if x % 1 == 0 else f"{x:.1f}"

@@ -7,23 +7,22 @@ from dataclasses import dataclass, replace
 
 from fewer.evaluation import visual
 from fewer.evaluation.bench import against_random
+from fewer.evaluation.language.bench import FAULT
 from fewer.evaluation.language.tasks import TASKS
-from fewer.evaluation.record import Row, Score
-from fewer.evaluation.settings import RANDOM, UNREDUCED
+from fewer.evaluation.levels import BOUNDS
+from fewer.evaluation.record import Row, Score, Writing
 from fewer.evaluation.stats import Interval
 from fewer.runtime.modules import UNTRAINED
 
 from .style import count
 
 NONE = "–"
-NEAR = 0.01  # the loss of accuracy a summary calls near
-EVEN_CHOICES = ("grid", "pool")  # baselines that look at nothing
-BOUNDS = (visual.ORACLE, visual.BLIND)  # what a perfect ranking could do, and what words alone give away
-LOSES, EVEN, RAW = "▼", "≈", "*"
+LOSES, EVEN, RAW, FAULTY = "▼", "≈", "*", "!"
 
 FOOTNOTES = {
     LOSES: "loses to random at the same tokens: the 95 % interval of the paired difference lies below zero",
-    EVEN: "not told apart from random at the same tokens: the interval holds zero",
+    EVEN: "not told apart from random at the same tokens, which is not the same as equal: the interval holds zero",
+    FAULTY: "a number that cannot be right; the notes say which",
     RAW: "has modules to train, and they are random here: its accuracy says nothing about the method",
 }
 
@@ -60,16 +59,16 @@ def columns(rows: Sequence[Row]) -> list[Column]:
                lambda r: NONE if r.movement is None else f"{r.movement:.4f}"),
         *_language(rows),
         Column("GFLOPs", "", "multiply-adds of one image, the method's own included",
-               lambda r: f"{r.gflops:.3f}" if r.gflops else NONE),
+               lambda r: f"{r.cost.gflops:.3f}" if r.cost.gflops else NONE),
         Column("speed-up", "x", _speedup_help(rows), lambda r: ratio(r.speedup)),
         Column("ceiling", "x", "speed-up the model's remaining FLOPs would allow",
-               lambda r: f"{r.ceiling:.2f}" if r.gflops else NONE),
+               lambda r: f"{r.cost.ceiling:.2f}" if r.cost.gflops else NONE),
         Column("of it", "%", "speed-up over ceiling",
-               lambda r: NONE if r.achieved is None or not r.gflops else f"{100 * r.achieved:.0f}"),
+               lambda r: NONE if r.achieved is None or not r.cost.gflops else f"{100 * r.achieved:.0f}"),
         Column("own", "% time", "the method's share of the forward pass: deciding and combining",
                lambda r: NONE if r.own_time is None else f"{100 * r.own_time:.1f}"),
         Column("peak", "MB", "tensors alive at once in one batch, without weights and input",
-               lambda r: f"{r.peak / 1e6:.1f}" if r.peak else NONE),
+               lambda r: f"{r.cost.peak / 1e6:.1f}" if r.cost.peak else NONE),
     ]  # fmt: skip
     words = SEEN if of_seeing(rows) else WORDED if of_language(rows) else {}
     every = [words.get(column.head, lambda c: c)(column) for column in every]
@@ -102,7 +101,7 @@ NATS = "mean negative log-likelihood of the right answer's tokens"
 
 def of_language(rows: Sequence[Row]) -> bool:
     """Whether these are rows of a language model that reads text only."""
-    return any(row.scores or row.kv_read for row in rows) and not of_seeing(rows)
+    return any(row.scores or row.writing for row in rows) and not of_seeing(rows)
 
 
 def of_seeing(rows: Sequence[Row]) -> bool:
@@ -116,16 +115,18 @@ def _language(rows: Sequence[Row]) -> list[Column]:
     made = [_task(task) for task in tasks]
     return [
         *made,
-        Column("KV peak", "MB", "the most keys and values held while reading and writing", _megabytes("kv_peak")),
-        Column("KV end", "MB", "keys and values held when the last token was written", _megabytes("kv_end")),
+        Column("KV peak", "MB", "the most keys and values held while reading and writing",
+               _wrote(lambda w: w.kv_peak and f"{w.kv_peak / 1e6:.1f}")),
+        Column("KV end", "MB", "keys and values held when the last token was written",
+               _wrote(lambda w: w.kv_end and f"{w.kv_end / 1e6:.1f}")),
         Column("of full", "%", "KV end over what an unreduced cache holds then",
-               lambda r: f"{100 * r.kv_end / r.kv_full:.0f}" if r.kv_full else NONE),
+               _wrote(lambda w: w.kv_full and f"{100 * w.kv_end / w.kv_full:.0f}")),
         Column("first token", "s", "seconds to read a context and foretell its next token",
-               lambda r: f"{r.first:.2f}" if r.first else NONE),
+               _wrote(lambda w: w.first and f"{w.first:.2f}")),
         Column("sooner", "x", "the unreduced model's seconds to the first token over these; median of pairs",
-               lambda r: ratio(r.first_ratio)),
+               _wrote(lambda w: ratio(w.first_ratio))),
         Column("decoding", "tokens/s", "tokens written per second behind the first one",
-               lambda r: f"{r.decoding:.1f}" if r.decoding else NONE),
+               _wrote(lambda w: w.decoding and f"{w.decoding:.1f}")),
     ]  # fmt: skip
 
 
@@ -143,8 +144,9 @@ def _scored(row: Row, task: str, written: Callable[[Score], str]) -> str:
     return next((written(score) for score in row.scores if score.task == task), NONE)
 
 
-def _megabytes(name: str) -> Callable[[Row], str]:
-    return lambda row: f"{getattr(row, name) / 1e6:.1f}" if getattr(row, name) else NONE
+def _wrote(cell: Callable[[Writing], str | float]) -> Callable[[Row], str]:
+    """A cell of what only models that write have; what is zero was not measured."""
+    return lambda row: (row.writing and cell(row.writing)) or NONE  # type: ignore[return-value]
 
 
 def _speedup_help(rows: Sequence[Row]) -> str:
@@ -158,7 +160,8 @@ def _plain(x: Interval, digits: int) -> str:
 
 def marks(row: Row, rows: Sequence[Row]) -> str:
     """The marks of a row, in the order of `FOOTNOTES`."""
-    found = "" if row.trained != UNTRAINED else RAW
+    found = FAULTY if any(note.startswith(FAULT) for note in row.notes) else ""
+    found += "" if row.trained != UNTRAINED else RAW
     rival = against_random(row, rows)
     if rival is None:
         return found
@@ -190,64 +193,6 @@ def frontier(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
             front.append(row)
             best = _accuracy(row)
     return front
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """What a reader in a hurry should know: the fastest method whose measured loss is within a point; of a model that
-    sees, also what a quarter of the tokens does to what it imagines."""
-    return " ".join(filter(None, [_fastest(rows), _imagined(rows) if of_seeing(rows) else ""]))
-
-
-def _imagined(rows: Sequence[Row]) -> str:
-    """Whether any method is on or above the unreduced model, at a quarter of its visual tokens, in denying what is not
-    there but likely."""
-
-    def denied(row: Row) -> float | None:
-        return next((s.value.value for s in row.scores if s.task == "likely"), None)
-
-    base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
-    known = None if base is None else denied(base)
-    if base is None or known is None:
-        return ""
-    tried = [
-        (share, r) for r in measured(rows)
-        if r.name not in (*RANDOM, *EVEN_CHOICES, *BOUNDS) and r.trained != UNTRAINED
-        and abs(r.tokens / base.tokens - 0.25) < 0.03 and (share := denied(r)) is not None
-    ]  # fmt: skip
-    if not tried:
-        return ""
-    above = [(share, r) for share, r in tried if share >= known]
-    start = f"At a quarter of the visual tokens {len(above) or 'none'} of {len(tried)} methods"
-    start += f" deny what is likely but absent as often as the unreduced model ({100 * known:.1f} %) or more often"
-    if not above:
-        return f"{start}."
-    share, best = max(above, key=lambda pair: (pair[0], _accuracy(pair[1])))
-    return f"{start}; {best.method} in {100 * share:.1f} %."
-
-
-def _fastest(rows: Sequence[Row]) -> str:
-    base = next((r for r in measured(rows) if r.method == UNREDUCED), None)
-    tried = [
-        r for r in measured(rows) if r.difference and r.speedup and r.trained != UNTRAINED and r.name not in BOUNDS
-    ]  # fmt: skip
-    if base is None or base.accuracy is None or not tried:
-        return "Nothing to compare yet."
-    start = (
-        f"The unreduced model reaches {100 * base.accuracy.value:.1f} % {base.score} on {base.n} {base.passport.unit}."
-    )
-    near = [r for r in tried if r.difference and r.difference.value > -NEAR and r.speedup and r.speedup.value > 1]
-    if not near:
-        best = max(tried, key=_accuracy)
-        return (
-            f"{start} None here is faster within one point of it; {best.method} differs by {points(best.difference)}."
-        )
-    best = max(near, key=lambda r: r.speedup.value if r.speedup else 0.0)
-    assert best.speedup is not None
-    if of_language(rows):
-        gain = f"writes fastest: {best.speedup.value:.2f}x, with {100 * best.kv_end / best.kv_full:.0f} % of the cache"
-    else:
-        gain = f"is the fastest: {best.speedup.value:.2f}x (its FLOPs allow {best.ceiling:.2f}x)"
-    return f"{start} Within one point of it, {best.method} {gain}, {points(best.difference)} points."
 
 
 def _accuracy(row: Row) -> float:

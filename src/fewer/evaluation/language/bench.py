@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,69 +17,45 @@ from torch import Tensor, nn
 
 from fewer.core import Reducer
 from fewer.datasets import texts
-from fewer.evaluation import record, stats
-from fewer.evaluation.bench import FILE, Watch
-from fewer.evaluation.record import Journal, Passport, Row, Score
+from fewer.evaluation import stats
+from fewer.evaluation.record import Cost, Passport, Row, Score, Writing
+from fewer.evaluation.runner import Runner, Watch, with_control
 from fewer.evaluation.settings import UNREDUCED, cache_methods, split_forms
+from fewer.evaluation.settings import Settings as Common
 from fewer.models import zoo
-from fewer.runtime.apply import apply
 from fewer.runtime.costs import CacheLedger, Ledger
-from fewer.runtime.modules import UNTRAINED, ModulesError
 from fewer.spec import parse
 
 from .subject import Held, LanguageSubject
 from .tasks import DEFAULT, Context, Maker, Material, Outcome, TaskError, distinct, repetition
 
-WHAT = (
-    "contexts are read once with the method on; every question and the book's next words are then read on a copy of "
-    "what was kept, so no method knows what will be asked; question and answer are one pass"
-)
-AGAINST = "the same weights and the same tokens, nothing evicted, fused attention"
-SPREAD = (
-    "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, Price; "
-    "for means: bootstrap over items"
-)
 BLOCK = 8  # decoding steps one model writes before it is the other's turn
+FAULT = "fault: "  # how a note begins that says a number cannot be trusted
 SPAN = 16  # words of the book that count as one item of the bootstrap: neighbours resemble each other
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Common):
     """What to measure and how.
 
     data       the book: one of `texts.BOOKS`; questions are those of `texts.paragraphs()`
-    methods    text forms; empty = the default list
     tasks      some of `tasks.TASKS`
     context    tokens of a context
     limit      contexts of the book, and half as many of paragraphs
     horizon    tokens of the book that are foretold behind a context
     steps      tokens written behind a context
     repeats    contexts that the unreduced model reads and writes behind, too, and both are timed
-    threads    torch threads, 0 leaves them; one is timed by its own clock, which other work does not disturb
     """
 
     model: str = "smollm2-135m"
     data: str = "moby-dick"
-    methods: tuple[str, ...] = ()
+    repeats: int = 2
+    limit: int = 2
     tasks: tuple[str, ...] = DEFAULT
     context: int = 1024
-    limit: int = 2
     horizon: int = 128
     steps: int = 32
-    device: str = "cpu"
-    dtype: str = "float32"
-    repeats: int = 2
-    seed: int = 0
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("limit", 1), ("horizon", 1), ("steps", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r} is not a torch dtype; float32, bfloat16 or float16")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, but torch sees no CUDA device here")
+    LEAST: ClassVar = {**Common.LEAST, "limit": 1, "horizon": 1, "steps": 2}
 
 
 def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None, material: Material | None = None
@@ -91,7 +67,7 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None, materi
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    dtype, device = settings.torch_dtype, torch.device(settings.device)
     model, tokenizer = loaded if loaded is not None else zoo.load_model(settings.model)
     model = model.to(device=device, dtype=dtype).eval()
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -113,30 +89,15 @@ def load(settings: Settings, loaded: tuple[nn.Module, Any] | None = None, materi
 
 def run(settings: Settings, out: Path, *, watch: Watch | None = None, subject: LanguageSubject | None = None
         ) -> list[Row]:  # fmt: skip
-    """Measure everything, the unreduced model first. Returns the rows in order; each is in `out/results.jsonl` by then.
+    """Measure everything, the unreduced model first; see `Runner.run`.
 
-    Rows already there with the same settings, at the same commit and on the same hardware, are not measured again.
-    A method that does not work on this model becomes a row with an error; the others go on.
-    Raises   ValueError for settings, ModelError, TaskError, UnknownMethod, SpecError: before anything runs.
+    Raises   ValueError for settings, ModelError, TaskError, UnknownMethod, SpecError, JournalError: before anything
+             runs.
     """
-    watch = watch or Watch()
-    methods = {parse(form): form for form in split_forms(list(settings.methods)) or cache_methods()}
+    forms = split_forms(list(settings.methods)) or cache_methods(all=settings.all)
+    methods = {parse(form): form for form in forms}
     subject = load(settings) if subject is None else subject
-    journal = Journal(out / FILE)
-    watch.begin(subject, 1 + len(methods))
-    bench = _Bench(settings, subject, watch)
-    rows = []
-    for reducer, form in ((None, UNREDUCED), *methods.items()):
-        key = bench.key(reducer)
-        row = journal.done(key)
-        resumed = row is not None
-        if row is None:
-            watch.row(form, len(subject.contexts))
-            row = bench.row(key, form, reducer)
-            journal.add(row)
-        rows.append(row)
-        watch.done(row, resumed)
-    return rows
+    return _Bench(settings, subject, watch).run(with_control(methods), out)
 
 
 @dataclass
@@ -152,77 +113,59 @@ class _Written:
     full: list[int] = field(default_factory=list)
 
 
-class _Bench:
-    """The parts of one run that its rows share."""
+class _Bench(Runner):
+    WHAT = (
+        "contexts are read once with the method on; every question and the book's next words are then read on a copy "
+        "of what was kept, so no method knows what will be asked; question and answer are one pass"
+    )
+    AGAINST = "the same weights and the same tokens, nothing evicted, fused attention"
+    SPREAD = (
+        "quartiles of the ratios of interleaved runs (A B B A); 95 % intervals for shares: Wilson; paired: Bonett, "
+        "Price; for means: bootstrap over items"
+    )
+    score = "answers right"
+    settings: Settings
+    subject: LanguageSubject
 
-    def __init__(self, settings: Settings, subject: LanguageSubject, watch: Watch) -> None:
-        self.settings, self.subject, self.watch = settings, subject, watch
-        self.threads = torch.get_num_threads()
-        self.hardware = record.hardware(subject.device)
+    def __init__(self, settings: Settings, subject: LanguageSubject, watch: Watch | None) -> None:
+        super().__init__(settings, subject, watch)
+        self.batches = len(subject.contexts)
         self._reference: dict[tuple[int, int], Outcome] = {}
-        # One thread: CPU time of this thread, which others on the machine do not disturb.
-        alone = self.threads == 1 and subject.device.type == "cpu"
-        self._clock = time.thread_time if alone else time.perf_counter
-
-    def key(self, reducer: Reducer | None) -> str:
-        method = UNREDUCED if reducer is None else repr(reducer)
-        chosen = replace(self.settings, methods=(), threads=self.threads)
-        return record.key(method=method, settings=str(chosen), commit=record.commit(), hardware=self.hardware)
 
     @property
     def passport(self) -> Passport:
-        s, subject = self.settings, self.subject
-        asked = sum(len(context.probes) for context in subject.contexts)
-        data = f"{subject.data}: {len(subject.contexts)} contexts of up to {s.context} tokens"
-        return Passport(
-            WHAT, AGAINST, subject.name, data,
-            asked, s.repeats, SPREAD, 1, str(subject.device), s.dtype, self.threads, "padded", s.seed, self.hardware,
-            record.versions(), record.commit(), record.now(), "questions",
-        )  # fmt: skip
-
-    def row(self, key: str, form: str, reducer: Reducer | None) -> Row:
-        row = Row(key, form, self.passport, score="answers right")
-        try:
-            with torch.inference_mode():
-                return self._measured(row, reducer)
-        except Exception as error:  # whatever one method does wrong, the others are still measured
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            return row
-
-    def _measured(self, row: Row, reducer: Reducer | None) -> Row:
         subject = self.subject
+        asked = sum(len(context.probes) for context in subject.contexts)
+        data = f"{subject.data}: {len(subject.contexts)} contexts of up to {self.settings.context} tokens"
+        return self.stamped(data, asked, 1, "padded", "questions", [])
+
+    def measured(self, row: Row, form: str, method: Reducer | None) -> Row:
+        subject = self.subject
+        subject.tokenwise, row.writing = False, Writing()
         with ExitStack() as stack:
             session = None
             row.code = "model.generate(**inputs)"
-            if reducer is not None:
-                row.acts = reducer.card.acts
-                session, row.trained = self._applied(reducer)
-                stack.enter_context(session)
-                extra = f', modules="{UNTRAINED}"' if row.trained == UNTRAINED else ""
-                row.code = f'fewer.apply(model, "{row.method}"{extra})'
+            if method is not None:
+                session = stack.enter_context(self.applied(row, subject.twin, method))
             torch.manual_seed(self.settings.seed)
-            outcomes = self._pass(row, session)
-        if reducer is None:
+            outcomes = self._pass(row, row.writing, session)
+        if method is None:
             self._reference = outcomes
         for index, context in enumerate(subject.contexts):  # what was measured in an earlier run and is not kept
             if any((index, i) not in self._reference for i in range(len(context.probes))):
                 cache, behind = subject.read(subject.model, context.ids)
                 for i, probe in enumerate(context.probes):
                     self._reference[index, i] = subject.ask(subject.model, cache, behind, probe)
-        self._score(row, outcomes, compared=reducer is not None)
+        self._score(row, outcomes, compared=method is not None)
+        if subject.tokenwise:
+            row.notes.append(
+                "answers were read token by token: this method leaves out rows inside a pass, and what is left out "
+                "foretells nothing"
+            )
         return row
 
-    def _applied(self, reducer: Reducer) -> tuple[Any, str]:
-        twin = self.subject.twin
-        try:
-            session = apply(twin, reducer)
-            modules = getattr(session, "modules", None)
-            return session, "packaged" if modules is not None and len(list(modules.parameters())) else ""
-        except ModulesError:
-            return apply(twin, reducer, modules=UNTRAINED), UNTRAINED
-
     # -- one pass over the contexts ------------------------------------------------------------------------------
-    def _pass(self, row: Row, session: Any) -> dict[tuple[int, int], Outcome]:
+    def _pass(self, row: Row, wrote: Writing, session: Any) -> dict[tuple[int, int], Outcome]:
         """All outcomes. The first few contexts are read by the unreduced model too, and both are timed."""
         subject, repeats = self.subject, self.settings.repeats
         outcomes: dict[tuple[int, int], Outcome] = {}
@@ -246,7 +189,7 @@ class _Bench:
                 spent = self._session_facts(row, session.ledger)
                 own += [] if spent is None else [spent / wall]
             for i, probe in enumerate(context.probes):
-                outcomes[index, i] = subject.ask(subject.twin, cache, behind, probe)
+                outcomes[index, i] = subject.ask(subject.twin, cache, behind, probe, session)
             if timed:
                 if rival is None:
                     rival = self._read(subject.model, context, plain)
@@ -257,11 +200,11 @@ class _Bench:
         row.counts = [round(x, 3) for x in layers.tolist()]
         row.tokens, row.final = float(layers.mean()), row.counts[-1]
         row.tokens_full = max(h.seen for h in held)
-        row.kv_read = float(np.mean([h.bytes for h in held]))
-        row.first, row.first_ratio = float(np.median(reduced)), stats.ratios(plain, reduced)
+        wrote.kv_read = float(np.mean([h.bytes for h in held]))
+        wrote.first, wrote.first_ratio = float(np.median(reduced)), stats.ratios(plain, reduced)
         row.own_time = float(np.median(own)) if own else None
         if written.plain:
-            self._note_written(row, written)
+            self._note_written(row, wrote, written)
         return outcomes
 
     @staticmethod
@@ -269,16 +212,16 @@ class _Bench:
         """Operations and notes of a reading, as far as the session counts them. Returns the method's own seconds."""
         row.notes = list(dict.fromkeys([*row.notes, *ledger.notes]))
         if isinstance(ledger, CacheLedger):
-            row.gflops_own = ledger.flops / 1e9
+            row.cost = Cost(gflops_own=ledger.flops / 1e9)
             return ledger.seconds
-        row.gflops, row.gflops_own, row.ceiling = ledger.gflops, ledger.gflops_own, ledger.ceiling
+        row.cost = Cost(ledger.gflops, ledger.gflops_own, ledger.ceiling)
         return ledger.own_seconds
 
     def _read(self, model: nn.Module, context: Context, seconds: list[float]) -> tuple[Any, Tensor]:
         """A context read by one model; what that took is appended."""
-        began = self._now()
+        began = self.now()
         found = self.subject.read(model, context.ids)
-        seconds.append(self._now() - began)
+        seconds.append(self.now() - began)
         return found
 
     def _write(self, context: Context, plain: Any, reduced: Any, session: Any, written: _Written) -> None:
@@ -296,11 +239,11 @@ class _Bench:
         while len(texts[1]) < steps:
             count = min(BLOCK, steps - len(texts[1]))
             for side in ((0, 1), (1, 0))[turn % 2]:
-                began = self._now()
+                began = self.now()
                 for _ in range(count):
                     behind = subject.go_on(models[side], caches[side], texts[side][-1:], 1)
                     texts[side].append(int(behind.argmax(-1)))
-                seconds[side].append((self._now() - began) / count)
+                seconds[side].append((self.now() - began) / count)
             turn += 1
         written.plain += seconds[0]
         written.reduced += seconds[1]
@@ -318,14 +261,14 @@ class _Bench:
         stop = next((i for i, token in enumerate(tokens) if token in self.subject.ends), len(tokens) - 1)
         return tokens[: stop + 1]
 
-    def _note_written(self, row: Row, written: _Written) -> None:
+    def _note_written(self, row: Row, wrote: Writing, written: _Written) -> None:
         row.speedup = stats.ratios(written.plain, written.reduced)
-        row.decoding = 1 / float(np.median(written.reduced))
-        row.milliseconds = 1e3 / row.decoding
-        row.kv_peak, row.kv_end, row.kv_full = (
+        wrote.decoding = 1 / float(np.median(written.reduced))
+        row.milliseconds = 1e3 / wrote.decoding
+        wrote.kv_peak, wrote.kv_end, wrote.kv_full = (
             float(np.mean(x)) for x in (written.peak, [h.bytes for h in written.end], written.full)
         )
-        row.sample = self.subject.text(written.texts[0])
+        wrote.sample = self.subject.text(written.texts[0])
         compared = row.method != UNREDUCED
         for task, measure in (("repetition", repetition), ("distinct-2", distinct)):
             ours = [measure(text) for text in written.texts]
@@ -350,6 +293,7 @@ class _Bench:
             kind = self._probe(found[0]).kind
             if kind == "text":
                 scores.append(_perplexity(task, ours, theirs, compared))
+                self._judge(row, scores[-1], ours)
                 self._likeness(row, ours, theirs)
                 continue
             if kind == "copy":
@@ -365,7 +309,8 @@ class _Bench:
             moved = stats.mean([x - y for x, y in zip(a, b, strict=True)]) if compared else None
             scores.append(Score(f"{task} nats", stats.mean(a), moved, len(a)))
         row.scores = [*scores, *row.scores]
-        row.sweep = self._sweep(outcomes, [p for p in judged if self._probe(p).kind == "exact"])
+        assert row.writing is not None
+        row.writing.sweep = self._sweep(outcomes, [p for p in judged if self._probe(p).kind == "exact"])
         row.n = len(judged)
         if judged:
             hits, known = (np.array([side[p].value == 1 for p in judged]) for side in (outcomes, self._reference))
@@ -395,10 +340,12 @@ class _Bench:
         distance = stats.kl(b, a)
         row.kl = distance if math.isfinite(distance) else None
 
-    def _now(self) -> float:
-        if self.subject.device.type == "cuda":
-            torch.cuda.synchronize(self.subject.device)
-        return self._clock()
+    @staticmethod
+    def _judge(row: Row, found: Score, outcomes: Sequence[Outcome]) -> None:
+        """A perplexity above that of a guess among all tokens is no measurement but a fault, and is called so."""
+        words = next(o.logits.shape[-1] for o in outcomes if o.logits is not None)
+        if not found.value.value <= words:
+            row.notes.insert(0, f"{FAULT}perplexity {found.value.value:,.0f} is above the {words:,} of an even guess")
 
 
 def _perplexity(task: str, ours: Sequence[Outcome], theirs: Sequence[Outcome], compared: bool) -> Score:
@@ -418,4 +365,5 @@ def _spans(outcomes: Sequence[Outcome]) -> np.ndarray:
 
 
 def _exp(x: stats.Interval) -> stats.Interval:
-    return stats.Interval(math.exp(x.value), math.exp(x.low), math.exp(x.high))
+    with np.errstate(over="ignore"):  # infinite is an answer, too
+        return stats.Interval(*(float(np.exp(end)) for end in (x.value, x.low, x.high)))

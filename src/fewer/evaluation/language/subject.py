@@ -14,8 +14,13 @@ from transformers import DynamicCache
 
 from fewer.compat import cached
 from fewer.evaluation.subject import twin_of
+from fewer.runtime.program import SessionError
 
 from .tasks import Context, Ids, Outcome, Probe, judge
+
+
+class LeftOutError(RuntimeError):
+    """Scores were asked for at rows that a method had left out on the way: they foretell nothing."""
 
 
 @dataclass
@@ -49,6 +54,7 @@ class LanguageSubject:
     """A causal language model on some contexts.
 
     tokenizer    turns what was written into text again
+    tokenwise    whether an answer had to be read token by token since this was last set
     """
 
     model: nn.Module
@@ -57,6 +63,7 @@ class LanguageSubject:
     name: str = "model"
     data: str = "texts"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tokenwise: bool = False
 
     @cached_property
     def twin(self) -> nn.Module:
@@ -84,27 +91,51 @@ class LanguageSubject:
         cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         return cache, self.go_on(model, cache, ids, 1)
 
-    def go_on(self, model: nn.Module, cache: DynamicCache, ids: Sequence[int], last: int) -> Tensor:
-        """Read more tokens; the logits behind the last few of them, (last, vocabulary). The cache grows."""
-        tokens = torch.tensor([list(ids)], device=self.device)
-        return model(tokens, **cached(model, cache), use_cache=True, logits_to_keep=last).logits[0, -last:]
+    def go_on(
+        self, model: nn.Module, cache: DynamicCache, ids: Sequence[int], last: int, session: Any = None
+    ) -> Tensor:
+        """Read more tokens; the logits behind the last few of them, (last, vocabulary). The cache grows.
 
-    def ask(self, model: nn.Module, cache: DynamicCache, behind: Tensor, probe: Probe) -> Outcome:
+        session    on the model, if any. Raises LeftOutError where it left out one of these last tokens.
+        """
+        tokens = torch.tensor([list(ids)], device=self.device)
+        logits = model(tokens, **cached(model, cache), use_cache=True, logits_to_keep=last).logits[0, -last:]
+        if len(ids) > 1 and (gone := left_out(session, len(ids), last)):
+            raise LeftOutError(
+                f"{gone} of the last {last} rows were left out on the way: their logits foretell nothing"
+            )
+        return logits
+
+    def ask(self, model: nn.Module, cache: DynamicCache, behind: Tensor, probe: Probe, session: Any = None) -> Outcome:
         """A probe, asked on a copy of a cache. behind: the logits behind the context, (1, vocabulary).
 
-        Question and answer are read in one pass, so that nothing is evicted between them.
+        Question and answer are read in one pass, so that nothing is evicted between them. Where the session leaves out
+        rows inside a pass, the answer is read token by token: a token that is read alone has nobody to give way to.
         """
         logits = []
         for answer in probe.answers:
-            asked = (*probe.question, *answer[:-1])
-            found = []
-            if not probe.question:
-                found.append(behind)
-            if asked:
+            found = [] if probe.question else [behind]
+            if asked := (*probe.question, *answer[:-1]):
                 last = len(answer) - len(found)
-                found.append(self.go_on(model, copy.deepcopy(cache), asked, last))
+                try:
+                    found.append(self.go_on(model, copy.deepcopy(cache), asked, last, session))
+                except LeftOutError:
+                    first, own = len(asked) - last + 1, copy.deepcopy(cache)
+                    for ids in (asked[:first], *((token,) for token in asked[first:])):
+                        found.append(self.go_on(model, own, ids, 1, session))
+                    self.tokenwise = True
             logits.append(torch.cat(found))
         return judge(probe, logits)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def left_out(session: Any, tokens: int, last: int) -> int:
+    """How many of the last few tokens of the last pass, of `tokens`, a session dropped on the way; 0 without one, and
+    where it acts on the cache alone, which rows leave behind the pass."""
+    try:
+        origin = None if session is None else session.origin
+    except SessionError:
+        return 0
+    return 0 if origin is None or origin.shape[1] != tokens else int((origin[:, -last:] < 0).sum())
