@@ -22,6 +22,7 @@ from .core.cached import Attending, CacheReducer, CacheSignals, Ranker, Rereader
 from .core.place import Place
 from .core.plan import take
 from .hosts import Call, DecoderHost, HostError, Table, Visit, under
+from .hosts.decoder import Calls
 from .hosts.logical import Unbanded, at_rows
 from .hosts.written_out import entered
 from .ledger import Ledger
@@ -87,7 +88,7 @@ class CachePass:
     """One forward pass over one cache. Implements the hosts' Visit."""
 
     def __init__(self, session: CacheSession, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
-        self.session, self.cache, self.given = session, cache, mask
+        self.session, self.cache, self.given, self.calls = session, cache, mask, Calls(session.host)
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
         self.at: dict[int, ReducedLayer] = {i: layer for i, layer in held if isinstance(layer, ReducedLayer)}
         self.layers = list(self.at.values())
@@ -113,9 +114,10 @@ class CachePass:
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The model's own attention over the stored rows, then the method's turn. q (B, H, Q, d), k, v (B, G, S, d)."""
-        index, call = self.session.host.index(module), under.call
-        if index is None:  # another model's attention, inside this one
+        read, call = self.calls.next(module), under.call
+        if read is None:  # another model's attention, inside this one
             return plain(module, q, k, v, mask, **kwargs)
+        index, first, last = read
         if call is not None:
             call.entered = True
         layer = self.at[index] if self.at else None
@@ -127,13 +129,14 @@ class CachePass:
             return out
         if layer is not None:
             mask = layer.mask(mask, q.shape[1], q.shape[2])
+            kwargs = {name: layer.fit(x, q.shape[2]) for name, x in kwargs.items()}
         if call is not None and call.watch:
             call.seen = watched(q, k, v, _scale(q, kwargs), mask, call.whole)
             call.where = layer.positions() if call.whole and layer is not None else None
         if call is not None and call.policy is not None:
             call.no_maps(module)
             out = trained_attention(q, k, v, _scale(q, kwargs), mask, call)
-            if layer is not None:
+            if layer is not None and last:
                 self._count(layer, q.shape[0])
                 layer.settle()
             return out
@@ -144,18 +147,21 @@ class CachePass:
             return plain(module, q, k, v, mask, **kwargs)
         began = time.perf_counter()
         with torch.no_grad(), full_precision(q):
-            self._count(layer, q.shape[0])
-            read = self._reading(layer, index, q, k, v, mask, kwargs)
+            if first:
+                self._count(layer, q.shape[0])
+            shown = self._reading(layer, index, q, k, v, mask, kwargs)
         self.session.seconds += time.perf_counter() - began
         if self.weighs and self._alone(layer, index, q, mask):
             with full_precision(q):
                 answer, self.weights = attended(Seen(q, k, v, _scale(q, kwargs)))
             out = answer, None
         else:
-            out = plain(module, q, *read, **kwargs)
+            out = plain(module, q, *shown, **kwargs)
         if self.attending is not None:
             self.attending.weights = out[1]
-        self._turns(layer, index, q, k, v, mask, kwargs)
+        if last:
+            k, v = (k, v) if first else layer.view()  # calls that share keys may share out the values
+            self._turns(layer, index, q, k, v, mask, kwargs)
         return out
 
     def _turns(self, layer: ReducedLayer, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -175,20 +181,32 @@ class CachePass:
         logical positions among them, and the features (B, Q, C). They are told of the stored rows while it runs, and
         its attention is looked at where a method may act."""
         layer, host, x = self.at.get(index), self.session.host, given[features]
+        left = None if self.reading is None or not self.reading.steps else self.reading.tokens.place()
+        bias = band = None
         if layer is None:
-            return own(**given)
-        place, bias, band = layer.coming(x.shape[1], x.device), None, None
-        if layer.reduced or layer.arriving is not None:
-            came = x.shape[1] if layer.arriving is None else layer.arriving.total
-            band, logical = host.band(index), layer.get_mask_sizes(came)[0]
-            given, bias = at_rows(given, x, place, logical, host.heads, holes=layer.gappy, band=band)
-        call = Call(bias, watch=x.shape[1] > 1 or not self.session.steady)
+            if left is None:
+                return own(**given)
+            band, place = host.band(index), left[:, None]
+            assert self.reading is not None
+            given, bias = at_rows(
+                given, x, place, self.reading.first.n, host.heads, holes=False, band=band, asking=left
+            )
+        else:
+            place = layer.coming(x.shape[1], x.device)
+            if layer.reduced or layer.arriving is not None:
+                came = x.shape[1] if layer.arriving is None else layer.arriving.total
+                asking = None if layer.arriving is None else layer.length + layer.arriving.place
+                band, logical = host.band(index), layer.get_mask_sizes(came)[0]
+                given, bias = at_rows(given, x, place, logical, host.heads, holes=layer.gappy, band=band, asking=asking)
+        call = Call(bias, watch=layer is not None and (x.shape[1] > 1 or not self.session.steady))
         with ExitStack() as around:
             if call.asks:
                 around.enter_context(entered(call, batch=len(x), keys=place.shape[-1]))
             if band is not None:
                 around.enter_context(Unbanded(band))
             out = own(**given)
+        if layer is None:
+            return out
         with torch.no_grad():
             self._count(layer, len(x))
         if not call.watch:
@@ -307,7 +325,7 @@ class CachePass:
         _, stage, stages = turn
         session = self.session
         return Place(
-            index, len(session.host.blocks), stage, stages, max(rows.totals), session.spend, session.note
+            index, session.host.depth(Site.KV_CACHE), stage, stages, max(rows.totals), session.spend, session.note
         )  # fmt: skip
 
     def _signals(
@@ -505,10 +523,13 @@ class CacheSession(Session):
             if not isinstance(method, CacheReducer):
                 raise SessionError(f"{type(method).__name__} acts on the KV cache but is no CacheReducer")
             method.check()
-            if host.unasking and (method.reads or method.gates or method.attends or isinstance(method, Rereader)):
+            if (host.unasking or host.again) and (
+                method.reads or method.gates or method.attends or isinstance(method, Rereader)
+            ):
                 raise SessionError(
                     f"{text(method)} takes part in attention before the softmax, where {host.name} lets nobody in: it "
-                    "asks no attention table; choose a method that looks and evicts (snapkv, h2o, knorm)"
+                    + ("calls attention several times over the same keys" if host.again else "asks no attention table")
+                    + "; choose a method that looks and evicts (snapkv, h2o, knorm)"
                 )
             if self.inside and isinstance(method, Rereader):
                 raise SessionError(
@@ -534,7 +555,7 @@ class CacheSession(Session):
                 self.host.replace(lambda layer: partial(self._block, layer), undo)
             undo.callback(self.host.root.register_forward_hook(self._close, with_kwargs=True, always_call=True).remove)
             if any(getattr(m, "attends", False) for m in self.methods):
-                for module in filter(None, self.host.attentions):
+                for module in dict.fromkeys(filter(None, self.host.attentions)):
                     undo.callback(module.register_forward_pre_hook(_attend, with_kwargs=True).remove)
             for method in self.methods:
                 if isinstance(method, Pressed):
@@ -651,7 +672,7 @@ class CacheSession(Session):
     @property
     def apart(self) -> bool:
         """Whether heads that keep different numbers may be read one by one: no other attention is asked for."""
-        plain = self.steady and not self.host.root.training and not self.host.unasking
+        plain = self.steady and not self.host.root.training and not (self.host.unasking or self.host.again)
         return plain and Table.before(self.host.root.config) == "sdpa"
 
     @property
@@ -714,7 +735,7 @@ class CacheSession(Session):
         """
         if not self._records and self._latest is not None:
             return self._latest.kept(range(len(self.host.blocks))[layer])[:, None]
-        block = range(len(self.host.blocks))[layer]
+        block = range(self.host.depth(Site.KV_CACHE))[layer]
         if block not in self._records:
             raise SessionError(f"block {block} keeps no keys and values: {', '.join(map(str, self._records))} do")
         return self._records[block].positions()

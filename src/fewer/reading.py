@@ -70,7 +70,8 @@ class Reading(Pass):
             full = full.expand(place.shape[0], -1, -1, -1)
             full = full.gather(2, index.expand(-1, full.shape[1], -1, full.shape[-1]))
         if self.layers:
-            self.layers[layer].arriving = Arrivals(place, valid, self.first.n)
+            for slot in self.host.slots(layer):  # type: ignore[attr-defined]
+                self.layers[slot].arriving = Arrivals(place, valid, self.first.n)
             return full
         if full is not None:
             full = full.gather(3, place[:, None, None, :].expand(-1, full.shape[1], place.shape[1], -1))

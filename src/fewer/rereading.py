@@ -12,6 +12,7 @@ from .compat import cached
 from .core import Site
 from .core.attention import full_precision
 from .core.cached import Rereader, Rows
+from .hosts.decoder import Calls
 from .session import SessionError
 
 if TYPE_CHECKING:
@@ -24,14 +25,16 @@ class Again:
     def __init__(self, run: CachePass, which: int, rows: Rows, part: tuple[int, int], asking: Tensor | None) -> None:
         self.run, self.which, self.rows, self.part, self.asking = run, which, rows, part, asking
         self.votes: list[Tensor] = []  # of each layer where the method acts, (B, G, chunk)
+        self.calls = Calls(run.session.host)
         for layer in run.layers:
             layer.awaited = True
 
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        index, run = self.run.session.host.index(module), self.run
-        if index is None:
+        read, run = self.calls.next(module), self.run
+        if read is None:
             return plain(module, q, k, v, mask, **kwargs)
+        index = read[0]
         layer, method = run.at[index], run.session.methods[self.which]
         assert isinstance(method, Rereader)
         out = plain(module, q, k, v, mask, **kwargs)

@@ -46,10 +46,10 @@ class Session:
         self._local = threading.local()
         self._latest: Pass | None = None
         self._undo = ExitStack()
-        depth = len(host.blocks)
         self._acting: dict[tuple[Site, int], list[tuple[int, int, int]]] = {}
         stages = []
         for index, method in enumerate(self.methods):
+            depth = host.depth(method.site)
             layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
             if method.needs_cls and not (host.tower_has_cls if looks(method) else host.has_cls):  # type: ignore[attr-defined]
                 raise SessionError(

@@ -11,7 +11,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.compat import CACHE_NAMES, cache_of, without_cache
+from fewer.compat import CACHE_NAMES, cache_of, cached, without_cache
 
 from . import remembered, rotary
 from .attention import Call, HostError, Table, fused, spying, unsaid
-from .steps import Given, Own, Size, Step, Steps, StepsError, Value, bound, record
+from .steps import MEMORY, Given, Own, Size, Step, Steps, StepsError, Value, bound, record
 from .twin import TwinError, build, cut, example, shrink
 from .written_out import entered
 
@@ -137,6 +137,9 @@ class Anatomy:
     rotation   why keys cannot be turned to other positions, if they cannot in any layer
     shrunk     whether the twin that was watched is smaller than the model
     features   whether the blocks hand on one sequence of features, (B, N, C)
+    inverted   whether a mask of bools is True where a key is out of sight
+    reads      of a decoder: the attention calls of one pass in order, as the path of the module and the cache layer it
+               reads; empty where the attention of block i reads layer i, once
     """
 
     name: str
@@ -157,6 +160,8 @@ class Anatomy:
     causal: bool = False
     shrunk: bool = True
     features: bool = True
+    inverted: bool = False
+    reads: tuple[tuple[str, int], ...] = ()
 
     @property
     def acts(self) -> set[str]:
@@ -319,8 +324,8 @@ class _Seen:
 class _Watch:
     """Hooks on a twin's blocks and on everything besides, for one forward."""
 
-    def __init__(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        self.root, self.blocks = root, list(blocks)
+    def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], asked: Callable[..., None] | None = None) -> None:
+        self.root, self.blocks, self.asked = root, list(blocks), asked or self._asked
         self.seen: dict[int, _Seen] = {}
         self.behind: list[tuple[str, nn.Module, tuple, Any]] = []
         self.maps: list[tuple[str, Tensor]] = []
@@ -339,7 +344,7 @@ class _Watch:
             for path, module in self.root.named_modules():
                 if id(module) not in within:
                     undo.callback(module.register_forward_hook(self._beside(path)).remove)
-            undo.enter_context(spying(self._asked))
+            undo.enter_context(spying(self.asked))
             undo.enter_context(torch.no_grad())
             return self.root(**given)
 
@@ -407,9 +412,10 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     kind = _kind(root, given, output)
     mask = _mask_name(watch.seen, given)
     layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens, mask) for i, path in enumerate(paths))
-    rotation = None
+    rotation, reads = None, None
     if kind == "decoder":
         layers, rotation = _turned(root, given, blocks, layers)
+        reads = _reads(root, given, watch, cache_of(output))
     prefix, has_cls = _prefix(root, given, paths) if kind in ("vision", "sound") else (0, False)
     if kind == "sound" and prefix:
         kind = "vision"  # a spectrogram cut into patches, as a picture is
@@ -427,9 +433,8 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     return Anatomy(
         name, kind, layers, mask, streams, len(out) if isinstance(out, tuple) else 0, prefix, has_cls,
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
-        features=features,
-        causal=causal,
-        dense=hasattr(root, "out_features"),
+        features=features, causal=causal, dense=hasattr(root, "out_features"),
+        inverted=_inverted(watch.seen, mask), reads=reads or (),
     )  # fmt: skip
 
 
@@ -520,6 +525,36 @@ def _keys(seen: _Seen | None, layer: Layer, cache: Any, index: int) -> Tensor | 
     return getattr(cache.layers[index], "keys", None) if index < len(getattr(cache, "layers", ())) else None
 
 
+def _reads(root: nn.Module, given: Mapping[str, Any], watch: _Watch, cache: Any) -> tuple[tuple[str, int], ...]:
+    """Which cache layer each attention call of a pass reads, where that is not one call in each block for the layer of
+    its number: blocks that are run in a loop, several attentions in a block, several calls over the same keys."""
+    held = getattr(cache, "layers", None)
+    counts = [sum(_over_tokens(k) for _, _, k, _ in seen.calls) for seen in watch.seen.values()]
+    if held is None or (len(held) == len(watch.blocks) and max(counts) <= 1):
+        return ()
+    paths, calls, latest = {id(m): path for path, m in root.named_modules()}, [], -1
+    mine = type(cache)(config=root.config)
+    update = mine.update
+
+    def updating(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        latest = layer
+        return update(key, value, layer, *args, **kwargs)
+
+    def asked(module: nn.Module, q: Tensor, k: Tensor, *_: Any) -> None:
+        if _over_tokens(k):
+            calls.append((paths[id(module)], latest))
+
+    mine.update = updating
+    _Watch(root, watch.blocks, asked)({**without_cache(given), **cached(root, mine), "use_cache": True})
+    return tuple(calls)
+
+
+def _over_tokens(keys: Tensor) -> bool:
+    """Whether keys are those of the example's tokens, and not of something else that a block mixes."""
+    return keys.shape[0] == BATCH and keys.shape[-2] >= LENGTH
+
+
 def _causal(root: nn.Module, given: Mapping[str, Any], blocks: Sequence[nn.Module]) -> bool:
     """Whether a token sees only those before it: then the last word changes nothing of the first."""
     if "input_ids" not in given:
@@ -574,7 +609,7 @@ def _layer(path: str, block: nn.Module, seen: _Seen | None, tokens: int, mask: s
 
 def without_memory(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A block's arguments without a cache, under any name: what is recorded must not depend on one."""
-    return {k: None if k in (*CACHE_NAMES, "layer_past", "past_key_value") else v for k, v in kwargs.items()}
+    return {k: None if k in MEMORY else v for k, v in kwargs.items()}
 
 
 def way_in(block: nn.Module, given: Mapping[str, Any]) -> str | None:
@@ -610,6 +645,8 @@ def _bare(mask: Tensor) -> bool:
         if not bool(((rows == 0) | (rows < -1e4)).all()):
             return False  # a bias between tokens
         rows = rows >= 0
+    if rows.shape[-2] not in (1, rows.shape[-1]):
+        return False  # over keys that are no tokens
     real = rows.any(-2, keepdim=True)  # (B, h, 1, N): keys somebody sees
     asking = real.transpose(-1, -2)
     return rows.shape[-2] == 1 or bool(((rows == real) | ~asking).all())
@@ -642,6 +679,14 @@ def _mask_name(seen: Mapping[int, _Seen], given: Mapping[str, Any]) -> str | Non
         if name in named and (named[name] is None or isinstance(named[name], Tensor)):
             return name
     return None
+
+
+def _inverted(seen: Mapping[int, _Seen], mask: str | None) -> bool:
+    """Whether a mask of bools hides where it is True: a query sees itself, if it is no padding."""
+    value = next(iter(seen.values())).kwargs.get(mask or "")
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() < 3:
+        return False
+    return value.shape[-1] == value.shape[-2] and not bool(value[-1, ..., -1, -1].any())
 
 
 def _tells(value: Tensor, gone: Tensor) -> bool:
@@ -678,9 +723,10 @@ def _stream(name: str, path: tuple[Any, ...], value: Tensor, tokens: int, prefix
         else:
             axes = axes[:1]
             before = range(axes[0])
-        samples = [i for i in before if sizes[i] == BATCH] or [i for i in before if sizes[i] == 1]
-        batch = samples[0] - value.dim() if samples else None
+        samples = [i for i in before if sizes[i] == BATCH]
         folded = not samples and len(before) > 0 and sizes[0] % BATCH == 0
+        samples = samples or ([] if folded else [i for i in before if sizes[i] == 1])
+        batch = samples[0] - value.dim() if samples else None
         return Stream(name, path, axes[-1] - value.dim(), batch, lacks, len(axes) > 1, folded)
     return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.compat import unchecked
-from fewer.core import Tokens
+from fewer.core import Site, Tokens
 
 from .attention import Call, HostError, Table, entering, fused
 from .steps import stopping
@@ -126,6 +126,10 @@ class Host:
         """The rows that are reduced and the mask that tells their padding, from what the first block gets."""
         return x, mask
 
+    def depth(self, site: Site) -> int:
+        """How many places of a kind there are, one behind the other."""
+        return len(self.blocks)
+
     @cached_property
     def channels(self) -> int:
         """Of the features that travel from block to block."""
@@ -232,7 +236,7 @@ class Host:
         x = visit.before(layer, x)
         call = visit.call(layer)
         given = visit.streams(layer, kwargs)
-        mask = visit.bias(layer, mask)
+        mask = self._upright(visit.bias(layer, self._upright(mask)))
         if self.found.mask is not None:
             given = {**given, self.found.mask: mask}
         steps, block = self.layers[layer].steps, self.blocks[layer]
@@ -253,6 +257,11 @@ class Host:
         if not rest and self.found.tuples and kwargs.get("output_attentions"):  # a block that was stopped shows no maps
             rest = (None,)
         return visit.after(layer, out[0], call), rest
+
+    def _upright(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of bools as everybody else has it, True = visible; and back again."""
+        turned = self.found.inverted and mask is not None and mask.dtype == torch.bool
+        return ~mask if turned else mask  # type: ignore[operator]
 
     @staticmethod
     def _whole(part: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> Any:
