@@ -173,7 +173,7 @@ def packs(host: Any) -> bool:
     import torch
 
     import fewer
-    from fewer.hosts.anatomy import inputs_of
+    from fewer.hosts.watching import inputs_of
 
     bare = host.kind in ("vision", "text", "sound") and all(layer.bare for layer in host.layers)
     if not bare or next(host.root.parameters()).is_meta or not hasattr(host.root, "config"):

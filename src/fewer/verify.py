@@ -20,9 +20,10 @@ from .compat import cache_of, cached
 from .core import KeepRatio, Reducer, Site
 from .core.budgets import Capacity
 from .hosts import Call, Host, HostError, remembered
-from .hosts.anatomy import classes_of, code_of, inputs_of, key_of, twin_of
 from .hosts.decoder import Calls
+from .hosts.discovery import classes_of, code_of, key_of, twin_of
 from .hosts.twin import one_thread
+from .hosts.watching import inputs_of
 from .hosts.written_out import entered
 from .methods.language.knorm import KNorm
 from .methods.language.streamingllm import StreamingLLM
@@ -110,6 +111,8 @@ class Trial:
             except _Off as off:  # some networks make much of rounding: then all is right with more digits
                 if not self._exactly(check, site):
                     raise off
+        except _Off as error:
+            return f"{error}{self._because()}"
         except (_Unlike, HostError, CacheError, session.SessionError) as error:
             return str(error)
         except Exception as error:  # whatever a stranger's code raises
@@ -125,6 +128,15 @@ class Trial:
             if _alike(_rows(got, kept, self.host.dense), want)
             else "its first block makes the position bias of all others, from the tokens it is given"
         )
+
+    def _because(self) -> str:
+        """What in its blocks makes that dropping is not hiding, where that is known; empty otherwise."""
+        inside = [m for block in self.host.blocks for m in block.modules()]
+        if any(isinstance(m, nn.modules.conv._ConvNd) and max(m.kernel_size) > 1 for m in inside):
+            return "; convolutions in its blocks read neighbours, which are others once tokens have left"
+        if any(layer.anew for layer in self.host.layers):
+            return "; each block makes a bias between its tokens anew, as if those that are left stood side by side"
+        return ""
 
     def _exactly(self, check: Callable[[Site], None], site: Site) -> bool:
         """Whether a place passes with the twin, and what it is given, in float64."""
@@ -237,12 +249,8 @@ class Trial:
     def _forward(self, given: dict[str, Any]) -> tuple[Tensor, Any]:
         caught: list[Tensor] = []
 
-        def hook(_: nn.Module, args: tuple, out: Any) -> None:
-            caught.append(out[0] if isinstance(out, (tuple, list)) else out)
-
         with ExitStack() as undo:
-            for block in self.host.blocks:  # the last may not run, as one that looks at pictures
-                undo.callback(block.register_forward_hook(hook).remove)
+            self.host.listen(caught.append, undo)  # to all: the last may not run, as one that looks at pictures
             undo.enter_context(torch.random.fork_rng(devices=[]))
             undo.enter_context(torch.no_grad())
             torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewer.compat import unchecked
 from fewer.core import Site, Tokens
 
+from .anatomy import outward
 from .attention import Call, HostError, Table, entering, fused
 from .steps import stopping
 from .weights import multiplied
@@ -198,7 +199,42 @@ class Host:
 
     def own(self, layer: int) -> Callable[..., Any]:
         """A block's forward without us."""
-        return self.own_of(self.blocks[layer])
+        own = self.own_of(self.blocks[layer])
+        if not (self.found.layout or self.found.keys):
+            return own
+
+        def plain(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            return self._inward(own(self._outward(x), *args, **kwargs))
+
+        return plain
+
+    def _outward(self, x: Tensor) -> Tensor:
+        """Features, (B, N, C), as the blocks have them."""
+        return x.permute(outward(self.found.layout)) if self.found.layout else x
+
+    def _inward(self, out: Any) -> tuple[Any, ...]:
+        """What a block gives, its features as (B, N, C)."""
+        parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
+        x, *rest = parts
+        return (x.permute(self.found.layout) if self.found.layout else x, *rest)
+
+    def listen(self, hear: Callable[[Tensor], None], undo: ExitStack) -> None:
+        """Until `undo` closes, `hear` is told of the features that leave each block, (B, N, C)."""
+
+        def heard(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            hear(self._inward(out)[0])
+            return out
+
+        for block in self.blocks:
+            held = vars(block)
+            kept = held.get("forward")
+            if isinstance(kept, Stand):
+                undo.callback(setattr, kept, "ours", kept.ours)
+                kept.ours = partial(heard, kept.ours)
+            else:
+                undo.callback(held.pop, "forward") if kept is None else undo.callback(held.update, forward=kept)
+                held["forward"] = partial(heard, block.forward)
 
     @staticmethod
     def own_of(module: nn.Module) -> Callable[..., Any]:
@@ -326,8 +362,13 @@ class Host:
     def _packed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that gives what the block's own does."""
 
-        def packed(*args: Any, **kwargs: Any) -> Any:
-            x, rest = run(*args, **kwargs)
+        layout, keys = self.found.layout, self.found.keys
+
+        def packed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            x, rest = run(x.permute(layout) if layout else x, *args, **kwargs)
+            x = self._outward(x)
+            if keys:
+                return dict(zip(keys, (x, *rest), strict=False))
             return (x, *rest) if rest or self.found.tuples else x
 
         return packed

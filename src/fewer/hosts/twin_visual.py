@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import SMALL, base
+from .discovery import SMALL, base
 from .twin import POSITIONS, SIDE, TwinError, _find, _number, _parts, _words, build, shrink
 
 IMAGES = 2  # of the example, one in each prompt

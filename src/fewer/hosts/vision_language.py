@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fewer.core import Seen, Shape
 from fewer.core.layout import Item, Layout
 
-from .anatomy import Stack, anatomy, stacks
 from .attention import HostError
 from .base import Host
 from .bridge import Bridge, bridge, part, readers, windows
 from .decoder import DecoderHost
+from .discovery import anatomy
+from .stacks import Stack, stacks
 from .twin_visual import TOKENS, VIDEO_TOKENS, encodes, heights, token_of
 
 
