@@ -437,6 +437,13 @@ def doctor(
         out.print(table)
         return
     args, inputs, plain = _sample(host, processor)
+    if host.text and not inputs["input_ids"].numel():
+        said = (
+            f"not tried: what {model} has for a tokenizer makes no tokens of a text; put its tokenizer's files beside"
+        )
+        table.add_row("nothing removed", escape(said))
+        out.print(table)
+        return
     try:
         verify.check(host, [fewer.parse(plain)], fewer.text)
     except hosts.HostError:  # the table has said why

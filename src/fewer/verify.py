@@ -81,10 +81,13 @@ def verify(host: Host) -> Verdict:
 
 def _tried(host: Host, paths: tuple[str, ...]) -> Verdict:
     small = host.found.shrunk
+    sites = [site for site in PLACES if site is not Site.KV_CACHE or host.kind == "decoder"]
     twin = twin_of(host.root, small)
-    bound = hosts.bind(hosts.Stack(twin, "", paths))
-    trial = Trial(twin, bound)
-    sites = [site for site in PLACES if site is not Site.KV_CACHE or bound.kind == "decoder"]
+    try:
+        bound = hosts.bind(hosts.Stack(twin, "", paths))
+        trial = Trial(twin, bound)
+    except Exception as error:  # whatever a stranger's code raises
+        return Verdict(dict.fromkeys(sites, f"no small twin of it can be tried: {' '.join(str(error).split())[:200]}"))
     places = {site: trial.why(site) for site in sites}
     first = trial.why_first() if bound.kind != "scan" and not places[Site.BEFORE_BLOCK] else ""
     return Verdict(places, first)

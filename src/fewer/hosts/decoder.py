@@ -57,7 +57,7 @@ class DecoderHost(Host):
         """By attention module: the layers of the cache that its calls in one pass read, in order."""
         reads = self.found.reads and [(self._part(self.root, part), slot) for part, slot in self.found.reads]
         found: dict[int, list[int]] = {}
-        for module, slot in reads or [(m, i) for i, m in enumerate(self.attentions)]:
+        for module, slot in reads or [(m, i) for i, m in enumerate(self.attentions) if m is not None]:
             found.setdefault(id(module), []).append(slot)
         return found
 
