@@ -173,7 +173,7 @@ def _pieces(call: Encoding) -> list[tuple[int, ...]]:
     pieces: list[tuple[int, ...]] = []
     for shape in call.shapes:
         rows = math.prod(shape)
-        one = len(shape) == 1 and tile and rows % tile == 0 and call.rows == call.made
+        one = len(shape) == 1 and tile > 1 and rows % tile == 0 and call.rows == call.made
         pieces += [(tile,)] * (rows // tile) if one else [shape] if rows else []
     return pieces
 
