@@ -174,7 +174,7 @@ def packs(host: Any) -> bool:
     import torch
 
     import fewer
-    from fewer.hosts.anatomy import inputs_of
+    from fewer.hosts.watching import inputs_of
 
     bare = host.kind in ("vision", "text", "sound") and all(layer.bare for layer in host.layers)
     if not bare or next(host.root.parameters()).is_meta or not hasattr(host.root, "config"):
@@ -212,6 +212,12 @@ QSA = {
     "indexer_compress_ratio": 4,
 }
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+OCR2 = {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_hidden_layers": 12, "num_experts_per_tok": 6,
+        "n_group": 1, "topk_group": 1}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+PLACEHOLDERS = {"image_token_id": 18, "video_token_id": 19}
 # What a default config leaves open, although every published one of its type says it.
 SAID: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
@@ -239,10 +245,33 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": QSA},
     "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512}},
     "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": COMPASS,
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
+    "aya_vision": {"vision_config": SO400M | {"model_type": "siglip_vision_model", "vision_use_head": False}},
+    "blip-2": {"image_token_index": 50265},
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "cohere_compass": {"text_config": COMPASS},
+    "deepseek_ocr2": {"text_config": OCR2},
+    "emu3": {"vocabulary_map": {"<image>": 151859, "<|extra_200|>": 151846}},
+    "gemma4": {"vision_config": {}},
+    "gemma4_unified": {"vision_config": {}},
+    "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]]},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "instructblip": {"image_token_index": 32000},
+    "instructblipvideo": {"video_token_index": 32000},
+    "janus": {"vision_config": {"projection_dim": 4096}},
+    "llama4": {"vision_config": {"hidden_size": 1408, "intermediate_size": 5632, "vision_output_dim": 4096}},
+    "minicpm_ocr": PLACEHOLDERS,
+    "minicpmv4_6": PLACEHOLDERS,
+    "minicpmv4_7": PLACEHOLDERS,
+    "nemotron_h_omni": PLACEHOLDERS,
+    "molmo2": {"adapter_config": {"text_hidden_size": 4096}},
+    "ovis2": {"hidden_size": 4096},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "text_config": MROPE},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 151652, "vision_end_token_id": 151653},
+    "step3p7": {"text_config": {"sliding_window": 512}},
 }
 
 

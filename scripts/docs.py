@@ -88,6 +88,11 @@ BRIEFLY = {  # a reason, as an expression -> in a few words
     "does not run": "blocks do not run one after the other",
     "folded into one another": "samples and tokens are folded into one another, or tokens come first",
     "two caches": "a second cache, of cross-attention",
+    "convolutions in its blocks": "convolutions in its blocks read neighbours",
+    "between its tokens anew": "each block makes its position bias anew",
+    "run in a loop": "its blocks are run in a loop",
+    "as one, compressed": "the keys of several tokens are kept as one",
+    "no small twin of it can be tried": "its twin cannot be tried",
     "dropping tokens is not|passing tokens by is not": "dropping a token is not hiding it",
     "keeping all tokens changes|keeps all rows changes": "keeping all changes the output",
     "without some rows": "evicting a row is not hiding it",
@@ -96,6 +101,18 @@ BRIEFLY = {  # a reason, as an expression -> in a few words
     "was given the prompt as features": "its decoder is not given the prompt as features",
     "are not what its language model makes": "dropping a row is not hiding it",
     "by cross-attention": "no visual rows: pictures are read by cross-attention",
+}
+NOT_OVER_ALL = {  # types of text encoders without attention over all their tokens -> what they have instead
+    "fnet": "a Fourier transform",
+    "longformer": "windows",
+    "led": "windows",
+    "longt5": "windows",
+    "pegasus_x": "windows",
+    "mra": "an approximation",
+    "nystromformer": "an approximation",
+    "yoso": "an approximation",
+    "reformer": "buckets",
+    "perceiver": "latents that read the input once",
 }
 KINDS_NEAR = {
     "causal-lm": "Llama, Qwen3, Gemma 3, Mistral",
@@ -119,7 +136,7 @@ NEAREST = {  # model type, as an expression -> what comes nearest, or the way ou
     "(.*_)?(parakeet|lasr|canary|cohere_asr|granite_speech|seamless).*|.*conformer.*|wav2vec2-bert": (
         "Wav2Vec2, HuBERT, Whisper: no convolution over time in their blocks"
     ),
-    "deberta.*|convbert|squeezebert|fnet|funnel|xlm|xlnet|flaubert|bros|lilt": "BERT, RoBERTa, ModernBERT, LayoutLM",
+    "deberta.*|convbert|fnet|funnel|xlm|xlnet|flaubert|lilt": "BERT, RoBERTa, ModernBERT, LayoutLM",
     "rwkv|xlstm|recurrent_gemma": "Mamba, Mamba-2; the cache of Qwen3-Next or Falcon-H1",
     "perceiver": "ViT; a few latents read its input, and nothing is left to drop",
 }
@@ -386,6 +403,33 @@ def caches(rows: Rows) -> str:
     )
 
 
+def encoders(rows: Rows) -> str:
+    """A sentence on text encoders, counted twice: over those with attention over all their tokens, and over all."""
+    masked = {row["type"] for row in rows if row["kind"] == "masked-lm"}
+    of = {
+        row["name"]: row
+        for row in rows
+        if row["kind"] == "masked-lm"
+        or (
+            row["kind"] == "encoder"
+            and (row.get("acts as") == "text" or (row["type"] in masked and "acts as" not in row))
+        )
+    }
+    full = [row for row in of.values() if row["type"] not in NOT_OVER_ALL]
+    good, whole = (sum(bool(row.get("verified")) for row in some) for some in (full, of.values()))
+    others: dict[str, list[str]] = {}
+    for name, what in NOT_OVER_ALL.items():
+        if count := sum(row["type"] == name for row in of.values()):
+            others.setdefault(what, []).append(f"{name} ({count})")
+    said = "; ".join(f"{what}: {', '.join(names)}" for what, names in others.items())
+    return (
+        "Text encoders, masked language models and those without a head that are no decoders, are counted twice. Of "
+        f"all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of them do "
+        f"not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, {good} "
+        f"({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
+    )
+
+
 def briefly(why: str) -> str:
     """A reason in a few words."""
     told = next((words for pattern, words in BRIEFLY.items() if re.search(pattern, why)), None)
@@ -479,7 +523,7 @@ def hosts_page() -> str:
     apart = [row for row in made["classes"] if row["ok"] is None and not row["why"].startswith("takes ")]
     tables = {
         "passport": [passport(made, rows, len(apart))],
-        "summary": [*summary(rows), caches(rows), visual(rows)],
+        "summary": [*summary(rows), caches(rows), encoders(rows), visual(rows)],
         "kinds": [line for kind in KINDS for line in kind_of(rows, kind)],
         "refused": refusals(rows),
     }

@@ -34,12 +34,25 @@ SAMPLE = [  # class, model type, kind, places
     ("CohereForCausalLM", "cohere", "decoder", BLOCK | CACHE),
     ("Qwen3NextForCausalLM", "qwen3_next", "decoder", CACHE),  # some layers keep a state
     ("FalconH1ForCausalLM", "falcon_h1", "decoder", CACHE),  # all layers keep a state and keys
+    ("DiffLlamaForCausalLM", "diffllama", "decoder", DECODER),  # two attention calls over the same keys
+    ("LongcatFlashForCausalLM", "longcat_flash", "decoder", BLOCK | CACHE),  # two attentions in a block
+    ("HrmTextForCausalLM", "hrm_text", "decoder", CACHE),  # two stacks in a loop, a cache layer for each turn
+    ("DoryForCausalLM", "dory", "decoder", CACHE),  # a loop in the middle, which makes much of rounding
+    ("Inkling2ForCausalLM", "inkling2_text", "decoder", CACHE),  # a position bias beside the mask, convolutions
+    ("MllamaForCausalLM", "mllama", "decoder", CACHE),  # blocks that no text passes
+    ("BeamForCausalLM", "beam", "decoder", DECODER),  # rotary positions in some layers only
+    ("BloomForCausalLM", "bloom", "decoder", DECODER),  # ALiBi, samples and heads folded
+    ("MptForCausalLM", "mpt", "decoder", DECODER),  # ALiBi as a table, a mask that is True where a key is hidden
+    ("GPTNeoForCausalLM", "gpt_neo", "decoder", DECODER),  # bands
     ("MambaForCausalLM", "mamba", "scan", ENCODER),
     ("BertForMaskedLM", "bert", "text", ENCODER),
     ("ModernBertForMaskedLM", "modernbert", "text", ENCODER),
     ("MPNetForMaskedLM", "mpnet", "text", ENCODER),  # attention written out
     ("DistilBertForMaskedLM", "distilbert", "text", ENCODER),
     ("XLMRobertaForMaskedLM", "xlm-roberta", "text", ENCODER),
+    ("SqueezeBertForMaskedLM", "squeezebert", "text", BLOCK),  # channels before tokens
+    ("BrosModel", "bros", "text", ENCODER),  # embeddings of pairs, samples behind them
+    ("OpenAIGPTModel", "openai-gpt", "text", ENCODER),  # blocks that give lists
     ("T5ForConditionalGeneration", "t5", "text", ENCODER),
     ("BartForConditionalGeneration", "bart", "text", ENCODER),
     ("WhisperForConditionalGeneration", "whisper", "sound", ENCODER),
@@ -82,7 +95,7 @@ def test_a_class_is_verified_where_its_design_allows(name, model_type, kind, pla
     ("name", "model_type", "why"),
     [
         ("SwinModel", "swin", "do not hand on one sequence"),
-        ("XLNetModel", "xlnet", "folded into one another"),
+        ("VideoPrismForVideoClassification", "videoprism_vision_model", "folded into one another"),
         ("xLSTMForCausalLM", "xlstm", "no run of blocks with attention"),
         ("PerceiverForMaskedLM", "perceiver", "does not run"),
     ],
@@ -100,6 +113,10 @@ def test_a_class_is_refused_with_the_reason(name, model_type, why, walk):
         ("Qwen3NextForCausalLM", "qwen3_next", Site.AFTER_BLOCK, "keep a state"),
         ("DeepseekV32ForCausalLM", "deepseek_v32", Site.KV_CACHE, "index of its keys"),
         ("Gemma3nForCausalLM", "gemma3n_text", Site.KV_CACHE, "of another layer"),
+        ("DeepseekV4ForCausalLM", "deepseek_v4", Site.KV_CACHE, "several tokens as one"),
+        ("HrmTextForCausalLM", "hrm_text", Site.AFTER_BLOCK, "run in a loop"),
+        ("ConvBertModel", "convbert", Site.AFTER_BLOCK, "convolutions in its blocks"),
+        ("UMT5Model", "umt5", Site.AFTER_BLOCK, "makes a bias between its tokens anew"),
     ],
 )
 def test_a_place_is_refused_with_the_reason(name, model_type, site, why, walk):

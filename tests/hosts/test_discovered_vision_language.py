@@ -16,7 +16,7 @@ from fewer.core.errors import SignalError
 from fewer.hosts import HostError, LayoutError
 from fewer.hosts.bridge import bridge
 from fewer.hosts.twin import build, shrink
-from fewer.hosts.twin_visual import _fewer_rows, encodes, example
+from fewer.hosts.twin_visual import _fewer_rows, _fitting, encodes, example
 from fewer.runtime import verify_visual
 from fewer.runtime.program import SessionError
 from fewer.testing.vision_language import prompts, tiny_vlm
@@ -34,7 +34,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # class, what its default
     "gemma4": ("Gemma4ForConditionalGeneration", {"vision_config": {}}, "sizes"),
     "glm4v": ("Glm4vForConditionalGeneration", {"text_config": {"rope_parameters": ROPE}}, "sizes"),
     "idefics2": ("Idefics2ForConditionalGeneration", {}, ""),
+    "kimi_k25": ("Kimi_K25ForConditionalGeneration", {}, ""),
     "lfm2_vl": ("Lfm2VlForConditionalGeneration", {}, "sizes"),
+    "molmo2": ("Molmo2ForConditionalGeneration", {"adapter_config": {"text_hidden_size": 4096}}, ""),
     "mistral3": ("Mistral3ForConditionalGeneration", {}, "sizes"),
     "paligemma": ("PaliGemmaForConditionalGeneration", {}, "square"),
     "video_llava": ("VideoLlavaForConditionalGeneration", {}, "square"),
@@ -51,6 +53,7 @@ def small(name: str) -> Any:
         config.vision_config.out_hidden_size = config.text_config.hidden_size
     reduced = shrink(config, depth=None if name == "vipllava" else 2)
     _fewer_rows(config, reduced)
+    _fitting(config, reduced)
     return build(getattr(transformers, cls), reduced)
 
 

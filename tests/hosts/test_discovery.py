@@ -19,10 +19,11 @@ import fewer
 from fewer.compat import given_cache
 from fewer.core import KeepRatio, Site
 from fewer.hosts import HostError, anatomy, find, stacks
-from fewer.hosts.anatomy import Stream, inputs_of
+from fewer.hosts.anatomy import Stream
 from fewer.hosts.attention import Call, fused
 from fewer.hosts.steps import StepsError, bound, record
 from fewer.hosts.twin import build, shrink
+from fewer.hosts.watching import inputs_of
 from fewer.methods.vision.random import Random
 from fewer.runtime import verify
 from fewer.testing.checks import same_snapshot, snapshot
@@ -342,7 +343,7 @@ def test_what_was_found_out_is_not_found_out_again(monkeypatch: pytest.MonkeyPat
     from fewer.hosts import anatomy as seen
     from fewer.hosts import remembered
 
-    where = __import__("importlib").import_module("fewer.hosts.anatomy")
+    where = __import__("importlib").import_module("fewer.hosts.discovery")
     monkeypatch.setenv("FEWER_CACHE", str(tmp_path))
     monkeypatch.setattr(where, "_known", {})
     monkeypatch.setattr(verify, "_verdicts", {})

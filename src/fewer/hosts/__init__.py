@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from . import timm_vision, transformers_crossmodal, vision_language
-from .anatomy import Anatomy, Layer, Stack, Stream, anatomy, placed, reach, stacks
+from .anatomy import Anatomy, Layer, Stream, placed, reach
 from .attention import Call, HostError, Table, running, under
 from .base import BlockRun, Host, PlainRun
 from .decoder import DecoderHost
+from .discovery import anatomy
+from .stacks import Stack, stacks
 from .state_space import StateSpaceHost
 from .vision_language import LayoutError, VisionLanguageHost
 from .weights import PLAIN as MATRICES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fewer.compat import unchecked
-from fewer.core import Tokens
+from fewer.core import Site, Tokens
 
+from .anatomy import outward
 from .attention import Call, HostError, Table, entering, fused
 from .steps import stopping
 from .weights import multiplied
@@ -154,6 +155,10 @@ class Host:
         """The rows that are reduced and the mask that tells their padding, from what the first block gets."""
         return x, mask
 
+    def depth(self, site: Site) -> int:
+        """How many places of a kind there are, one behind the other."""
+        return len(self.blocks)
+
     @cached_property
     def channels(self) -> int:
         """Of the features that travel from block to block."""
@@ -222,7 +227,42 @@ class Host:
 
     def own(self, layer: int) -> Callable[..., Any]:
         """A block's forward without us."""
-        return self.own_of(self.blocks[layer])
+        own = self.own_of(self.blocks[layer])
+        if not (self.found.layout or self.found.keys):
+            return own
+
+        def plain(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            return self._inward(own(self._outward(x), *args, **kwargs))
+
+        return plain
+
+    def _outward(self, x: Tensor) -> Tensor:
+        """Features, (B, N, C), as the blocks have them."""
+        return x.permute(outward(self.found.layout)) if self.found.layout else x
+
+    def _inward(self, out: Any) -> tuple[Any, ...]:
+        """What a block gives, its features as (B, N, C)."""
+        parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
+        x, *rest = parts
+        return (x.permute(self.found.layout) if self.found.layout else x, *rest)
+
+    def listen(self, hear: Callable[[Tensor], None], undo: ExitStack) -> None:
+        """Until `undo` closes, `hear` is told of the features that leave each block, (B, N, C)."""
+
+        def heard(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            hear(self._inward(out)[0])
+            return out
+
+        for block in self.blocks:
+            held = vars(block)
+            kept = held.get("forward")
+            if isinstance(kept, Stand):
+                undo.callback(setattr, kept, "ours", kept.ours)
+                kept.ours = partial(heard, kept.ours)
+            else:
+                undo.callback(held.pop, "forward") if kept is None else undo.callback(held.update, forward=kept)
+                held["forward"] = partial(heard, block.forward)
 
     @staticmethod
     def own_of(module: nn.Module) -> Callable[..., Any]:
@@ -260,7 +300,7 @@ class Host:
         x = visit.before(layer, x)
         call = visit.call(layer)
         given = visit.streams(layer, kwargs)
-        mask = visit.bias(layer, mask)
+        mask = self._upright(visit.bias(layer, self._upright(mask)))
         if self.found.mask is not None:
             given = {**given, self.found.mask: mask}
         steps, block = self.layers[layer].steps, self.blocks[layer]
@@ -281,6 +321,11 @@ class Host:
         if not rest and self.found.tuples and kwargs.get("output_attentions"):  # a block that was stopped shows no maps
             rest = (None,)
         return visit.after(layer, out[0], call), rest
+
+    def _upright(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of bools as everybody else has it, True = visible; and back again."""
+        turned = self.found.inverted and mask is not None and mask.dtype == torch.bool
+        return ~mask if turned else mask  # type: ignore[operator]
 
     @staticmethod
     def _whole(part: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> Any:
@@ -345,8 +390,13 @@ class Host:
     def _packed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that gives what the block's own does."""
 
-        def packed(*args: Any, **kwargs: Any) -> Any:
-            x, rest = run(*args, **kwargs)
+        layout, keys = self.found.layout, self.found.keys
+
+        def packed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            x, rest = run(x.permute(layout) if layout else x, *args, **kwargs)
+            x = self._outward(x)
+            if keys:
+                return dict(zip(keys, (x, *rest), strict=False))
             return (x, *rest) if rest or self.found.tuples else x
 
         return packed

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fewer.compat import cache_argument
 
 from . import remembered
-from .anatomy import anatomy, classes_of, code_of, key_of, stacks
 from .attention import HostError
+from .discovery import anatomy, classes_of, code_of, key_of
+from .stacks import stacks
 from .twin import TwinError, one_thread
 from .twin_visual import NoExample, encodes, example, heights, rows_of, token_of, twins
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.core import Seen
+from fewer.core import Seen, Site
 from fewer.core.rope import Rotary
 
 from . import rotary
@@ -30,33 +30,64 @@ class DecoderHost(Host):
 
     def __init__(self, found: Anatomy, root: nn.Module, path: str) -> None:
         super().__init__(found, root, path)
-        self.attentions = [
+        own = [
             None if layer.attention is None or layer.way is None else self._part(block, layer.attention)
             for block, layer in zip(self.blocks, found.layers, strict=True)
         ]
+        read = {slot: self._part(root, part) for part, slot in found.reads}
+        #: Of each layer of the cache, the attention that reads it; None where none does.
+        self.attentions = [read.get(i) for i in range(max(read) + 1)] if read else own
         config: Any = root.config
         if getattr(config, "add_cross_attention", False):
             raise HostError("a decoder with cross-attention keeps two caches; only the plain one can be reduced")
         if getattr(config, "reorder_and_upcast_attn", False):
             raise HostError("reorder_and_upcast_attn=True bypasses the attention table; set it to False in the config")
-        own = config._attn_implementation
-        if own not in (*SUPPORTED, NAME):
+        chosen = config._attn_implementation
+        if chosen not in (*SUPPORTED, NAME):
             raise HostError(
-                f"the attention implementation {own!r} cannot take the rows of a reduced cache; load the model with "
+                f"the attention implementation {chosen!r} cannot take the rows of a reduced cache; load the model with "
                 f"attn_implementation={' or '.join(map(repr, SUPPORTED))}"
             )
 
-    def index(self, module: nn.Module) -> int | None:
-        """The layer whose attention a module is; None for any other."""
-        return self._index.get(id(module))
+    def depth(self, site: Site) -> int:
+        return len(self.attentions) if site is Site.KV_CACHE else super().depth(site)
 
     @cached_property
-    def _index(self) -> dict[int, int]:
-        return {id(m): i for i, m in enumerate(self.attentions) if m is not None}
+    def calls(self) -> dict[int, list[int]]:
+        """By attention module: the layers of the cache that its calls in one pass read, in order."""
+        reads = self.found.reads and [(self._part(self.root, part), slot) for part, slot in self.found.reads]
+        found: dict[int, list[int]] = {}
+        for module, slot in reads or [(m, i) for i, m in enumerate(self.attentions) if m is not None]:
+            found.setdefault(id(module), []).append(slot)
+        return found
+
+    @cached_property
+    def again(self) -> bool:
+        """Whether some layer of the cache is read by several attention calls of a pass."""
+        slots = [slot for _, slot in self.found.reads]
+        return len(set(slots)) < len(slots)
+
+    @property
+    def looped(self) -> bool:
+        """Whether blocks are run several times in a pass."""
+        return any(len(set(slots)) > 1 for slots in self.calls.values())
+
+    def slots(self, layer: int) -> list[int]:
+        """The layers of the cache that a block writes."""
+        if not self.found.reads:
+            return [layer]
+        inside = {id(m) for m in self.blocks[layer].modules()}
+        return [i for i, m in enumerate(self.attentions) if id(m) in inside]
+
+    def _block_of(self, slot: int) -> int:
+        """The block that writes a layer of the cache; its number where it is none of the stack's."""
+        return next((i for i in range(len(self.blocks)) if slot in self.slots(i)), slot)
 
     @cached_property
     def unasking(self) -> dict[int, nn.Module]:
         """Of some layers: attention that is seen while its own code runs, as it asks no attention table."""
+        if self.found.reads:
+            return {}
         held = enumerate(zip(self.attentions, self.layers, strict=True))
         return {i: m for i, (m, layer) in held if m is not None and layer.way != "table"}
 
@@ -105,10 +136,10 @@ class DecoderHost(Host):
         from transformers import DynamicCache
 
         config: Any = self.root.config
-        layers = DynamicCache(config=config).layers
-        depth = len(self.blocks)
-        windows = [getattr(layer, "sliding_window", None) for layer in layers]
-        return [*windows, *[None] * (depth - len(windows))][:depth]
+        held = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+        slots = range(len(self.attentions))  # a loop may write to more than the config says
+        at = (i if i < len(held) else self._block_of(i) for i in slots)
+        return [held[i] if i < len(held) else None for i in at]
 
     def slides(self, layer: int) -> bool:
         """Whether a layer sees a window of the latest tokens only."""
@@ -128,6 +159,10 @@ class DecoderHost(Host):
         return {}
 
     def _rotary(self, layer: int) -> Rotary | None:
+        if self.found.reads:
+            if len({one.turns for one in self.layers}) > 1:
+                raise HostError(f"{rotary.STRANGE}; {rotary.UNTURNED}")
+            layer = min(self._block_of(layer), len(self.layers) - 1)
         turned = self.layers[layer].turns
         told = layer in self.unasking and rotary.found_in(self.root) is not None  # by ALiBi, if its keys do not turn
         if self.found.rotation is not None or turned is False or (turned is None and told):
@@ -172,8 +207,27 @@ class DecoderHost(Host):
             return "rotary, not to be turned back"
 
 
+class Calls:
+    """Which layer of the cache each attention call of one pass reads."""
+
+    def __init__(self, host: DecoderHost) -> None:
+        self.of, self.heard = host.calls, dict.fromkeys(host.calls, 0)
+
+    def next(self, module: nn.Module) -> tuple[int, bool, bool] | None:
+        """The layer that a call of a module reads, whether it is the first that does and whether the last; None for a
+        module that is none of the decoder's attentions."""
+        slots = self.of.get(id(module))
+        if slots is None:
+            return None
+        at = self.heard[id(module)] % len(slots)
+        self.heard[id(module)] += 1
+        first = at == 0 or slots[at - 1] != slots[at]
+        last = at + 1 == len(slots) or slots[at + 1] != slots[at]
+        return slots[at], first, last
+
+
 class _Caught(Exception):
     """Ends a block once its attention was reached."""
 
 
-__all__ = ["DecoderHost"]
+__all__ = ["Calls", "DecoderHost"]

@@ -19,13 +19,13 @@ LOW = torch.finfo(torch.float32).min
 
 def at_rows(
     given: Mapping[str, Any], x: Tensor, place: Tensor, logical: int, heads: int, *, holes: bool,
-    band: Tensor | None = None,
+    band: Tensor | None = None, asking: Tensor | None = None,
 ) -> tuple[dict[str, Any], Tensor | None]:  # fmt: skip
     """An attention module's arguments for the rows it will get, and what must be added to its logits besides.
 
     given: arguments by name; x: (B, Q, C), the features among them; place: (B or 1, 1 or G, S) long, which of the
     `logical` keys each row is, below zero = out of sight; holes: whether some are; band: (..., P, P) bool, see
-    `band_of`.
+    `band_of`; asking: (B, Q) long, which of them the queries are, by default the last.
     Returns the arguments and a bias, (B, 1 or H, 1 or Q, S) float32, or None.
     """
     b, q = x.shape[:2]
@@ -33,8 +33,10 @@ def at_rows(
     index = place.clamp(min=0)[:, :, None]
     bias = torch.zeros(place.shape, device=x.device).masked_fill(place < 0, LOW)[:, :, None] if holes else None
     if band is not None:
-        rows = band.flatten(0, -2)[logical - q : logical]
-        seen = rows[:, index[:, :, 0]].movedim(0, 2)  # (B, 1 or G, Q, S)
+        table = band.flatten(0, -2)
+        if asking is None:
+            asking = torch.arange(logical - q, logical, device=x.device).expand(b, -1)
+        seen = table[asking.clamp(min=0)[:, None, :, None], index]  # (B, 1 or G, Q, S)
         hidden = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, LOW)
         bias = hidden if bias is None else bias + hidden
     if bias is not None and bias.shape[1] > 1:

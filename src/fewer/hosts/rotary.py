@@ -36,6 +36,8 @@ def embedding(root: nn.Module, layer: int) -> Rotary | None:
     frequencies = getattr(module, "inv_freq", None)
     if isinstance(kind, dict):  # sliding and full layers turn at different speeds
         which = root.config.layer_types[layer]  # type: ignore[union-attr, index]
+        if which not in kind:  # layers of this kind turn nothing
+            return Rotary(torch.zeros_like(getattr(module, f"{next(iter(kind))}_inv_freq")).float())
         kind, frequencies, scale = kind[which], getattr(module, f"{which}_inv_freq", None), f"{which}_{scale}"
     if kind in ("dynamic", "longrope"):
         raise HostError(

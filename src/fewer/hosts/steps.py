@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fewer.compat import CACHE_NAMES
+
 Path = tuple[Any, ...]
 
 
@@ -253,6 +255,7 @@ def _reach(value: Any, path: Path) -> Any:
 
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format, type(Ellipsis), slice)
+MEMORY = (*CACHE_NAMES, "layer_past", "past_key_value")  # what blocks and their parts call a cache
 PROBE = "fewer_probe"  # an argument no block knows: who gets it hands on what it does not know
 
 
@@ -308,6 +311,7 @@ class _Recorder(TorchFunctionMode):
         self.pending: tuple[str, tuple, dict, bool] | None = None
         x = given[entering]
         self.batch, self.length, self.width = x.shape[0], x.shape[1], x.shape[-1]
+        self.memory = next((name for name in given if name in MEMORY), None)
         for name, value in given.items():
             self._meet(value, Given, (name,), ())
         for path, tensor in (*block.named_parameters(), *block.named_buffers()):
@@ -332,6 +336,8 @@ class _Recorder(TorchFunctionMode):
 
     def _written(self, value: Any, name: str | None = None) -> Any:
         """A value as it is written into a step. name: of the argument it is."""
+        if value is None and name in MEMORY and self.memory is not None:
+            return Given(self.memory)  # which is not there while a block is recorded
         if name is not None and name in self.given and not isinstance(value, Tensor) and value is self.given[name]:
             return Given(name)  # also None and flags: another call gives something else
         if id(value) in self.known and not isinstance(value, PLAIN):

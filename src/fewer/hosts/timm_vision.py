@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Layer, base, way_in
+from .anatomy import Anatomy, Layer
 from .attention import HostError
+from .discovery import base
 from .steps import record
+from .watching import way_in
 
 BATCH, LENGTH = 3, 13
 OTHERS = ("forward", "_old_forward", "_hf_hook")  # where accelerate puts a hook, on a module
@@ -64,7 +66,7 @@ def _layer(path: str, block: nn.Module) -> Layer:
     x = torch.randn(BATCH, LENGTH, norm.shape[0], generator=source)
     way = None
     try:
-        way = way_in(twin, {"x": x})
+        way = way_in(twin, {"x": x}, x.shape[:2])
         return Layer(path, "attn", way, steps=record(twin, {"x": x}, "attn"))
     except (RuntimeError, TypeError, AssertionError):
         return Layer(path, "attn", way)

@@ -55,7 +55,7 @@ def shrink(config: PretrainedConfig, depth: int | None = None) -> PretrainedConf
             _cut(part, depth)
     known: dict[int, int] = {}  # width -> small width: what is equal stays equal, across nested configs too
     shapes = [_Shape(part, known) for part in parts]
-    for shape in sorted(shapes, key=lambda shape: (not shape.tied, -shape.width)):
+    for shape in sorted(shapes, key=lambda shape: (not shape.tied, -shape.width, not shape.grouped)):
         shape.settle()
     for shape in reversed(shapes):  # a config that only holds others asks them
         shape.apply()
@@ -236,7 +236,7 @@ WIDTHS = re.compile(
     r"|hidden_size_\w+|conv_channels|attention_channels|embed_dim|fpn_channels|share_expert_dim)$"
 )
 NO_WIDTH = re.compile(
-    r"head|rope|rotary|patch_dim|mel|input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
+    r"head|rope|rotary|pos_emb|patch_dim|mel|(?<!projector_)input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
 )
 HEADS = re.compile(r"(^|_)(n|num|\w*attention|\w*attn|query|kv|mamba|mem)?_?(\w+_)?heads(_per_layer)?$")
 VOCABULARIES = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|group_vocab)$")
@@ -269,6 +269,7 @@ class _Shape:
         self.staged = isinstance(heads, list | tuple) or any(_numbers(self.values.get(name)) for name in STAGES)
         shared = self.first(SHARED, lists=False)
         self.shared: int = self.values[shared] if shared else self.heads
+        self.grouped = 1 < self.shared < self.heads
         each = self.first(EACH, lists=False)
         derived = self.width // self.heads if self.heads and self.width % self.heads == 0 else 0
         self.each: int = self.values[each] if each else derived
@@ -292,9 +293,8 @@ class _Shape:
             self.small_heads = 1
             self.small = self.width // self.heads if self.width and self.width % self.heads == 0 else self.width
         else:
-            grouped = 1 < self.shared < self.heads
-            self.small_heads = 4 if grouped else min(self.heads, MULTIPLES.get(self.config.model_type, 2))
-            self.small_shared = 2 if grouped else 1 if self.shared == 1 else self.small_heads
+            self.small_heads = 4 if self.grouped else min(self.heads, MULTIPLES.get(self.config.model_type, 2))
+            self.small_shared = 2 if self.grouped else 1 if self.shared == 1 else self.small_heads
             each = min(self.each, HEAD if self.free else BOUND_HEAD)
             self.small = self.small_heads * each // self.ratio if self.tied else WIDTH
             if self.small > (TIED if self.free else WIDEST):

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import SMALL, base
-from .twin import POSITIONS, SIDE, TwinError, _find, _number, _parts, _words, build, shrink
+from .discovery import SMALL, base
+from .twin import POSITIONS, SIDE, TwinError, _find, _number, _numbers, _parts, _words, build, shrink
 
 IMAGES = 2  # of the example, one in each prompt
 LEAST = 4  # rows of a picture, for some to leave and some to stay
 LARGER = 4
 COUNTS = re.compile(r"(tokens_per_image|image_seq_len(gth)?|num_image_tokens|num_image_patches|image_tokens)$")
-TOKENS = ("image_token_id", "image_token_index", "video_token_index")
+FEATURES = re.compile(r"feature_layers?$")  # which of a tower's layers are read
+TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_index")
 VIDEO_TOKENS = ("video_token_id", "video_token_index")
 
 
@@ -59,7 +60,30 @@ def _twin(whole: nn.Module, depth: int | None, larger: int = 1) -> nn.Module:
         elif _number(size):
             setattr(part, "image_size", larger * size)  # noqa: B010
     _fewer_rows(config, small)
+    _fitting(config, small)
     return build(base(type(whole)), small)
+
+
+def _fitting(config: Any, small: Any) -> None:
+    """What the class takes to follow from other numbers of its config: the width of merged patches, the places of a
+    grid, which layers of a tower are read."""
+    merge = _plain(_find(config, "spatial_merge_size", "merge_size")) or 2
+    deep = min([vars(p)["num_hidden_layers"] for p in _parts(small) if "num_hidden_layers" in vars(p)], default=1) - 1
+    pairs = list(zip(_parts(config), _parts(small), strict=True))
+    widths = {w: s for a, b in pairs if _number(w := vars(a).get("hidden_size")) and (s := vars(b)["hidden_size"])}
+    for before, part in pairs:
+        for name, value in vars(before).items():
+            if not name.endswith("hidden_size") or not _number(value) or value in widths:
+                continue
+            if value % merge**2 == 0 and value // merge**2 in widths:
+                setattr(part, name, widths[value // merge**2] * merge**2)
+        for name in [n for n, v in vars(part).items() if FEATURES.search(n) and _numbers(v)]:
+            setattr(part, name, [max(v, -1 - deep) if v < 0 else min(v, deep) for v in getattr(part, name)])
+        if _side(before) and vars(before).get("num_position_embeddings") == _side(before) ** 2:
+            part.num_position_embeddings = _side(part) ** 2
+        sides = [vars(part).get(f"pos_emb_{side}") for side in ("height", "width")]
+        if all(map(_number, sides)) and "max_position_embeddings" in vars(part):
+            part.max_position_embeddings = math.prod(sides)
 
 
 def _fewer_rows(config: Any, small: Any) -> None:
@@ -152,6 +176,12 @@ def pictures(twin: nn.Module, seed: int = 0, even: bool = False) -> Iterator[dic
         yield {"pixel_values": noise(1, channels, patch, most * patch), "target_sizes": shape}
         yield {"pixel_values": noise(IMAGES, channels, patch, 4 * max(cells) * patch), "target_sizes": shape}
         return
+    if "image_token_pooling" in taken:  # which patches of the crops are pooled to each row
+        every = torch.arange(IMAGES * SIDE * SIDE).view(IMAGES, SIDE // 2, 2, SIDE // 2, 2)
+        pooled = every.transpose(2, 3).reshape(-1, 4)
+        grid = torch.tensor([[SIDE // 2, SIDE // 2, 0, 0]] * IMAGES)
+        yield {"pixel_values": noise(IMAGES, SIDE * SIDE, flat), "image_token_pooling": pooled, "image_grids": grid}
+        return
     if "flattened_patches" in taken:
         rows = torch.arange(SIDE * SIDE)
         places = torch.stack([rows // SIDE + 1, rows % SIDE + 1], -1).expand(IMAGES, -1, -1)
@@ -168,6 +198,7 @@ def pictures(twin: nn.Module, seed: int = 0, even: bool = False) -> Iterator[dic
     if "pixel_attention_mask" in taken:
         more["pixel_attention_mask"] = torch.ones(IMAGES, 1, height, width, dtype=torch.bool)
         yield {"pixel_values": whole[:, None], **more}
+        yield {"pixel_values": whole[:, None], **more, "pixel_attention_mask": torch.ones(IMAGES, 1, dtype=torch.bool)}
     if hasattr(twin, "pack_image_features"):
         pins = _find(config, "image_grid_pinpoints") or [[height, width]]
         tiles = 1 + (pins[0][0] // height) * (pins[0][1] // width)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fewer.core import Seen, Shape
 from fewer.core.visual.layout import Item, Layout
 
-from .anatomy import Stack, anatomy, stacks
 from .attention import HostError
 from .base import Host
 from .bridge import Bridge, bridge, part, readers, windows
 from .decoder import DecoderHost
+from .discovery import anatomy
+from .stacks import Stack, stacks
 from .twin_visual import TOKENS, VIDEO_TOKENS, encodes, heights, token_of
 
 
@@ -172,7 +173,7 @@ def _pieces(call: Encoding) -> list[tuple[int, ...]]:
     pieces: list[tuple[int, ...]] = []
     for shape in call.shapes:
         rows = math.prod(shape)
-        one = len(shape) == 1 and tile and rows % tile == 0 and call.rows == call.made
+        one = len(shape) == 1 and tile > 1 and rows % tile == 0 and call.rows == call.made
         pieces += [(tile,)] * (rows // tile) if one else [shape] if rows else []
     return pieces
 

@@ -145,7 +145,7 @@ class Bound:
 
 def _layers(method: Reducer, host: Host) -> tuple[int, ...]:
     """The blocks where a method acts in a model. Raises SessionError, HostError where it cannot."""
-    depth, said = len(host.blocks), text(method)
+    depth, said = host.depth(method.site), text(method)
     layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
     if method.needs_cls and not (host.tower_has_cls if acts_on_visual_rows(method) else host.has_cls):  # type: ignore[attr-defined]
         raise SessionError(
@@ -258,10 +258,12 @@ def _on_a_cache(program: Program, host: Host) -> str | None:
             return f"{type(method).__name__} acts on the KV cache but is no CacheReducer"
         method.check()
         assert isinstance(host, DecoderHost)
-        if host.unasking and (method.reads or method.gates or method.attends or isinstance(method, Rereader)):
+        early = method.reads or method.gates or method.attends or isinstance(method, Rereader)
+        if early and (host.unasking or host.again):
+            why = "calls attention several times over the same keys" if host.again else "asks no attention table"
             return (
                 f"{text(method)} takes part in attention before the softmax, where {host.name} lets nobody in: it "
-                "asks no attention table; choose a method that looks and evicts (snapkv, h2o, knorm)"
+                f"{why}; choose a method that looks and evicts (snapkv, h2o, knorm)"
             )
         if program.between_blocks and isinstance(method, Rereader):
             return (

@@ -190,7 +190,8 @@ class Session:
     def kept(self, layer: int) -> Tensor:
         """(B, M): the input tokens the rows after `layer` stand for, row by row; of a cache (B, G, M), the input
         positions of the rows the layer holds. -1 pads."""
-        return self.trace.kept(range(len(self.host.blocks))[layer])
+        trace = self.trace
+        return trace.kept(layer if isinstance(trace, CacheTrace) else range(len(self.host.blocks))[layer])
 
     def restore(self, features: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """Final rows spread back over the patch grid. features: (B, M, C), prefix included.

@@ -13,8 +13,8 @@ from ..compat import without_cache
 from ..core import KeepRatio, Reducer, Site
 from ..core.budgets import Capacity
 from ..hosts import HostError, VisionLanguageHost, remembered
-from ..hosts.anatomy import classes_of, code_of, key_of
 from ..hosts.bridge import readers
+from ..hosts.discovery import classes_of, code_of, key_of
 from ..hosts.twin import one_thread
 from ..hosts.twin_visual import NoExample, example, twins
 from ..methods.vision.random import Random

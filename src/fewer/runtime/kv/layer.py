@@ -288,15 +288,29 @@ class ReducedLayer(DynamicLayer):
                 mapped = mapped & (place[:, :, None, :] <= place[:, :, -queries:, None])
         else:
             place = place - self._offset(self.began)
-            b, g, s = place.shape
-            index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
-            mapped = mask.expand(b, g, queries, mask.shape[-1]).gather(-1, index)
+            mapped = self._at(place, mask, queries)
             if ragged or self.is_sliding:
                 gone = (place < 0)[:, :, None, :]
                 low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
                 mapped = mapped.masked_fill(gone, low)
         g = mapped.shape[1]
         return mapped if g == 1 else mapped.repeat_interleave(heads // g, dim=1)
+
+    @staticmethod
+    def _at(place: Tensor, x: Tensor, queries: int) -> Tensor:
+        """The entries of some keys. place: (B, G, S); x: (B or 1, 1 or G, Q, keys)."""
+        b, g, s = place.shape
+        index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
+        return x.expand(b, g, queries, x.shape[-1]).gather(-1, index)
+
+    def fit(self, x: Any, queries: int) -> Any:
+        """Something else that attention is told of each pair of a query and a logical key, such as a position bias, of
+        the stored rows instead. x: (B or 1, 1 or H, Q, logical); anything else is as it was."""
+        logical = self.length - self._offset(self.began)
+        if self.position is None or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[-2:] != (queries, logical):
+            return x
+        place = self.positions() - self._offset(self.began)
+        return self._at(place.repeat_interleave(max(x.shape[1] // place.shape[1], 1), 1), x, queries)
 
     def keep(self, plan: Hard, keys: Tensor, values: Tensor) -> None:
         """Execute a plan on the rows of a view, as `update` returned it. Ragged plans read their lengths: one sync."""
@@ -561,6 +575,9 @@ class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc
 NOT_ALONE = {
     "DynamicIndexedLayer": "it keeps an index of its keys beside them, by which sparse attention (DSA) picks rows",
     "DummyLayer": "it has no keys and values of its own and reads those of another layer",
+    **dict.fromkeys(
+        ("DeepseekV4HCACache", "DeepseekV4CSACache"), "it keeps the keys of several tokens as one, compressed"
+    ),
 }
 
 

@@ -308,10 +308,14 @@ class Pass:
         return self._fit(full)
 
     def _fit(self, full: Tensor) -> Tensor:
-        """A bias between all tokens, (B or 1, 1 or H, N0 or 1, N0), between those that are left."""
+        """A bias between all tokens, (B or 1, 1 or H, N0 or 1, N0), between those that are left; also without the
+        heads' axis, or that of the queries."""
         if full.shape[-1] != self.first.n or not self.steps:
             return full
         place = self.tokens.place()
+        if full.dim() < 4:
+            fitted = self._fit(full[:, None] if full.dim() == 3 else full[:, None, None])
+            return fitted[:, 0] if full.dim() == 3 else fitted[:, 0, 0]
         rows = full.expand(place.shape[0], *full.shape[1:])
         if full.shape[2] > 1:
             index = place[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1])

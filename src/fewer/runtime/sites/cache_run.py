@@ -16,6 +16,7 @@ from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
 from ...hosts import Call, HostError, under
+from ...hosts.decoder import Calls
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
 from ...spec import text
@@ -38,7 +39,7 @@ class CacheRun:
 
     def __init__(self, site: KVCacheSite, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.site, self.bound, self.host, self.program = site, site.bound, site.host, site.program
-        self.cache, self.given, self.position_ids = cache, mask, positions
+        self.cache, self.given, self.position_ids, self.calls = cache, mask, positions, Calls(self.host)
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
         self.at: dict[int, ReducedLayer] = {i: layer for i, layer in held if isinstance(layer, ReducedLayer)}
         self.layers = list(self.at.values())
@@ -61,9 +62,10 @@ class CacheRun:
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The model's own attention over the stored rows, then the methods' turn. q (B, H, Q, d), k, v (B, G, S, d)."""
-        index, heard = self.host.index(module), under.call
-        if index is None:  # another model's attention, inside this one
+        read, heard = self.calls.next(module), under.call
+        if read is None:  # another model's attention, inside this one
             return plain(module, q, k, v, mask, **kwargs)
+        index, first, last = read
         if heard is not None:
             heard.entered = True
         layer = self.at[index] if self.at else None
@@ -75,7 +77,9 @@ class CacheRun:
             return out
         if layer is not None:
             mask = layer.mask(mask, q.shape[1], q.shape[2])
-            self._count(layer, q.shape[0])
+            kwargs = {name: layer.fit(x, q.shape[2]) for name, x in kwargs.items()}
+            if first:
+                self._count(layer, q.shape[0])
         call = LayerCall(self, index, layer, q, k, v, mask, kwargs)
         if heard is not None and heard.watch:
             heard.seen = watched(q, k, v, call.scale, mask, heard.whole)
@@ -83,7 +87,7 @@ class CacheRun:
         if heard is not None and heard.policy is not None:
             heard.no_maps(module)
             out = trained_attention(q, k, v, call.scale, mask, heard)
-            if layer is not None:
+            if layer is not None and last:
                 layer.settle()
             return out
         with full_precision(q):
@@ -92,16 +96,19 @@ class CacheRun:
             self.attending = None
             return plain(module, q, k, v, call.mask, **kwargs)
         with self.site.clock(), torch.no_grad(), full_precision(q):
-            read = self._read(call)
+            shown = self._read(call)
         if self.weighs and self._alone(call):
             with full_precision(q):
                 answer, call.weights = attended(Seen(q, k, v, call.scale))
             out = answer, None
         else:
-            out = plain(module, q, *read, **kwargs)
+            out = plain(module, q, *shown, **kwargs)
         if self.attending is not None:
             self.attending.weights = out[1]
-        self._turns(call, layer)
+        if last:
+            if not first:  # calls that share keys may share out the values
+                call.k, call.v = layer.view()
+            self._turns(call, layer)
         return out
 
     def around(self, index: int, own: Callable, given: dict[str, Any], features: str) -> Any:
@@ -109,20 +116,29 @@ class CacheRun:
         logical positions among them, and the features (B, Q, C). They are told of the stored rows while it runs, and
         its attention is looked at where a method may act."""
         layer, host, x = self.at.get(index), self.host, given[features]
+        bias = band = None
         if layer is None:
-            return own(**given)
-        place, bias, band = layer.coming(x.shape[1], x.device), None, None
-        if layer.reduced or layer.arriving is not None:
-            came = x.shape[1] if layer.arriving is None else layer.arriving.total
-            band, logical = host.band(index), layer.get_mask_sizes(came)[0]
-            given, bias = at_rows(given, x, place, logical, host.heads, holes=layer.gappy, band=band)
-        heard = Call(bias, watch=x.shape[1] > 1 or not self.program.steady)
+            if self.prefill is None or not self.prefill.steps:
+                return own(**given)
+            left, logical = self.prefill.tokens.place(), self.prefill.first.n
+            band, place = host.band(index), left[:, None]
+            given, bias = at_rows(given, x, place, logical, host.heads, holes=False, band=band, asking=left)
+        else:
+            place = layer.coming(x.shape[1], x.device)
+            if layer.reduced or layer.arriving is not None:
+                came = x.shape[1] if layer.arriving is None else layer.arriving.total
+                asking = None if layer.arriving is None else layer.length + layer.arriving.place
+                band, logical = host.band(index), layer.get_mask_sizes(came)[0]
+                given, bias = at_rows(given, x, place, logical, host.heads, holes=layer.gappy, band=band, asking=asking)
+        heard = Call(bias, watch=layer is not None and (x.shape[1] > 1 or not self.program.steady))
         with ExitStack() as around:
             if heard.asks:
                 around.enter_context(entered(heard, batch=len(x), keys=place.shape[-1]))
             if band is not None:
                 around.enter_context(Unbanded(band))
             out = own(**given)
+        if layer is None:
+            return out
         with torch.no_grad():
             self._count(layer, len(x))
         if not heard.watch:
@@ -301,7 +317,7 @@ class CacheRun:
         return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
     def place(self, index: int, turn: Turn, rows: Rows) -> Place:
-        depth = len(self.host.blocks)
+        depth = self.host.depth(Site.KV_CACHE)
         return Place(index, depth, turn.stage, turn.stages, max(rows.totals), self.site.spend, self.site.note)
 
 

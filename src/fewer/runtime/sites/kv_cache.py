@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...adapters.kvpress import Pressed
 from ...compat import CACHE_NAMES, cached, given_cache, without_cache
+from ...core import Site
 from ...core.cache import Attending, Rereader
 from ...hosts import BlockRun, DecoderHost, Table, under
 from ...spec import text
@@ -70,7 +71,7 @@ class KVCacheSite:
         if self.between_blocks:
             self.blocks.attach(undo)
         undo.callback(root.register_forward_hook(self._close, with_kwargs=True, always_call=True).remove)
-        attentions = [m for m in self.host.attentions if m is not None]
+        attentions = list(dict.fromkeys(m for m in self.host.attentions if m is not None))
         if any(m.attends for m in methods):
             for module in attentions:
                 undo.callback(module.register_forward_pre_hook(_attend, with_kwargs=True).remove)
@@ -83,7 +84,7 @@ class KVCacheSite:
     @property
     def trace(self) -> CacheTrace:
         """Of the last cache, and of the last prompt."""
-        depth = len(self.host.blocks)
+        depth = self.host.depth(Site.KV_CACHE)
         return CacheTrace(self._records, depth, self._flops, self._seconds, self._notes, self.blocks.trace)
 
     # -- how rows may be read and kept ---------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class KVCacheSite:
     @property
     def headwise(self) -> bool:
         """Whether heads that keep different numbers may be read one by one."""
-        return self.program.steady and not self.host.unasking and self.plain
+        return self.program.steady and not (self.host.unasking or self.host.again) and self.plain
 
     @property
     def unordered(self) -> bool:

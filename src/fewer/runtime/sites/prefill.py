@@ -12,7 +12,7 @@ from ...core import Hard, Plan, Reducer, Tokens
 from ...core.masks import hidden
 from ...core.place import Place
 from ...core.visual import acts_on_visual_rows
-from ...hosts import Call
+from ...hosts import Call, DecoderHost
 from ..kv.state import Arrivals, Parked
 from .blocks import BlockSite, Pass
 from .scan import check_causal
@@ -31,6 +31,11 @@ class DecoderPrefill(Pass):
         super().__init__(site, x, valid=valid)
         self.at, self.at_rope = at, at_rope  # what blocks keep of keys and values; nothing without a cache
         self.start = next(iter(at.values())).length if at else 0
+
+    @property
+    def decoder(self) -> DecoderHost:
+        assert isinstance(self.host, DecoderHost)
+        return self.host
 
     def leaving(self, reducer: Reducer, plan: Plan, x: Tensor, layer: int) -> None:
         """What a reviving method drops behind a block waits before the next one."""
@@ -67,8 +72,9 @@ class DecoderPrefill(Pass):
             full = full.expand(place.shape[0], -1, -1, -1)
             full = full.gather(2, index.expand(-1, full.shape[1], -1, full.shape[-1]))
         if self.at:
-            if layer in self.at:
-                self.at[layer].arriving = Arrivals(place, valid, self.first.n)
+            for slot in self.decoder.slots(layer):
+                if slot in self.at:
+                    self.at[slot].arriving = Arrivals(place, valid, self.first.n)
             return full
         if full is not None:
             full = full.gather(3, place[:, None, None, :].expand(-1, full.shape[1], place.shape[1], -1))

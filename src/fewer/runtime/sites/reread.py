@@ -12,6 +12,7 @@ from ...compat import cached
 from ...core import Site
 from ...core.attention import full_precision
 from ...core.cache import Rereader, Rows
+from ...hosts.decoder import Calls
 from ..kv.state import Access
 from ..program import SessionError
 from .cache_run import LayerCall
@@ -25,16 +26,19 @@ class RepeatedRun:
 
     def __init__(self, run: CacheRun, which: int, rows: Rows, part: tuple[int, int], asking: Tensor | None) -> None:
         self.run, self.which, self.rows, self.part, self.asking = run, which, rows, part, asking
+        self.calls = Calls(run.host)
         self.votes: list[Tensor] = []  # of each layer where the method acts, (B, G, chunk)
+        self.calls = Calls(run.host)
         for layer in run.layers:
             layer.access = Access()
 
     def attend(self, module: nn.Module, plain: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         run = self.run
-        index = run.host.index(module)
-        if index is None:
+        read = self.calls.next(module)
+        if read is None:
             return plain(module, q, k, v, mask, **kwargs)
+        index = read[0]
         layer, method = run.at[index], run.program.methods[self.which]
         assert isinstance(method, Rereader)
         out = plain(module, q, k, v, mask, **kwargs)

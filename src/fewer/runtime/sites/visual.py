@@ -29,7 +29,7 @@ from ...core.place import Place
 from ...core.plan import on_device, take
 from ...core.visual import acts_on_visual_rows
 from ...core.visual.layout import Standing, lifted, view, written
-from ...hosts import Call, DecoderHost
+from ...hosts import Call
 from ..trace import Step
 from .blocks import Beside, BlockSite
 from .compact_positions import at_positions
@@ -69,11 +69,6 @@ class VisualPrefill(DecoderPrefill):
                 "length, or one prompt at a time"
             )
         return None
-
-    @property
-    def decoder(self) -> DecoderHost:
-        assert isinstance(self.host, DecoderHost)
-        return self.host
 
     def before(self, layer: int, x: Tensor) -> Tensor:
         if layer == 0 and self.context.present is not None:
