@@ -126,6 +126,15 @@ def test_removal_leaves_the_model_as_it_was() -> None:
     assert state_of(model) == before
 
 
+def test_saving_of_the_models_own_comes_back() -> None:
+    model, asked = tiny_vit(), list[str]()
+    model.save_pretrained = asked.append
+    mine = vars(model)["save_pretrained"]
+    with fewer.apply(model, "tome:r=1"):
+        assert vars(model)["save_pretrained"] is not mine
+    assert vars(model)["save_pretrained"] is mine
+
+
 def test_a_model_with_a_name_in_the_way_is_left_alone() -> None:
     model = tiny_vit()
     model.fewer = nn.Linear(2, 2)

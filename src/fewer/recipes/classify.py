@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def train(
     drop = PatchDrop()
     hook = model.vit.embeddings.register_forward_hook(drop)
     steps = max(len(recipe.phases), round(recipe.epochs * (len(labels) // recipe.batch)))
-    ends = _phase_ends(recipe, steps)
+    ends = [round(share * steps) for share in accumulate(share for share, _ in recipe.phases)]
     sample = test_set.take(range(0, len(test_set), 10))
     accurate = 0.0
 
@@ -260,11 +261,3 @@ def _pixels(data: ImageSet, processor: Processor) -> Tensor:
     if tuple(pictures.shape[1:]) != expected:
         raise ValueError(f"{data.name}: pictures are {tuple(pictures.shape[1:])}; this processor takes {expected}")
     return pictures.permute(0, 3, 1, 2).contiguous()
-
-
-def _phase_ends(recipe: Recipe, steps: int) -> list[int]:
-    total, ends = 0.0, []
-    for share, _ in recipe.phases:
-        total += share
-        ends.append(round(total * steps))
-    return ends

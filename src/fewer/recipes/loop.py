@@ -142,7 +142,7 @@ class _Run:
         self.step, self.rows, self.ended = 0, list[Row](), False
         self.recent = defaultdict[str, list[float]](list)
         self.best: tuple[float, dict[str, Tensor]] | None = None
-        self.waited, self.spent, self.began = 0, 0.0, time.perf_counter()
+        self.waited, self.began = 0, time.perf_counter()
         self.accelerator = Accelerator(device_placement=False)
         if self.accelerator.num_processes > 1:
             raise RuntimeError(f"{self.accelerator.num_processes} processes: a recipe runs in one; start it by itself")
@@ -171,12 +171,8 @@ class _Run:
     def row(self) -> Row:
         means = {name: float(f"{sum(values) / len(values):.7g}") for name, values in self.recent.items()}
         self.recent.clear()
-        self.rows.append({"step": self.step, "seconds": round(self.seconds, 1), **means})
+        self.rows.append({"step": self.step, "seconds": round(time.perf_counter() - self.began, 1), **means})
         return self.rows[-1]
-
-    @property
-    def seconds(self) -> float:
-        return self.spent + time.perf_counter() - self.began
 
     def judge(self, loss: float) -> None:
         """Whether the held-out loss still falls."""
@@ -200,9 +196,10 @@ class _Run:
     # -- the state -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         names = ("step", "rows", "ended", "recent", "best", "waited")
-        return {name: getattr(self, name) for name in names} | {"spent": self.seconds}
+        return {name: getattr(self, name) for name in names} | {"spent": time.perf_counter() - self.began}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.began -= state.pop("spent")
         vars(self).update(state)
 
     def save(self) -> None:
@@ -295,9 +292,8 @@ def buckets(lengths: Sequence[int], size: int, near: int) -> Iterator[list[int]]
 def decayed(parameters: Iterable[Tensor], weight_decay: float, **more: Any) -> list[dict[str, Any]]:
     """Groups for an optimiser: matrices decay; vectors and single numbers (biases, thresholds) do not."""
     every = list(parameters)
-    wide, narrow = [p for p in every if p.dim() > 1], [p for p in every if p.dim() <= 1]
-    both = ({"params": wide, "weight_decay": weight_decay}, {"params": narrow, "weight_decay": 0.0})
-    return [group | more for group in both if group["params"]]
+    halves = ([p for p in every if p.dim() > 1], weight_decay), ([p for p in every if p.dim() <= 1], 0.0)
+    return [{"params": half, "weight_decay": decay} | more for half, decay in halves if half]
 
 
 def muon_and_adamw(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def train(
     model.set_attn_implementation(FLOAT32_ATTENTION)
     model.train()
     ids = tokenizer(list(train_set.texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ends = [round(recipe.steps * sum(share for share, _ in recipe.phases[: i + 1])) for i in range(len(recipe.phases))]
+    ends = [round(share * recipe.steps) for share in accumulate(share for share, _ in recipe.phases)]
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for first, end, (_, window) in zip([0, *ends], ends, recipe.phases, strict=False):

@@ -84,8 +84,10 @@ class Carried:
         if (own := getattr(model, "save_pretrained", None)) is not None:
             ours["save_pretrained"] = wraps(own)(self._along(own))
         for name, function in ours.items():
+            before = {name: vars(model)[name]} if name in vars(model) else {}
             vars(model)[name] = function
-            undo.callback(vars(model).pop, name, None)
+            undo.callback(vars(model).update, before)
+            undo.callback(vars(model).pop, name)  # callbacks run last first
 
     def _along(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
