@@ -172,7 +172,7 @@ def test_the_command_line_finds_silences_and_writes(tmp_path, monkeypatch: pytes
     from fewer.datasets import texts as shelf
 
     words = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).tolist()
-    monkeypatch.setattr(cli, "_load", lambda name: (decoder("llama"), lambda text, **_: {"input_ids": words}))
+    monkeypatch.setattr(cli.distance, "load", lambda name: (decoder("llama"), lambda text, **_: {"input_ids": words}))
     monkeypatch.setattr(shelf, "book", lambda name: name)
     path = tmp_path / "deep" / "distance.json"
     size = ["--texts", "2", "--length", "48", "--near", "8", "--far", "24", "--heads", "2", "--draws", "1"]
