@@ -424,8 +424,8 @@ def encoders(rows: Rows) -> str:
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in others.items())
     return (
         "Text encoders, masked language models and those without a head that are no decoders, are counted twice. Of "
-        f"all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of them do "
-        f"not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, {good} "
+        f"all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of them "
+        f"do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, {good} "
         f"({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
     )
 

@@ -77,20 +77,25 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table whose first column tells the rows apart at any width: the last one folds, and where a reader's window has
-    no room for those between, they are left out from the right."""
+    """A table whose first column tells the rows apart at any width: the last one and long ones fold, and where a
+    reader's window has no room for those between, they are left out from the right."""
     cells = [[clean(cell) for cell in row] for row in rows]
     sizes = [max(map(len, column)) + 1 for column in zip(heads, *cells, strict=True)]
     kept = list(range(len(heads)))
 
     def needed() -> int:
-        return sum(sizes[i] for i in kept[:-1]) + min(sizes[-1], READABLE)
+        return sum(min(sizes[i], READABLE) if i else sizes[i] for i in kept)
 
     while WINDOW and len(kept) > 2 and needed() > out.width:
         kept.pop(-2)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for i in kept:
-        table.add_column(heads[i], no_wrap=i != kept[-1], overflow="fold", style=ACCENT if i == 0 else "")
+        table.add_column(
+            heads[i],
+            no_wrap=i != kept[-1] and (i == 0 or sizes[i] <= READABLE),
+            overflow="fold",
+            style=ACCENT if i == 0 else "",
+        )
     for row in cells:
         table.add_row(*(Text(row[i]) for i in kept))
     out.print(table, width=max(out.width, needed()), crop=False, soft_wrap=True)

@@ -28,7 +28,6 @@ class RepeatedRun:
         self.run, self.which, self.rows, self.part, self.asking = run, which, rows, part, asking
         self.calls = Calls(run.host)
         self.votes: list[Tensor] = []  # of each layer where the method acts, (B, G, chunk)
-        self.calls = Calls(run.host)
         for layer in run.layers:
             layer.access = Access()
 
