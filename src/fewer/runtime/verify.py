@@ -195,7 +195,9 @@ class Trial:
         last = self.depth - 1
         _, kept = self._dropped(Site.BEFORE_BLOCK, last)
         with self._session(Random(KeepRatio(0.6, of="start"), (last,), site=Site.AROUND_BLOCK)):
-            got = self.run()
+            *_, came, got = self._features(self.given)[0]
+        by = torch.ones(*got.shape[:2], 1).scatter(1, kept.clamp(min=0)[..., None], 0)
+        _same(got * by, came * by, "tokens that pass a block by do not come out as they went in")
         if self.host.kind != "scan":
             want = _rows(self._hidden(kept, range(last, self.depth)), kept, True)
             _close(_rows(got, kept, True), want, "passing tokens by is not what hiding them is")
@@ -247,6 +249,11 @@ class Trial:
         return out
 
     def _forward(self, given: dict[str, Any]) -> tuple[Tensor, Any]:
+        caught, output = self._features(given)
+        return caught[-1], output
+
+    def _features(self, given: dict[str, Any]) -> tuple[list[Tensor], Any]:
+        """What each block gives, and the answer."""
         caught: list[Tensor] = []
 
         with ExitStack() as undo:
@@ -255,7 +262,7 @@ class Trial:
             undo.enter_context(torch.no_grad())
             torch.manual_seed(0)
             output = self.twin(**given)
-        return caught[-1], output
+        return caught, output
 
     # -- the KV cache --------------------------------------------------------------------------------------------------
     def _cache(self, site: Site) -> None:
