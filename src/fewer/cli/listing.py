@@ -27,9 +27,9 @@ def command(json: Json = False) -> None:
 
 
 def where(cls: type[Reducer]) -> str:
-    from fewer.core import Reducer, Site
+    from fewer.core import Reducer
 
-    if cls.site is Site.BRIDGE:
+    if not cls.site.in_blocks:
         return cls.site.value
     layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
     blocks = None if layers is None else layers.default

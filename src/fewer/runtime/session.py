@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..adapters.clip_guide import Guide
-from ..core import Reducer
+from ..core import Reducer, Site
 from ..core.cache.quantised import rounded
 from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
@@ -23,8 +23,11 @@ from .program import Bound, Execution, Program, SessionError, check_free
 from .sites import bridge
 from .sites.blocks import BlockSite
 from .sites.bridge import BridgeSite, Positions
+from .sites.denoising import DenoisingSite
 from .sites.kv_cache import KVCacheSite
+from .sites.loss import LossSite
 from .sites.scan import StateSpaceRun
+from .sites.text import TextSite
 from .sites.tower import TowerSite
 from .trace import CacheTrace, Readable, Trace
 
@@ -67,6 +70,10 @@ class Session:
         self.methods, self.bounds = tuple(methods), tuple(bounds)
         self._shown, self._sites = shown, (shown, *beside)
         self._undo = ExitStack()
+
+    def beside(self, methods: Sequence[Reducer], bound: Bound, site: ActiveSite) -> Session:
+        """The same with one more site, whose passes are not shown. methods: all of them, in order."""
+        return Session(methods, [*self.bounds, bound], self._shown, [*self._sites[1:], site])
 
     @property
     def _bound(self) -> Bound:
@@ -126,6 +133,12 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def begin(self) -> None:
+        """A new call of a pipeline of many steps: what was kept over the steps of the one before is forgotten."""
+        for site in self._sites:
+            if (begin := getattr(site, "begin", None)) is not None:
+                begin()
 
     def save_modules(self, path: str | Path, card: Mapping[str, str] | None = None) -> list[Path]:
         """Write the methods' trained modules: into a folder, or as one .safetensors file. Returns the files.
@@ -295,12 +308,28 @@ def bind(
     return Bound(model, host, program, trained.prepare(model, host, program.methods, program.stages, modules))
 
 
+DOORS: dict[Site, Callable[[Bound], Shown]] = {
+    Site.TEXT: TextSite, Site.LOSS: LossSite, Site.DENOISING: DenoisingSite,
+}  # fmt: skip
+"""Places that need no more than a program: what carries it out there."""
+
+
 def _composed(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
     host: Host, guide: Guide | None, positions: Positions,
 ) -> Session:  # fmt: skip
-    """The sites of a session, by what kind of host it has."""
-
+    """The sites of a session, by where its methods act and what kind of host it has."""
+    for door, opens in DOORS.items():
+        there = [method.site is door for method in methods]
+        if not any(there):
+            continue
+        mine, others = trained.divided(modules, there)
+        bound = bind(model, host, [m for m in methods if m.site is door], execution, mine)
+        if all(there):
+            return Session(methods, [bound], opens(bound))
+        rest = [m for m in methods if m.site is not door]
+        session = _composed(model, rest, execution, others, host, guide, positions)
+        return session.beside(methods, bound, opens(bound))
     if not isinstance(host, DecoderHost):
         bound = bind(model, host, methods, execution, modules)
         return Session(methods, [bound], BlockSite(bound, kind=StateSpaceRun if host.kind == "scan" else None))

@@ -48,8 +48,9 @@ class Verdict:
         object.__setattr__(self, "places", {Site(site): why for site, why in self.places.items()})
 
     def of(self, site: Site) -> str:
-        """Why a place is not trusted; empty where it is. The bridge and what stands before it are not judged here."""
-        return self.places.get(site, "" if site is Site.BRIDGE else "there is no such place in it")
+        """Why a place is not trusted; empty where it is. Those that are in no block are not judged here."""
+        site = Site.AROUND_BLOCK if site is Site.DENOISING else site  # which sets rows aside in the same way
+        return self.places.get(site, "there is no such place in it" if site.in_blocks else "")
 
 
 class _Unlike(AssertionError):

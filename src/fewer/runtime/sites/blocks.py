@@ -471,7 +471,7 @@ class Pass:
                 seen.bias = hiding(seen.bias, tokens.valid)
         plan, hidden = self._planned(turn.method, hidden, tokens, place, seen, beside.branch)
         left = None
-        if self.host.dense or site is Site.AROUND_BLOCK:
+        if self.host.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
             left = hidden if beside.entry is None else beside.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
