@@ -37,15 +37,14 @@ UNSEEN = "no forward pass yet: call the model first"
 class ActiveSite(Protocol):
     """A place where tokens leave, with methods on.
 
+    title   of it, in a report
     attach  takes part in the model's passes until `undo` closes; where it fails, what it did before is undone
+    trace   what its last pass left to be read; None where there is nothing
     """
 
+    title: str
+
     def attach(self, undo: ExitStack) -> None: ...
-
-
-class Shown(ActiveSite, Protocol):
-    """One whose passes a session shows; None before the first."""
-
     @property
     def trace(self) -> Readable | None: ...
 
@@ -64,7 +63,7 @@ class Session:
     """
 
     def __init__(
-        self, methods: Sequence[Reducer], bounds: Sequence[Bound], shown: Shown, beside: Sequence[ActiveSite] = ()
+        self, methods: Sequence[Reducer], bounds: Sequence[Bound], shown: ActiveSite, beside: Sequence[ActiveSite] = ()
     ) -> None:
         """bounds: the stacks of blocks with methods in them, which share these; the first is the one that is shown."""
         self.methods, self.bounds = tuple(methods), tuple(bounds)
@@ -215,7 +214,9 @@ class Session:
 
     def report(self) -> str:
         """The last pass in words: methods, tokens or rows, cost, the methods' own share, notes."""
-        return "\n".join([" ".join(map(text, self.methods)), *self.trace.lines()])
+        others = [(site.title, trace) for site in self._sites[1:] if (trace := site.trace) is not None]
+        told = [f"{title}: {line}" for title, trace in others for line in trace.lines()]
+        return "\n".join([" ".join(map(text, self.methods)), *self.trace.lines(), *told])
 
     # -- of a decoder --------------------------------------------------------------------------------------------------
     @property
@@ -308,7 +309,7 @@ def bind(
     return Bound(model, host, program, trained.prepare(model, host, program.methods, program.stages, modules))
 
 
-DOORS: dict[Site, Callable[[Bound], Shown]] = {
+DOORS: dict[Site, Callable[[Bound], ActiveSite]] = {
     Site.TEXT: TextSite, Site.LOSS: LossSite, Site.DENOISING: DenoisingSite,
 }  # fmt: skip
 """Places that need no more than a program: what carries it out there."""

@@ -45,6 +45,7 @@ class CacheRun:
         self.layers = list(self.at.values())
         self.prefill: DecoderPrefill | None = None  # the tokens' way through the blocks, where methods act there
         self.context: VisualContext | None = None  # the visual rows among them
+        self.given_none = False  # whether the cache was made here
         self.fresh = cache is not None and cache.get_seq_length() == 0
         self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
         self.memory: dict[int, dict[str, Any]] = {}  # of each method, where no cache keeps it
@@ -230,6 +231,7 @@ class CacheRun:
             return
         for turn in call.turns:
             if (method := self.method(turn)).gates:
+                self.site.acted()
                 gate = method.gate(call.signals(turn), call.rows)
                 call.mask = added(gate, call.mask, call.q.shape[2], call.k.shape[2]).to(call.q.dtype)
 
@@ -244,6 +246,7 @@ class CacheRun:
             plan = method.read(call.signals(turn), call.rows) if method.reads else None
             if plan is None:
                 continue
+            self.site.acted()
             if call.q.shape[2] > 1:
                 raise SessionError(
                     f"{text(method)} chose rows for a pass of {call.q.shape[2]} tokens; only one may choose"
@@ -274,6 +277,7 @@ class CacheRun:
         if not evicts or everything:
             return
         gap: Tensor | None = None
+        self.site.acted()
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(call.k):
             layer.replace(method.leaver(signals, rows))
         else:
@@ -294,6 +298,7 @@ class CacheRun:
         for turn in self.program.at(Site.KV_CACHE, index):
             codec = self.method(turn).codec
             if codec is not None and layer.window is None:
+                self.site.acted()
                 layer.encode(codec, self.rows(layer, layer.keys).real)
 
     def rows(self, layer: ReducedLayer, k: Tensor) -> Rows:

@@ -19,6 +19,8 @@ class DenoisingSite(BlockSite):
     finds its own rows again.
     """
 
+    title = "denoising steps"
+
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound, kind=DenoisingStep)
         self.state = State()

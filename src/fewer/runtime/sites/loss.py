@@ -25,6 +25,8 @@ class LossSite:
     All tokens are computed. A call without labels is as it was.
     """
 
+    title = "training loss"
+
     def __init__(self, bound: Bound) -> None:
         self.bound, self.host, self.program = bound, bound.host, bound.program
         self.trace: Trace | None = None

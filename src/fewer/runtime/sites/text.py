@@ -28,6 +28,8 @@ class TextSite:
     passes are told by it which words of the mask are gone.
     """
 
+    title = "input text"
+
     def __init__(self, bound: Bound) -> None:
         self.bound, self.host, self.program = bound, bound.host, bound.program
         self.trace: Trace | None = None
