@@ -421,10 +421,10 @@ def encoders(rows: Rows) -> str:
             others.setdefault(what, []).append(f"{name} ({count})")
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in others.items())
     return (
-        "Text encoders, masked language models and those without a head that are no decoders, are counted twice. Of all "
-        f"{len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of them do "
-        f"not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, {good} "
-        f"({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
+        "Text encoders, masked language models and those without a head that are no decoders, are counted twice. "
+        f"Of all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of "
+        f"them do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, "
+        f"{good} ({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
     )
 
 
