@@ -82,6 +82,7 @@ BRIEFLY = {  # a reason, as an expression -> in a few words
     "those of another layer": "layers share keys and values",
     "cannot be entered|could be entered": "attention cannot be entered",
     "do not hand on one sequence": "no single sequence through its blocks",
+    "in lists of their own": "attention and MLPs in lists of their own, no blocks",
     "no run of blocks": "no run of blocks with attention",
     "does not run": "blocks do not run one after the other",
     "folded into one another": "samples and tokens are folded into one another, or tokens come first",

@@ -95,6 +95,7 @@ def test_a_class_is_verified_where_its_design_allows(name, model_type, kind, pla
     [
         ("SwinModel", "swin", "do not hand on one sequence"),
         ("VideoPrismForVideoClassification", "videoprism_vision_model", "folded into one another"),
+        ("XLMModel", "xlm", "in lists of their own"),
         ("xLSTMForCausalLM", "xlstm", "no run of blocks with attention"),
         ("PerceiverForMaskedLM", "perceiver", "does not run"),
     ],
