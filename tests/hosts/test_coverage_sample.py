@@ -56,6 +56,7 @@ SAMPLE = [  # class, model type, kind, places
     ("BartForConditionalGeneration", "bart", "text", ENCODER),
     ("WhisperForConditionalGeneration", "whisper", "sound", ENCODER),
     ("Wav2Vec2ForCTC", "wav2vec2", "sound", ENCODER),
+    ("WavLMForCTC", "wavlm", "sound", ENCODER),  # blocks that are told their number
     ("ASTForAudioClassification", "audio-spectrogram-transformer", "vision", ENCODER),
     ("DINOv3ViTModel", "dinov3_vit", "vision", ENCODER),
     ("Siglip2VisionModel", "siglip2_vision_model", "vision", ENCODER),

@@ -235,7 +235,7 @@ WIDTHS = re.compile(
     r"|hidden_size_\w+|conv_channels|attention_channels|embed_dim|fpn_channels|share_expert_dim)$"
 )
 NO_WIDTH = re.compile(
-    r"head|rope|rotary|pos_emb|patch_dim|mel|(?<!projector_)input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
+    r"head|rope|rotary|pos_emb_(height|width)|patch_dim|mel|(?<!projector_)input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
 )
 HEADS = re.compile(r"(^|_)(n|num|\w*attention|\w*attn|query|kv|mamba|mem)?_?(\w+_)?heads(_per_layer)?$")
 VOCABULARIES = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|group_vocab)$")
