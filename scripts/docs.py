@@ -535,7 +535,7 @@ def passport(made: dict[str, Any], rows: Rows, apart: int) -> str:
         f"Every class of transformers {made['transformers']} that an auto class of these kinds maps to, with the "
         f"default config of its type; of timm {made['timm']} one model of each design. Made by `scripts/coverage.py` "
         f"with torch {made['torch']} at commit {made['commit']}, {made['when']}; each class has a line in "
-        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core and with two "
+        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core of a machine with other work, with two "
         f"layers of each kind; deeper models take longer. Left out: {apart} classes without attention (convolutional "
         "networks), or that need other libraries or another model's cache.\n"
     )
