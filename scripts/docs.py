@@ -112,6 +112,8 @@ NOT_OVER_ALL = {  # types of text encoders without attention over all their toke
     "yoso": "an approximation",
     "reformer": "buckets",
     "perceiver": "latents that read the input once",
+    "rwkv": "a recurrence",
+    "recurrent_gemma": "a recurrence",
 }
 KINDS_NEAR = {
     "causal-lm": "Llama, Qwen3, Gemma 3, Mistral",
@@ -416,6 +418,8 @@ def encoders(rows: Rows) -> str:
     }
     full = [row for row in of.values() if row["type"] not in NOT_OVER_ALL]
     good, whole = (sum(bool(row.get("verified")) for row in some) for some in (full, of.values()))
+    heads = [row for row in full if row["kind"] == "masked-lm"]
+    alone = f"{sum(bool(row.get('verified')) for row in heads)} of {len(heads)}"
     others: dict[str, list[str]] = {}
     for name, what in NOT_OVER_ALL.items():
         if count := sum(row["type"] == name for row in of.values()):
@@ -425,7 +429,8 @@ def encoders(rows: Rows) -> str:
         "Text encoders, masked language models and those without a head that are no decoders, are counted twice. "
         f"Of all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of "
         f"them do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, "
-        f"{good} ({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
+        f"{good} ({percent(good, len(full))}) are verified, of masked language models alone {alone}; the others stand in the table of "
+        "the refused.\n"
     )
 
 
@@ -535,8 +540,9 @@ def passport(made: dict[str, Any], rows: Rows, apart: int) -> str:
         f"Every class of transformers {made['transformers']} that an auto class of these kinds maps to, with the "
         f"default config of its type; of timm {made['timm']} one model of each design. Made by `scripts/coverage.py` "
         f"with torch {made['torch']} at commit {made['commit']}, {made['when']}; each class has a line in "
-        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core of a machine with other work, with two "
-        f"layers of each kind; deeper models take longer. Left out: {apart} classes without attention (convolutional "
+        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core of a "
+        "machine with other work, with two layers of each kind; deeper models take longer. "
+        f"Left out: {apart} classes without attention (convolutional "
         "networks), or that need other libraries or another model's cache.\n"
     )
 
