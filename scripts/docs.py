@@ -429,8 +429,8 @@ def encoders(rows: Rows) -> str:
         "Text encoders, masked language models and those without a head that are no decoders, are counted twice. "
         f"Of all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of "
         f"them do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, "
-        f"{good} ({percent(good, len(full))}) are verified, of masked language models alone {alone}; the others stand in the table of "
-        "the refused.\n"
+        f"{good} ({percent(good, len(full))}) are verified, of masked language models alone {alone}; the "
+        "others stand in the table of the refused.\n"
     )
 
 
