@@ -27,7 +27,7 @@ def command(json: Json = False) -> None:
 
 
 def where(cls: type[Reducer]) -> str:
-    from fewer.core import Reducer
+    from fewer.core import Reducer, Site
 
     if isinstance(cls.site, Site) and not cls.site.in_blocks:
         return cls.site.value
