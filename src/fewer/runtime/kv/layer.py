@@ -208,12 +208,13 @@ class ReducedLayer(DynamicLayer):
         All samples are coded together, or one by one where more padding stands before some than before others: groups
         count from a sample's first token, so that it is coded as if it were alone.
         """
-        if self.packing is not None or self.holes:
+        b, _, s, _ = self.keys.shape
+        apart = self.holes and b > 1 and s - codec.window >= codec.group  # some groups would run over holes
+        if self.packing is not None or apart:
             raise CacheError(
                 "heads or samples that keep different numbers of rows cannot be stored in few bits; choose a method "
                 "that evicts evenly (snapkv, not adakv), and prompts of one length"
             )
-        b, _, s, _ = self.keys.shape
         if not self.codes:
             first = [0 if self.position is not None else self.length - t for t in self.totals]
             alike = len(set(first)) == 1
