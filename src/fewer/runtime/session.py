@@ -17,7 +17,6 @@ from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 from . import modules as trained
-from . import saving
 from .costs import CacheLedger, Ledger
 from .program import Bound, Execution, Program, SessionError, check_free
 from .sites import bridge
@@ -69,6 +68,7 @@ class Session:
         self.methods, self.bounds = tuple(methods), tuple(bounds)
         self._shown, self._sites = shown, (shown, *beside)
         self._undo = ExitStack()
+        self.carried: Any = None  # what the model carries of it, see `saving`
 
     def beside(self, methods: Sequence[Reducer], bound: Bound, site: ActiveSite) -> Session:
         """The same with one more site, whose passes are not shown. methods: all of them, in order."""
@@ -150,7 +150,9 @@ class Session:
     def save(self, folder: str | Path) -> None:
         """Write model, methods and trained modules into a folder, from which `fewer.load(folder)` gives both back. Of a
         model of transformers `model.save_pretrained(folder)` does the same."""
-        saving.carried(self.model).save(folder)
+        if self.carried is None:
+            raise SessionError("only a session that fewer.apply has put on can be saved with its model")
+        self.carried.save(folder)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of the methods' trained modules alone. While the session is on, `model.parameters()` holds them too."""

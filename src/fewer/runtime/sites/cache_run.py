@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...core.cache import Attending, CacheReducer, CacheSignals, Ranker, Rereade
 from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
-from ...hosts import Call, HostError, under
+from ...hosts import Call, DecoderHost, HostError, under
 from ...hosts.decoder import Calls
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
@@ -23,12 +23,32 @@ from ...spec import text
 from ..kv.attention import trained_attention, watched
 from ..kv.layer import ReducedLayer
 from ..kv.state import Access, CacheError
-from ..program import SessionError, Turn
+from ..program import Bound, Program, SessionError, Turn
 
 if TYPE_CHECKING:
-    from .kv_cache import KVCacheSite
     from .prefill import DecoderPrefill
     from .visual_context import VisualContext
+
+
+class Owner(Protocol):
+    """The site a pass is of."""
+
+    bound: Bound
+    host: DecoderHost
+    program: Program
+    between_blocks: bool
+
+    @property
+    def headwise(self) -> bool: ...
+    @property
+    def unordered(self) -> bool: ...
+    @property
+    def weighs(self) -> bool: ...
+    def clock(self) -> AbstractContextManager[None]: ...
+    def spend(self, flops: int) -> None: ...
+    def note(self, line: str) -> None: ...
+    def acted(self) -> None: ...
+    def inner(self, run: Any, root: nn.Module, **given: Any) -> None: ...
 
 
 class CacheRun:
@@ -37,7 +57,7 @@ class CacheRun:
     mask: the model's (B, logical) padding mask, or None; positions: (B or 1, Q) position ids of text, or None.
     """
 
-    def __init__(self, site: KVCacheSite, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
+    def __init__(self, site: Owner, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.site, self.bound, self.host, self.program = site, site.bound, site.host, site.program
         self.cache, self.given, self.position_ids, self.calls = cache, mask, positions, Calls(self.host)
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
