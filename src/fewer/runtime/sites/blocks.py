@@ -111,7 +111,8 @@ class BlockSite:
 
     def _beside(self, visit: BlockRun) -> str | None:
         """What reaches later blocks or the output beside the features, and carries a gradient."""
-        steps = [step for step in visit.trace.steps if step.method >= 0] if isinstance(visit, Pass) else []
+        steps = visit.trace.steps if isinstance(visit, Pass) else []
+        steps = [step for step in steps if step.method >= 0 or step.plan.m < step.plan.n]  # else padding has moved
         if steps and self.host.text:
             return "tokens that are dropped and have a row in the output"
         return "the sizes of merged tokens" if any(isinstance(step.plan, Soft) for step in steps) else None
