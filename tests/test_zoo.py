@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+import tinytext
 from fewer.datasets.images import FASHION_CLASSES, ImageSet, load
 from fewer.datasets.packages import PackageError, read
 from fewer.evaluation.knn import knn_accuracy
@@ -80,6 +81,28 @@ def test_a_saved_backbone_comes_back_bare(tmp_path):
     tiny().vit.save_pretrained(tmp_path)
     Processor((8, 8), **IMAGENET).save(tmp_path)
     assert isinstance(load_model(str(tmp_path))[0], ViTModel)
+
+
+def test_a_saved_tagger_keeps_its_head(tmp_path):
+    model, tokenizer = zoo.load_model(tinytext.saved(tmp_path, "tagger"))
+    assert model(**tokenizer(["the ship"], return_tensors="pt")).logits.shape[-1] == 2
+
+
+def test_a_tokenizer_comes_without_its_model(tmp_path):
+    """From a folder without weights, from the file alone, from the package."""
+    tinytext.tokenizer().save_pretrained(tmp_path)
+    ids = tinytext.tokenizer()("the ship")["input_ids"]
+    assert zoo.load_tokenizer(tmp_path)("the ship")["input_ids"] == ids
+    assert zoo.load_tokenizer(tmp_path / "tokenizer.json")("the ship")["input_ids"] == ids
+    assert len(zoo.load_tokenizer("bert-eras")) == 6144
+
+
+@pytest.mark.parametrize("name", ["no-such", "nobody/nothing", "config.json"])
+def test_no_tokenizer_names_the_ways_out(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(zoo.ModelError, match="tokenizer"):
+        zoo.load_tokenizer(name)
 
 
 def test_a_folder_without_a_processor_says_what_is_missing(tmp_path):

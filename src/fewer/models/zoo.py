@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fewer.datasets.packages import Package, PackageError, cache_folder, keep, read
 
-__all__ = ["NAMED", "ModelError", "Processor", "load_clip", "load_model"]
+__all__ = ["NAMED", "ModelError", "Processor", "load_clip", "load_model", "load_tokenizer"]
 
 NAMED: Mapping[str, str] = {
     "vit-fashion": "ViT, 12 layers of width 96, 196 patches, Fashion-MNIST; in the package",
@@ -198,7 +198,7 @@ def load_model(
     """A model in evaluation mode and what turns its raw input into tensors.
 
     name: one of `NAMED`, a folder written by save_pretrained, a hub name (owner/name), or timm/<name>.
-        Classifiers come with their head, causal language models with theirs, everything else bare.
+        Classifiers, of tokens too, come with their head, causal language models with theirs, everything else bare.
     dtype: of the weights; default float32 for the named ones, else as stored. device: default the CPU.
     Returns (model, processor): a `Processor` for vision, the tokenizer for text, the library's own processor for
     models of images and text. A tokenizer can pad; that of a model that generates pads on the left, so that
@@ -224,6 +224,37 @@ def load_model(
         )
     model, processor = loaded
     return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """A tokenizer without its model: of a model by its name, of a folder, or a tokenizer.json by itself.
+
+    Raises ModelError, naming the ways out, if there is none.
+    """
+    import transformers
+
+    name = os.fspath(name)
+    if Path(name).is_file():
+        try:
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise ModelError(f"{name} is no tokenizer.json: {error}") from error
+    known = name in TWINS or name in EMBEDDED
+    if not (known or Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/", "~")))):
+        raise ModelError(f"no tokenizer {name!r}: {TOKENIZERS}")
+    twin = cache_folder() / TWINS[name].folder if name in TWINS else None
+    place = TWINS[name].hub if name in TWINS else name
+    if name in EMBEDDED:
+        place = str(resources.files("fewer").joinpath(f"assets/{name}"))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place, local_files_only=twin is not None and twin.exists())
+    except (OSError, ValueError, KeyError) as error:
+        if twin is not None:
+            return load_model(name)[1]  # a packaged copy is unpacked whole, and says what it is
+        raise ModelError(f"no tokenizer at {place}: {error}\nIt may be {TOKENIZERS}") from error
+
+
+TOKENIZERS = f"a folder with tokenizer.json, that file, a hub name like owner/name, or one of {', '.join(NAMED)}"
 
 
 def load_clip(name: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, Any]:
@@ -271,6 +302,8 @@ def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any
             model = transformers.AutoModelForImageClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForSequenceClassification"):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(name, local_files_only=cached_only)
+        elif made_for.endswith("ForTokenClassification"):
+            model = transformers.AutoModelForTokenClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForCausalLM"):
             model = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=cached_only)
         elif hasattr(config, "vision_config") and made_for.endswith("ForConditionalGeneration"):
