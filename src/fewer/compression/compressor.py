@@ -70,6 +70,7 @@ class Compressor:
         shelf: Shelf | None = None, window: int | None = None,
     ) -> None:  # fmt: skip
         self.method = _on_text(method)
+        forced("", protect, force)  # refuses what it does not know before a model is loaded
         if isinstance(model, str):
             from fewer.models.zoo import load_model
 
@@ -84,7 +85,6 @@ class Compressor:
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
         self.shelf = shelf
         self.window = window or _window(model)
-        forced("", self.protect, self.force)  # refuses what it does not know before any text comes
 
     def __call__(
         self, given: str | Sequence[str] | Prompt, *, instruction: str = "", question: str = "",
@@ -106,7 +106,7 @@ class Compressor:
         self, prompts: Sequence[str | Sequence[str] | Prompt], *, rate: float | None = None, tokens: int | None = None
     ) -> list[Compressed]:
         """Several prompts side by side; each comes out as it would alone."""
-        method = self._method(rate, tokens)
+        method = asked(self.method, rate, tokens)
         given = [Prompt.of(prompt) for prompt in prompts]
         tasks = [self._task(method, prompt) for prompt in given]
         busy = [task for task in tasks if task.count < len(task.source)]
@@ -119,22 +119,9 @@ class Compressor:
         return found
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
-    def _method(self, rate: float | None, tokens: int | None) -> Reducer:
-        if rate is not None and tokens is not None:
-            raise CompressionError(f"rate={rate} and tokens={tokens}: give one of them")
-        if rate is not None and not 0 < rate <= 1:
-            raise CompressionError(f"rate={rate} is outside (0, 1]; 0.5 leaves half of the tokens")
-        if tokens is not None and tokens < 1:
-            raise CompressionError(f"tokens={tokens}: ask for one token or more")
-        if rate is not None:
-            return parse(self.method, keep=float(rate))
-        return self.method if tokens is None else parse(self.method, tokens=tokens)
-
     def _task(self, method: Reducer, prompt: Prompt) -> Task:
         source = Source.of(prompt.contexts, self.tokenizer, instruction=prompt.instruction, question=prompt.question)
         budget = method.budget
-        if budget.adaptive:
-            raise CompressionError(f"{text(method)} names no number of tokens; give keep, tokens or r")
         if isinstance(budget, KeepRatio):
             budget = replace(budget, rounding="round")
         whole = len(source) if self.counter is self.tokenizer else counted(source.text, self.counter)
@@ -288,6 +275,25 @@ class _Units:
 
 def _kept(order: Sequence[int], n: int) -> Plan:
     return Plan.keep(torch.tensor([list(order)], dtype=torch.long), n)
+
+
+def asked(method: str | Reducer, rate: float | None = None, tokens: int | None = None) -> Reducer:
+    """The method on texts with the share, or number, of tokens that shall be left. Raises CompressionError where there
+    is no such, or the method names none."""
+    found = _on_text(method)
+    if rate is not None and tokens is not None:
+        raise CompressionError(f"rate={rate} and tokens={tokens}: give one of them")
+    if rate is not None and not 0 < rate <= 1:
+        raise CompressionError(f"rate={rate} is outside (0, 1]; 0.5 leaves half of the tokens")
+    if tokens is not None and tokens < 1:
+        raise CompressionError(f"tokens={tokens}: ask for one token or more")
+    if rate is not None:
+        found = parse(found, keep=float(rate))
+    elif tokens is not None:
+        found = parse(found, tokens=tokens)
+    if found.budget.adaptive:
+        raise CompressionError(f"{text(found)} names no number of tokens; give keep, tokens or r")
+    return found
 
 
 def _on_text(method: str | Reducer) -> Reducer:
