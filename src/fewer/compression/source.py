@@ -50,15 +50,7 @@ class Source:
     @classmethod
     def of(cls, contexts: Sequence[str], tokenizer: Any, *, instruction: str = "", question: str = "") -> Source:
         """Raises SourceError for a tokenizer that does not say where its tokens stand."""
-        pieces = [(BEFORE, instruction)] * bool(instruction)
-        pieces += [(number, context) for number, context in enumerate(contexts)]
-        pieces += [(BEHIND, question)] * bool(question)
-        text, edges, numbers = "", [], []
-        for number, piece in pieces:
-            text += JOINT * bool(text) * bool(piece)
-            edges.append(len(text))
-            numbers.append(number)
-            text += piece
+        text, edges, numbers = assembled(contexts, instruction, question)
         ids, spans = pieces_of(text, tokenizer)
         parts = [numbers[max(0, bisect_right(edges, max(a, b - 1)) - 1)] for a, b in spans]
         return cls(text, ids, spans, parts)
@@ -113,6 +105,20 @@ class Source:
             for i in range(max(0, start), min(stop, len(self.text))):
                 marked[i] = True
         return [any(marked[i] and not self.text[i].isspace() for i in range(a, b)) for a, b in self.spans]
+
+
+def assembled(contexts: Sequence[str], instruction: str = "", question: str = "") -> tuple[str, list[int], list[int]]:
+    """A prompt's parts as one text; where each begins in it; and of what it is a part, see `Source.parts`."""
+    pieces = [(BEFORE, instruction)] * bool(instruction)
+    pieces += [(number, context) for number, context in enumerate(contexts)]
+    pieces += [(BEHIND, question)] * bool(question)
+    text, edges, numbers = "", [], []
+    for number, piece in pieces:
+        text += JOINT * bool(text) * bool(piece)
+        edges.append(len(text))
+        numbers.append(number)
+        text += piece
+    return text, edges, numbers
 
 
 def _rising(numbers: list[int]) -> list[int]:
