@@ -79,6 +79,7 @@ class Compressor:
             tokenizer = tokenizer or loaded
         else:
             self.name = type(model).__name__
+        _reads_texts(model, self.name)
         if tokenizer is None:
             raise CompressionError(f"{self.name} reads tokens: give its tokenizer too")
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
@@ -308,6 +309,18 @@ def _on_text(method: str | Reducer) -> Reducer:
             "llmlingua, longllmlingua, llmlingua2, selective_context and random"
         )
     return found
+
+
+def _reads_texts(model: nn.Module, name: str) -> None:
+    """Raises CompressionError for a model that says nothing of a text's tokens. One that nobody knows is tried."""
+    writes = getattr(model, "can_generate", lambda: True)() or type(model).__name__.endswith(
+        ("ForCausalLM", "LMHeadModel")
+    )
+    if not writes and not _says_words(model):
+        raise CompressionError(
+            f"{name} ({type(model).__name__}) neither foretells tokens nor says which stay: give a causal language model, "
+            "such as smollm2-135m, or AutoModelForTokenClassification with two labels"
+        )
 
 
 def _says_words(model: nn.Module) -> bool:
