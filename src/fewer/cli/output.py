@@ -125,10 +125,10 @@ def wide_grid(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Text]]) 
         out.print(table, width=max(width, out.width), crop=False, soft_wrap=True)
 
 
-def writable(path: Path, *, folder: bool = False) -> Path:
+def writable(path: Path, *, folder: bool = False, option: str = "--out") -> Path:
     """A path, once it is sure that it can be written to; its folders are made. Raises ValueError where it is not.
 
-    folder: whether it is to hold files; else it is one.
+    folder: whether it is to hold files; else it is one. option: by which it was given.
     """
     home = path if folder else path.parent
     try:
@@ -138,5 +138,7 @@ def writable(path: Path, *, folder: bool = False) -> Path:
         with tempfile.TemporaryFile(dir=home):
             pass
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror or error}; give another --out") from error
+        raise ValueError(
+            f"{option} {path} cannot be written: {error.strerror or error}; give another {option}"
+        ) from error
     return path

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 import fewer
 from fewer.datasets.documents import Document
+from fewer.models.device import usable
 from fewer.spec import text as written
 
 from .compressed import Compressed, digest
@@ -60,6 +61,8 @@ class Settings:
     def __post_init__(self) -> None:
         asked(self.method, self.rate, self.tokens)
         forced("", self.protect, self.force)
+        if self.device is not None:
+            usable(self.device)
 
     @property
     def wanted(self) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from fewer.core import Remove
 from fewer.hosts import Host
+from fewer.models.device import usable
 from fewer.registry import names
 from fewer.spec import parse, text
 
@@ -49,18 +50,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-        try:
-            device = torch.device(self.device)
-            if device.type not in ("cpu", "cuda", "mps"):
-                raise RuntimeError
-        except RuntimeError as error:
-            raise ValueError(f"device={self.device!r}: give cpu, cuda, cuda:1, ... or mps") from error
-        if device.type == "mps" and not torch.backends.mps.is_available():
-            raise ValueError(f"device={self.device!r}, but torch sees no such device here; give cpu")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, but torch sees no CUDA device here; give cpu")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device={self.device!r}, but torch sees cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        usable(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
