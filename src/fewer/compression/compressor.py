@@ -318,8 +318,8 @@ def _reads_texts(model: nn.Module, name: str) -> None:
     )
     if not writes and not _says_words(model):
         raise CompressionError(
-            f"{name} ({type(model).__name__}) neither foretells tokens nor says which stay: give a causal language model, "
-            "such as smollm2-135m, or AutoModelForTokenClassification with two labels"
+            f"{name} ({type(model).__name__}) neither foretells tokens nor says which stay: give a causal language "
+            "model such as smollm2-135m, or AutoModelForTokenClassification with two labels"
         )
 
 
