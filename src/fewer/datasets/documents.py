@@ -43,6 +43,7 @@ class Documents:
     """
 
     def __init__(self, names: Sequence[str], *, field: str = "text", split: str = "train") -> None:
+        self.field, self.split = field, split
         self._parts = [_part(name, field, split, alone=len(names) == 1) for name in names]
         seen: set[str] = set()
         for file in self.files:
