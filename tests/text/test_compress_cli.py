@@ -7,10 +7,12 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from fewer.cli import app
 from fewer.cli import compress as command
 from fewer.compression import Compressed, Compressor
 from fewer.compression.corpus import Settings
+from fewer.models import zoo
 from fewer.studio import shortened
 
 STORY = tinytext.STORY
@@ -520,6 +523,58 @@ def test_texts_that_are_not_there_or_none(tmp_path: Path) -> None:
     assert "nothing to shorten" in complaint(compress())
     assert "no file or folder" in complaint(compress(tmp_path / "a"))
     assert "UTF-8" in complaint(compress(tmp_path / "b"))
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compress.md"
+
+
+def test_the_commands_of_the_page_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in order, on files as the page has them; the packaged model's place is taken by the tiny one."""
+    page = PAGE.read_text()
+    minutes = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    load = zoo.load_model
+    monkeypatch.setattr(zoo, "load_model", lambda name, **how: load(model if name == "smollm2-135m" else name, **how))
+    library: Any = ModuleType("datasets")
+    library.load_dataset = lambda *words, **how: [{"article": STORY}]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    for name in ("minutes.txt", "build.log", "a.txt", "b.txt", "c.txt", "talks/one.txt", "talks/two.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(minutes if name == "minutes.txt" else STORY * 4)
+    Path("mails.jsonl").write_text(json.dumps({"body": STORY}) + "\n")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line.replace("--workers 4", "--workers 1"))
+        files = {mark: Path(words.pop(words.index(mark) + 1)) for mark in "<>" if mark in words}
+        typed = [word for word in words if word not in "<>"]
+        shown = compress(*typed[2:], given=files["<"].read_bytes() if "<" in files else None)
+        assert shown.exit_code == 0, (line, shown.output)
+        if ">" in files:
+            files[">"].write_bytes(shown.stdout_bytes)
+        if "--restore" in words:
+            assert shown.stdout == minutes[6:7]
+    assert Path("short/one.txt").is_file()
+    assert len(rows(Path("short.jsonl").read_text())) == len(rows(Path("news.jsonl").read_text())) == 1
+    assert Page(Path("minutes.html").read_text()).left
+
+
+@pytest.mark.download
+def test_the_first_command_of_the_page_on_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has as many tokens as the page says, and what must stay; which others stay may differ by the machine's sums."""
+    texts = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("minutes.txt").write_text(texts[0])
+    shown = compress("minutes.txt", "--rate", 0.5, "--protect", "digits,identifiers,negations")
+    assert shown.exit_code == 0, shown.output
+    before, after = map(int, re.findall(r"(\d+) -> (\d+) \(", shown.stderr)[0])
+    assert before == 166
+    assert abs(after - 83) <= 1
+    for printed in (shown.stdout, texts[1]):
+        assert re.findall(r"[\d,]*\d", printed) == re.findall(r"[\d,]*\d", texts[0])
+        assert "payments.yaml" in printed
+        assert len(re.findall(r"\b(?:not|without)\b", printed)) == len(re.findall(r"\b(?:not|without)\b", texts[0]))
 
 
 def test_help_fits_eighty_columns() -> None:

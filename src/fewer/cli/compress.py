@@ -316,7 +316,7 @@ def _bar(total: int | None) -> Any:
             TextColumn("texts"), BarColumn(complete_style=ACCENT, finished_style=ACCENT), MofNCompleteColumn(),
             TimeElapsedColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=err, transient=True) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task("", total=total)
             yield lambda n: progress.advance(task, n)
 
