@@ -562,7 +562,7 @@ def test_the_commands_of_the_page_run(model: str, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.download
 def test_the_first_command_of_the_page_on_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has as many tokens as the page says, and what must stay; which others stay may differ by the machine's sums."""
+    """It has as many tokens as the page says, and what must stay; who else stays may differ by machine."""
     texts = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("minutes.txt").write_text(texts[0])

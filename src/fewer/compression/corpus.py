@@ -235,7 +235,7 @@ def _answers(jobs: Iterator[Job], settings: Settings, workers: int, threads: int
             yield first()
     except BrokenProcessPool as error:
         raise CorpusError(
-            "a worker process ended before its work, often for want of memory: go on with fewer --workers"
+            "a worker process was ended from outside, often for want of memory: go on, with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
