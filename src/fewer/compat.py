@@ -13,7 +13,11 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 # Of a forward's argument and of an output's field, newest first.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -64,6 +68,11 @@ def virtual_tokens(model: Any) -> int:
     active = getattr(model, "active_adapter", None)
     config: Any = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
     return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def pretrained(model: nn.Module) -> PreTrainedModel:
+    """The same model, where it is asked for its config, its embeddings, or to be saved."""
+    return cast("PreTrainedModel", model)
 
 
 def cached(model: Any, cache: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def calibrate(
 
     def result(budget: Budget) -> float:
         if budget not in found:
-            ledger = _ledger(replace(reducer, budget=budget), model, grid, images)  # type: ignore[type-var]
+            ledger = _ledger(replace(reducer, budget=budget), model, grid, images)
             found[budget] = ledger.mean_tokens if unit == "tokens" else ledger.gflops
         return found[budget]
 
@@ -94,7 +94,7 @@ def calibrate(
     best = _bisect(lambda t: _budget(reducer.budget, t, free), result, target)
     if abs(result(best) - target) > FAR * target:
         raise BudgetError(f"{reducer.card.name} jumps over {target:.4g} {unit} here; the nearest is {result(best):.4g}")
-    return replace(reducer, budget=best)  # type: ignore[type-var]
+    return replace(reducer, budget=best)
 
 
 def _bisect(budget: Callable[[float], Budget], result: Callable[[Budget], float], target: float) -> Budget:

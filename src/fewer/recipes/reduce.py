@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewer.compat import pretrained
 from fewer.core import Reducer
 from fewer.datasets.images import ImageSet, load
 from fewer.models.zoo import load_model
@@ -184,7 +185,7 @@ def train(
     }
     session.save_modules(out, card)
     if reduction.backbone:
-        net.save_pretrained(out)  # type: ignore[operator]
+        pretrained(net).save_pretrained(out)
         processor.save(out)  # type: ignore
     folder.finish(report)
     for name, value in report.accuracy.items():
@@ -277,14 +278,14 @@ def _found(session: Session) -> Reducer | None:
     from fewer.methods.vision.diffrate import Count, found
 
     pairs, left = [], session.host.patches
-    for modules in session.modules[0]:  # type: ignore
-        prune, merge = (dict(modules.items()).get(name) for name in ("prune", "merge"))  # type: ignore[operator]
+    for modules in session.modules[0]:
+        prune, merge = (dict(modules.items()).get(name) for name in ("prune", "merge"))
         if not (isinstance(prune, Count) and isinstance(merge, Count)):
             return None
         after = min(left, prune.number)
         left = min(after, merge.number)
         pairs.append((after, left))
-    return replace(found(pairs), layers=session.methods[0].layers)  # type: ignore[type-var]
+    return replace(found(pairs), layers=session.methods[0].layers)
 
 
 def _same_counts(name: str, method: Reducer) -> Reducer:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import Reducer, Site
 from ..core.cache import CacheReducer, Ranker, Rereader
+from ..core.learned import Modules
 from ..core.visual import VisualReducer, acts_on_visual_rows
 from ..hosts import DecoderHost, Host, HostError
 from ..spec import text
@@ -120,7 +121,7 @@ class Bound:
     model: nn.Module
     host: Host
     program: Program
-    modules: nn.ModuleList
+    modules: Modules
     mask_eps: float = 1e-6
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -136,10 +137,10 @@ class Bound:
 
     def modules_of(self, method: int, stage: int) -> nn.ModuleDict:
         """The trained modules of a method at a stage."""
-        own: nn.ModuleList = self.modules[method]  # type: ignore[assignment]
+        own = self.modules[method]
         if not len(own):
             return nn.ModuleDict()
-        mine: nn.ModuleDict = own[stage % len(own)]  # type: ignore[assignment]
+        mine = own[stage % len(own)]
         return mine if mine.training == self.training else mine.train(self.training)
 
 

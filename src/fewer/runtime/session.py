@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.clip_guide import Guide
 from ..core import Reducer, Site
 from ..core.cache.quantised import rounded
+from ..core.learned import ModuleListOf, Modules
 from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
@@ -91,12 +92,12 @@ class Session:
         return self._bound.program.execution
 
     @cached_property
-    def modules(self) -> nn.ModuleList:
+    def modules(self) -> Modules:
         if len(self.bounds) == 1:
             return self._bound.modules
         left = [pair for b in self.bounds for pair in zip(b.program.methods, b.modules, strict=True)]
         found = (next(i for i, (m, _) in enumerate(left) if m is method) for method in self.methods)
-        return nn.ModuleList(left.pop(i)[1] for i in found)
+        return ModuleListOf(left.pop(i)[1] for i in found)
 
     @property
     def training(self) -> bool:
@@ -144,7 +145,7 @@ class Session:
 
         card: what to say about them besides their method and shape, kept in the files' metadata.
         """
-        holding = [b for b in self.bounds if any(map(len, b.modules))] or [self._bound]  # type: ignore[arg-type]
+        holding = [b for b in self.bounds if any(map(len, b.modules))] or [self._bound]
         return [f for b in holding for f in trained.save(path, b.program.methods, b.modules, b.host, card or {})]
 
     def save(self, folder: str | Path) -> None:
