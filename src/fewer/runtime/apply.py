@@ -102,4 +102,12 @@ def _open(
             "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
         )
     verify.check(host, reducers, text)
+    if any(reducer.site.in_blocks for reducer in reducers):
+        read = verify.reading(model, host)
+        if read.why:
+            raise hosts.HostError(
+                f"what stands behind the blocks of {host.name} in {type(model).__name__} cannot do with fewer rows "
+                f"({read.why}); apply the method to the model inside, and put rows back with session.restore"
+            )
+        host.reads = read.rows
     return start(model, reducers, execution, modules, host)
