@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def cache_of(output: Any) -> Any:
 def unchecked(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's bound forward without the gradient checkpointing that transformers wraps around it: who runs the block
     checkpoints it once, not twice."""
-    inner = getattr(forward, "__func__", None)
-    if inner is None or getattr(inner, "__code__", forward).co_name != "forward_with_checkpointing":  # type: ignore[union-attr]
+    inner: Any = getattr(forward, "__func__", None)
+    if getattr(getattr(inner, "__code__", None), "co_name", "") != "forward_with_checkpointing":
         return forward
     while inner.__code__.co_name == "forward_with_checkpointing":
         inner = inner.__wrapped__
-    return inner.__get__(forward.__self__)  # type: ignore[attr-defined, no-any-return]
+    return inner.__get__(cast(MethodType, forward).__self__)

@@ -264,7 +264,7 @@ def _label(form: VisualReducer) -> str:
     """Which count, or share, this is."""
     budget = form.budget
     if isinstance(budget, KeepRatio):
-        return f"{100 * budget.ratio:g}%"  # type: ignore[operator]
+        return f"{100 * budget.ratio:g}%"
     return str(budget.tokens) if isinstance(budget, Capacity) else repr(budget)
 
 

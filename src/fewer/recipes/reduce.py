@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from fewer.compat import pretrained
 from fewer.core import Reducer
 from fewer.datasets.images import ImageSet, load
-from fewer.models.zoo import load_model
+from fewer.models.zoo import Processor, load_model
 from fewer.recipes.loop import At, Folder, Loop, Row, decayed, hardware, shuffled
 from fewer.runtime.apply import apply
 from fewer.runtime.costs import Ledger
@@ -120,7 +120,7 @@ def train(
     reduction: Reduction,
     out: str | Path,
     *,
-    model: tuple[nn.Module, Callable] | None = None,
+    model: tuple[nn.Module, Processor] | None = None,
     data: tuple[ImageSet, ImageSet] | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
@@ -186,7 +186,7 @@ def train(
     session.save_modules(out, card)
     if reduction.backbone:
         pretrained(net).save_pretrained(out)
-        processor.save(out)  # type: ignore
+        processor.save(out)
     folder.finish(report)
     for name, value in report.accuracy.items():
         log(f"{name:>10}  accuracy {value:.4f}  KL {report.kl.get(name, 0.0):.5f}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.kvpress import Pressed
-from ...compat import CACHE_NAMES, cached, given_cache, without_cache
+from ...compat import CACHE_NAMES, cached, given_cache, pretrained, without_cache
 from ...core import Site
 from ...core.cache import Attending, Rereader
 from ...hosts import BlockRun, DecoderHost, Table, under
@@ -216,7 +216,7 @@ class KVCacheSite:
             return None, self.between_blocks or self.program.gates
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=root.config)  # type: ignore[arg-type]
+        cache = DynamicCache(config=pretrained(root).config)
         rest = without_cache(given) | cached(root, cache)
         given.clear()
         given.update(rest)
