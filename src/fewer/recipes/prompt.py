@@ -124,7 +124,7 @@ def train(
         student.eval()
         modules = session.modules.half().float()
         passages, rows = _measured(recipe, teacher, student, session, ids[cut:])
-        spearman = _correlations(recipe, teacher, session, student, ids[cut:])
+        spearman = _correlations(recipe, teacher, session, ids[cut:])
     with apply(student, recipe.method, modules=first) as session:
         found = _losses(student, session, _passages(recipe, ids[cut:]), recipe)
         passages["untrained"], rows["untrained"] = found
@@ -255,7 +255,7 @@ def _measured(
     return passages, rows
 
 
-def _correlations(recipe: Prompting, teacher: nn.Module, session: Any, student: nn.Module, ids: Tensor) -> dict:
+def _correlations(recipe: Prompting, teacher: nn.Module, session: Any, ids: Tensor) -> dict:
     """Rank correlation between scores and saliency, mean over stages and passages; {} where nothing is ranked so."""
     if not session.inside:
         return {}

@@ -121,13 +121,13 @@ def reading(model: nn.Module, host: Host) -> Read:
         found = remembered.read("read", fact, classes, (Read,))
         if found is None:
             with one_thread():
-                found = _head(model, host)
+                found = _head(model)
             remembered.write("read", fact, classes, found)
         _read[key] = found
     return _read[key]
 
 
-def _head(model: nn.Module, host: Host) -> Read:
+def _head(model: nn.Module) -> Read:
     try:
         twin = twin_of(model)
         given = inputs_of(twin)

@@ -36,9 +36,7 @@ class Beside(Protocol):
     drops: bool  # whether rows it told of may be missing, though no method acts in the decoder
 
     def enter(self, run: CacheRun, given: dict[str, Any]) -> None: ...
-    def prefill(
-        self, blocks: BlockSite, run: CacheRun, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> BlockRun | None: ...
+    def prefill(self, blocks: BlockSite, run: CacheRun, x: Tensor, kwargs: dict[str, Any]) -> BlockRun | None: ...
 
 
 class KVCacheSite:
@@ -256,7 +254,7 @@ class KVCacheSite:
         """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""
         run = under.run
         assert isinstance(run, CacheRun)
-        if self.beside is not None and (told := self.beside.prefill(self.blocks, run, x, mask, kwargs)) is not None:
+        if self.beside is not None and (told := self.beside.prefill(self.blocks, run, x, kwargs)) is not None:
             return told
         if x.shape[1] > 1:
             valid = None if mask is None else run.real(x.shape[1])
