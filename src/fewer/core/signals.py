@@ -17,6 +17,7 @@ from .tokens import Group, Tokens
 
 if TYPE_CHECKING:
     from .visual.view import Visual
+    from .written import Written
 
 
 class lazy:
@@ -44,6 +45,7 @@ class Signals:
     training   whether the training form is wanted
     prefix     tokens in front of the patches in the model's input
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
+    text       tokens as words and sentences, and who reads them; read it as `written`
     """
 
     hidden: Tensor
@@ -57,6 +59,17 @@ class Signals:
     prefix: int = 0
     branch: Tensor | None = None
     beside: Visual | None = None
+    text: Written | None = None
+
+    @property
+    def written(self) -> Written:
+        """The tokens as a text, and who reads it."""
+        if self.text is None:
+            raise SignalError(
+                "a text is read before a model is given it: fewer.Compressor does that, or fewer.apply with the method "
+                "alone on the model"
+            )
+        return self.text
 
     @property
     def visual(self) -> Visual:
