@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,3 +85,14 @@ def test_two_steps_of_grpo(trl: Any, tmp_path: Path, chat: bool):
     assert any(advantages.abs().max() > 0.1 for advantages in run.advantages)
     assert torch.cat(run.rewarded)[:, 2].isnan().any()
     assert any((value != before[name]).any() for name, value in run.model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+def test_the_least_certain_tokens_are_those_of_trl(trl: Any, share: float):
+    """Its trainer asks its accelerator to gather; here there is one process."""
+    one = SimpleNamespace(pad_across_processes=lambda x, **_: x, gather=lambda x: x)
+    entropy, mask = torch.rand(6, 9), torch.arange(9) < torch.randint(1, 10, (6, 1))
+    theirs = trl.GRPOTrainer.get_high_entropy_mask(SimpleNamespace(accelerator=one), entropy, mask.int(), 1 - share)
+    assert torch.equal(grpo.entropy_mask(entropy, mask, share), theirs.bool() & mask)
