@@ -115,6 +115,7 @@ class Bound:
     """A program and the model it acts in: what all sites of a session share.
 
     modules   the methods' trained modules, one nn.ModuleList each
+    guide     a model that knows more about which tokens matter, for methods that ask; not a part of the model
     mask_eps  what a learned mask leaves of hidden tokens, see `masked_attention`
     """
 
@@ -123,6 +124,7 @@ class Bound:
     program: Program
     modules: Modules
     mask_eps: float = 1e-6
+    guide: Any = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SessionError(

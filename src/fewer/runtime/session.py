@@ -294,7 +294,7 @@ def _rounded_input(bits: int, _module: nn.Module, args: tuple) -> tuple:
 
 def start(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
-    host: Host, guide: Guide | None = None, positions: Positions = "kept",
+    host: Host, guide: Guide | nn.Module | None = None, positions: Positions = "kept",
 ) -> Session:  # fmt: skip
     """Put methods into a model; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
@@ -320,7 +320,7 @@ DOORS: dict[Site, Callable[[Bound], ActiveSite]] = {
 
 def _composed(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
-    host: Host, guide: Guide | None, positions: Positions,
+    host: Host, guide: Guide | nn.Module | None, positions: Positions,
 ) -> Session:  # fmt: skip
     """The sites of a session, by where its methods act and what kind of host it has."""
     for door, opens in DOORS.items():
@@ -329,6 +329,7 @@ def _composed(
             continue
         mine, others = trained.divided(modules, there)
         bound = bind(model, host, [m for m in methods if m.site is door], execution, mine)
+        bound.guide = guide
         if all(there):
             return Session(methods, [bound], opens(bound))
         rest = [m for m in methods if m.site is not door]
@@ -349,7 +350,7 @@ def _composed(
     if inside:
         assert host.tower is not None and host.tower_module is not None, "the check above says so"
         tower = TowerSite(bind(host.tower_module, host.tower, inside, "padded", theirs), host)
-    site = BridgeSite(bound, tower, guide, positions)
+    site = BridgeSite(bound, tower, None if isinstance(guide, nn.Module) else guide, positions)
     cache = KVCacheSite(bound, site)
     site.note = cache.note
     return Session(methods, [bound] if tower is None else [bound, tower.bound], cache, [site])
