@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fewer.core.plan import Plan
+from fewer.core.plan import Hard
 
 from .source import JOINT, Source, Span, pieces_of
 
@@ -31,7 +31,7 @@ class Compressed:
     """
 
     source: Source
-    plan: Plan
+    plan: Hard
     text: str
     before: int
     after: int
@@ -111,10 +111,9 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def kept(plan: Plan, row: int = 0) -> list[int]:
+def kept(plan: Hard, row: int = 0) -> list[int]:
     """The tokens that stay of a text, in the order they stand now."""
-    anchors = plan.anchor[row].tolist()  # type: ignore[attr-defined]
-    length = plan.length  # type: ignore[attr-defined]
+    anchors, length = plan.anchor[row].tolist(), plan.length
     return anchors if length is None else anchors[: int(length[row])]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewer.core import KeepRatio, Reducer, Signals, Site, Tokens
 from fewer.core.place import Place
-from fewer.core.plan import Plan
+from fewer.core.plan import Hard
 from fewer.core.written import Each, Written
 from fewer.runtime.reading import LanguageReader, WordReader
 from fewer.spec import parse, text
@@ -167,7 +167,8 @@ class Compressor:
         signals = Signals(
             torch.zeros(len(tasks), longest, 1, device=device), tokens, Place(start=longest), text=written
         )
-        plan = replace(method, budget=Each(free)).plan(signals, tokens)  # type: ignore[type-var]
+        plan = replace(method, budget=Each(free)).plan(signals, tokens)
+        assert isinstance(plan, Hard), f"{text(method)} mixes tokens, which are no words then"
         score, unit = signals.memory.get("score"), written.unit(getattr(method, "unit", "token"))
         for row, task in enumerate(tasks):
             n = len(task.source)
@@ -274,8 +275,8 @@ class _Units:
         return found
 
 
-def _kept(order: Sequence[int], n: int) -> Plan:
-    return Plan.keep(torch.tensor([list(order)], dtype=torch.long), n)
+def _kept(order: Sequence[int], n: int) -> Hard:
+    return Hard.keep(torch.tensor([list(order)], dtype=torch.long), n)
 
 
 def asked(method: str | Reducer, rate: float | None = None, tokens: int | None = None) -> Reducer:
@@ -300,7 +301,7 @@ def asked(method: str | Reducer, rate: float | None = None, tokens: int | None =
 def _on_text(method: str | Reducer) -> Reducer:
     """The method, put where texts are cut. Raises CompressionError where it acts elsewhere."""
     found = parse(method)
-    if found.site is not Site.TEXT and "site" in {f.name for f in fields(found)}:  # type: ignore[arg-type]
+    if found.site is not Site.TEXT and "site" in {f.name for f in fields(found)}:
         found = parse(found, site=Site.TEXT)
     if found.site is not Site.TEXT:
         raise CompressionError(

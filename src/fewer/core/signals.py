@@ -46,6 +46,7 @@ class Signals:
     prefix     tokens in front of the patches in the model's input
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
     text       tokens as words and sentences, and who reads them; read it as `written`
+    against    asks the model that losses are held against; read it as `reference`
     """
 
     hidden: Tensor
@@ -60,6 +61,17 @@ class Signals:
     branch: Tensor | None = None
     beside: Visual | None = None
     text: Written | None = None
+    against: Callable[[], Tensor] | None = None
+
+    @lazy
+    def reference(self) -> Tensor:
+        """(B, N) float32: where a loss is chosen from, what these tokens cost the reference model."""
+        if self.against is None:
+            raise SignalError(
+                "losses are held against those of a reference model: give fewer.apply(model, ..., guide=reference), a "
+                "model with the same tokens that was trained on text of the wanted kind"
+            )
+        return self.against()
 
     @property
     def written(self) -> Written:

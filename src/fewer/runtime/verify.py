@@ -121,13 +121,13 @@ def reading(model: nn.Module, host: Host) -> Read:
         found = remembered.read("read", fact, classes, (Read,))
         if found is None:
             with one_thread():
-                found = _head(model, host)
+                found = _head(model)
             remembered.write("read", fact, classes, found)
         _read[key] = found
     return _read[key]
 
 
-def _head(model: nn.Module, host: Host) -> Read:
+def _head(model: nn.Module) -> Read:
     try:
         twin = twin_of(model)
         given = inputs_of(twin)
@@ -137,7 +137,7 @@ def _head(model: nn.Module, host: Host) -> Read:
         return Read()
     said = ""
     for rows in ("some", "last", "each"):
-        own.reads = rows  # type: ignore[assignment]
+        own.reads = rows
         method = Random(Capacity(_prime(own.patches // 2)), (0,), site=Site.AFTER_BLOCK)
         try:
             with session.start(twin, [method], "padded", None, own) as on:
@@ -147,7 +147,7 @@ def _head(model: nn.Module, host: Host) -> Read:
             said = said or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             continue
         if len(got) == len(plain) and all(_rows_apart(a, b, left) for a, b in zip(got, plain, strict=True)):
-            return Read(rows)  # type: ignore[arg-type]
+            return Read(rows)
         said = said or "what it makes of fewer rows is of another shape"
     return Read(why=said)
 
