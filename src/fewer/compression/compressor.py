@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.core import KeepRatio, Reducer, Signals, Site, Tokens
+from fewer.core import KeepRatio, Reducer, SignalError, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Hard
 from fewer.core.written import Each, Written
@@ -79,7 +79,6 @@ class Compressor:
             tokenizer = tokenizer or loaded
         else:
             self.name = type(model).__name__
-        _reads_texts(model, self.name)
         if tokenizer is None:
             raise CompressionError(f"{self.name} reads tokens: give its tokenizer too")
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
@@ -177,10 +176,12 @@ class Compressor:
 
     def _reader(
         self, tasks: list[Task], ids: Tensor, valid: Tensor, part: Tensor, sentence: Tensor
-    ) -> LanguageReader | WordReader:
+    ) -> LanguageReader | WordReader | _Blind:
         front, behind = _around(self.tokenizer)
         if _says_words(self.model):
             return WordReader(self.model, ids, valid, sentence, front, behind, min(self.window, 512))
+        if not _writes_words(self.model):
+            return _Blind(type(self.model).__name__)
         coded = [
             [i for i, p in zip(task.source.ids, task.source.parts, strict=True) if p >= len(task.prompt.contexts)]
             if task.prompt.question else [] for task in tasks
@@ -312,15 +313,22 @@ def _on_text(method: str | Reducer) -> Reducer:
     return found
 
 
-def _reads_texts(model: nn.Module, name: str) -> None:
-    """Raises CompressionError for a model that says nothing of a text's tokens. One that nobody knows is tried."""
-    writes = getattr(model, "can_generate", lambda: True)() or type(model).__name__.endswith(
-        ("ForCausalLM", "LMHeadModel")
-    )
-    if not writes and not _says_words(model):
-        raise CompressionError(
-            f"{name} ({type(model).__name__}) neither foretells tokens nor says which stay: give a causal language "
-            "model such as smollm2-135m, or AutoModelForTokenClassification with two labels"
+def _writes_words(model: nn.Module) -> bool:
+    """Whether a model foretells tokens. One that does not say is tried."""
+    able = getattr(model, "can_generate", None)
+    return able is None or able() or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+@dataclass(frozen=True)
+class _Blind:
+    """Stands for a reader where the model is none: methods that ask it nothing, such as a random draw, get on."""
+
+    name: str
+
+    def __getattr__(self, asked: str) -> Any:
+        raise SignalError(
+            f"{self.name} neither foretells tokens nor says which stay: give a causal language model such as "
+            "smollm2-135m, or AutoModelForTokenClassification with two labels"
         )
 
 
