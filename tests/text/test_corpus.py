@@ -124,6 +124,13 @@ def test_a_model_that_is_not_there_is_no_text_s_fault(settings: Settings) -> Non
             lines(texts(3), replace(settings, model="nowhere"), workers=workers)
 
 
+def test_what_no_text_is_to_blame_for_stops_the_run(settings: Settings) -> None:
+    """A method that lacks its question, or a model of the wrong kind, is said once, not of each text."""
+    for method, why in (("longllmlingua", "give question="), ("llmlingua2", "encoder")):
+        with pytest.raises(CorpusError, match=why):
+            lines(texts(20), replace(settings, method=method))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"rate": 1.5}, {"rate": 0.5, "tokens": 3}, {"protect": ("nouns",)}, {"method": "snapkv"}, {"force": ("",)}],

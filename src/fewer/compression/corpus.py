@@ -32,6 +32,8 @@ from .forced import forced
 from .source import assembled
 
 WINDOW = 4  # batches that are sorted by length together; a killed run does no more than these again
+# Of the model, the tokenizer or the method: where the first texts all have one, all texts do.
+FAULTS = ("SignalError: ", "SourceError: ")
 AHEAD = 3  # batches that wait for each worker
 
 
@@ -149,13 +151,16 @@ def shortened(
               torch threads of each. Results do not depend on the workers: batches are made of the texts alone.
     done      results of the first texts, from a run before, which are checked against these and not made again
     A text that fails, or could not be read, has a result that says so, and the others go on.
-    Raises    CorpusError where `done` is of other texts, or a worker is gone; ModelError without the model
+    Raises    CorpusError where `done` is of other texts, a worker is gone, or the model cannot do what the method asks;
+              ModelError without the model
     """
     if batch < 1 or workers < 1 or threads < 1:
         raise CorpusError(f"batch={batch}, workers={workers}, threads={threads}: all are 1 or more")
     ready: dict[int, tuple[Document, Result]] = {}
-    at = len(done)
+    at = start = len(done)
     for job, results in _answers(_jobs(documents, settings, batch, done), settings, workers, threads):
+        if at == start and all(result.error.startswith(FAULTS) for result in results):
+            raise CorpusError(results[0].error.partition(": ")[2])
         for (index, document), result in zip(job, results, strict=True):
             if index >= len(done):
                 ready[index] = document, result
