@@ -18,6 +18,9 @@ from ..spec import text
 Execution = Literal["padded", "packed", "masked"]
 
 
+NO_MODULES = nn.ModuleDict()  # a method's that trains none; made once, as it takes longer than a method's turn
+
+
 class SessionError(RuntimeError):
     """A session cannot be started, or has nothing to show yet."""
 
@@ -94,6 +97,10 @@ class Program:
         return any(isinstance(m, Rereader) for m in self.on_cache)
 
     @cached_property
+    def reads(self) -> bool:
+        return any(m.reads for m in self.on_cache)
+
+    @cached_property
     def steady(self) -> bool:
         """Whether no method has to do with the rows of a decoding step."""
         return not any(m.decodes or m.accumulates or m.reads or m.codec is not None for m in self.on_cache)
@@ -138,7 +145,7 @@ class Bound:
         """The trained modules of a method at a stage."""
         own: nn.ModuleList = self.modules[method]  # type: ignore[assignment]
         if not len(own):
-            return nn.ModuleDict()
+            return NO_MODULES
         mine: nn.ModuleDict = own[stage % len(own)]  # type: ignore[assignment]
         return mine if mine.training == self.training else mine.train(self.training)
 

@@ -36,7 +36,7 @@ class Rows(Tokens):
         """(1 or B, 1 or G, S) bool: the last `width` real rows of each head; a (B, 1, 1) tensor for one per sample."""
         if self.shuffled and width:
             assert self.age is not None
-            return self.age <= self.age.topk(min(int(width), self.n), largest=False, sorted=False).values.amax(-1, True)
+            return self.age <= self.age.kthvalue(min(int(width), self.n), keepdim=True).values
         if self.real is None:
             return (torch.arange(self.n, device=self.device) >= self.n - width)[None, None]
         return self.real & (self.real.flip(-1).cumsum(-1).flip(-1) <= width)

@@ -51,6 +51,7 @@ class ReducedLayer(DynamicLayer):
         self.record = Record()
         self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
         self.access: Access | None = None  # the same: it will see this layer's attention, and what it may do
+        self._placed: tuple[Tensor, int, int, Tensor] | None = None  # in a pass, what `positions` said, and of what
         self._clear()
 
     def _clear(self) -> None:
@@ -61,7 +62,8 @@ class ReducedLayer(DynamicLayer):
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
         self.shuffled = False  # whether the rows lie in another order than they came
         self.position: Tensor | None = None
-        self.rotated_by: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
+        self.rotated_by: Tensor | None = None  # (B, 1 or G, R): by how much the first rows were turned on, no others
+        self.stands: int | None = None  # where the first of these stands now, the others behind it; None = not alike
         self.received: Tensor | None = None
         self.packing: Packing | None = None
         self.packed: tuple[Tensor, Tensor] | None = None
@@ -242,11 +244,18 @@ class ReducedLayer(DynamicLayer):
 
     def positions(self) -> Tensor:
         """(B, 1 or G, S) long: the input position of each row of a view, -1 for holes; (1, 1, S) if nothing is gone."""
-        tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
-        late = torch.arange(self.length - tail, self.length, device=self.keys.device)
+        rows = self.keys.shape[-2]
+        tail = rows - (0 if self.packing is not None else self.evicted_width)
         if self.position is None:
-            return late[None, None]
-        return torch.cat([self.position.long(), late.expand(*self.position.shape[:2], -1)], -1)
+            return torch.arange(self.length - tail, self.length, device=self.keys.device)[None, None]
+        if self._placed is not None and self._placed[0] is self.position and self._placed[1:3] == (self.length, rows):
+            return self._placed[3]
+        place = F.pad(self.position.long(), (0, tail), value=self.length - 1)
+        if tail > 1:
+            place[..., -tail:] = torch.arange(self.length - tail, self.length, device=self.keys.device)
+        if self.access is not None:
+            self._placed = self.position, self.length, rows, place
+        return place
 
     def coming(self, tokens: int, device: torch.device) -> Tensor:
         """Where the rows of a view will stand once `update` is given `tokens` more: (B or 1, 1 or G, S) long, counted
@@ -306,8 +315,9 @@ class ReducedLayer(DynamicLayer):
     def fit(self, x: Any, queries: int) -> Any:
         """Something else that attention is told of each pair of a query and a logical key, such as a position bias, of
         the stored rows instead. x: (B or 1, 1 or H, Q, logical); anything else is as it was."""
-        logical = self.length - self._offset(self.began)
-        if self.position is None or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[-2:] != (queries, logical):
+        if not isinstance(x, Tensor) or self.position is None or x.dim() != 4:
+            return x
+        if x.shape[-2:] != (queries, self.length - self._offset(self.began)):
             return x
         place = self.positions() - self._offset(self.began)
         return self._at(place.repeat_interleave(max(x.shape[1] // place.shape[1], 1), 1), x, queries)
@@ -329,7 +339,7 @@ class ReducedLayer(DynamicLayer):
             else:
                 place = place.masked_fill(~plan.valid, -1)  # type: ignore[operator]
         if rotated_by is not None:
-            self.rotated_by = take(rotated_by.expand(b, heads, -1), index)
+            self.rotated_by, self.stands = take(rotated_by.expand(b, heads, -1), index), None
         full = index.expand(b, g, -1)
         if self.received is not None:
             self.received = take(self.received, full)
@@ -352,16 +362,14 @@ class ReducedLayer(DynamicLayer):
         return loose and keys is self.keys and self.room is not None and keys is self.room.keys
 
     def replace(self, gone: Tensor) -> None:
-        """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which."""
+        """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which; none of
+        those that were turned on."""
         assert self.room is not None
         self.local.clear()
         b, g = self.keys.shape[:2]
         place = self.positions()
         heads = max(place.shape[1], gone.shape[1])
         place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
-        if self.rotated_by is not None:
-            rotated_by = self._rotated_by(place.shape[-1])
-            self.rotated_by = rotated_by.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]  # type: ignore[union-attr]
         self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
         gone = gone.expand(b, g, 1)
         if self.received is not None:
@@ -389,28 +397,32 @@ class ReducedLayer(DynamicLayer):
         if self.position is None:
             return
         lead = self.position[..., :rows].long()
-        real = lead >= 0
-        held = (self.position >= 0).sum(-1, keepdim=True)
-        came = self.length - (self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width))
-        target = came - held + torch.arange(lead.shape[-1], device=lead.device)
-        rotated_by = torch.zeros_like(self.position, dtype=torch.long) if self.rotated_by is None else self.rotated_by
-        by = (target - lead - rotated_by[..., : lead.shape[-1]]).masked_fill(
-            ~(real if where is None else real & where), 0
-        )
-        self.rotated_by = torch.cat([rotated_by[..., : lead.shape[-1]] + by, rotated_by[..., lead.shape[-1] :]], -1)
-        if self.packing is None:
-            self.keys[:, :, : lead.shape[-1]] = rotary.turn(self.keys[:, :, : lead.shape[-1]], by)
+        rows, packed = lead.shape[-1], self.packing is not None
+        came = self.length - (self.keys.shape[-2] - (0 if packed else self.evicted_width))
+        alike = not (packed or self.holes) and where is None
+        keys = self.keys
+        if packed:
+            assert self.packing is not None and self.packed is not None
+            keys = self.packing.pad(self.packed[0][None]).unflatten(0, keys.shape[:2])
+        if alike and self.stands is not None:
+            assert self.rotated_by is not None
+            on = came - self.evicted_width - self.stands
+            self.rotated_by = self.rotated_by + on
+            keys[:, :, :rows] = rotary.turn_by(keys[:, :, :rows], *rotary.step(on))
         else:
-            assert self.packed is not None
-            b, g = self.keys.shape[:2]
-            keys = self.packing.pad(self.packed[0][None]).unflatten(0, (b, g))
-            keys[:, :, : lead.shape[-1]] = rotary.turn(keys[:, :, : lead.shape[-1]], by.expand(b, g, -1))
+            real, held = lead >= 0, (self.position >= 0).sum(-1, keepdim=True)
+            target = came - held + torch.arange(rows, device=lead.device)
+            before = 0 if self.rotated_by is None else self._rotated_by(rows)
+            by = (target - lead - before).masked_fill(~(real if where is None else real & where), 0)
+            self.rotated_by = before + by
+            keys[:, :, :rows] = rotary.turn(keys[:, :, :rows], by.expand(*keys.shape[:2], -1) if packed else by)
+        self.stands = came - self.evicted_width if alike else None
+        if packed:
             self.packed = (self.packing.pack(keys.flatten(0, 1))[0], self.packed[1])
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.access = None
-        self.arriving = None
+        self.access = self.arriving = self._placed = None
         self._trim()
         self._note()
 
@@ -430,8 +442,9 @@ class ReducedLayer(DynamicLayer):
             left = max(self.evicted_width - drop, 0)
         else:  # as many rows came since as the window holds: the packed ones are out of sight
             left, self.packing, self.packed = 0, None, None
-        self.position = self.position[..., self.evicted_width - left :]
-        self.rotated_by = None if self.rotated_by is None else self.rotated_by[..., self.rotated_by.shape[-1] - left :]
+        gone = self.evicted_width - left
+        self.position = self.position[..., gone:]
+        self.rotated_by, self.stands = None if self.rotated_by is None else self.rotated_by[..., gone:], None
 
     def _note(self) -> None:
         if self.room is not None and self.room.keys is not self.keys:

@@ -90,13 +90,17 @@ class CacheRun:
             if layer is not None and last:
                 layer.settle()
             return out
-        with full_precision(q):
-            self._gate(call)
+        if self.program.gates:
+            with full_precision(q):
+                self._gate(call)
         if layer is None:
             self.attending = None
             return plain(module, q, k, v, call.mask, **kwargs)
-        with self.site.clock(), torch.no_grad(), full_precision(q):
-            shown = self._read(call)
+        layer.record.read = None
+        shown: tuple[Tensor, Tensor, Tensor | None] = k, v, call.mask
+        if self.program.reads:
+            with self.site.clock(), torch.no_grad(), full_precision(q):
+                shown = self._read(call)
         if self.weighs and self._alone(call):
             with full_precision(q):
                 answer, call.weights = attended(Seen(q, k, v, call.scale))
@@ -157,10 +161,11 @@ class CacheRun:
     def _turns(self, call: LayerCall, layer: ReducedLayer) -> None:
         """What the methods do once a layer's attention is known: rows go, what is left is stored."""
         with self.site.clock():
-            with torch.no_grad(), full_precision(call.q):
-                for turn in call.turns:
-                    self._act(call, layer, turn)
-                self._store(layer, call.index)
+            if call.q.shape[2] > 1 or not self.program.steady:
+                with torch.no_grad(), full_precision(call.q):
+                    for turn in call.turns:
+                        self._act(call, layer, turn)
+                    self._store(layer, call.index)
             layer.settle()
             self.attending = None
 
@@ -236,7 +241,6 @@ class CacheRun:
     def _read(self, call: LayerCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask of the rows this pass reads: all that are stored, or those a method chose."""
         assert call.layer is not None
-        call.layer.record.read = None
         if call.layer.window is not None:
             return call.k, call.v, call.mask
         for turn in call.turns:
@@ -338,6 +342,7 @@ class LayerCall:
         self.turns = run.program.at(Site.KV_CACHE, index)
         self.weights: Tensor | None = None  # probabilities, where they are computed here
         self._rows = rows
+        self._places: dict[Turn, Place] = {}
 
     @property
     def rows(self) -> Rows:
@@ -352,7 +357,9 @@ class LayerCall:
         return self._rows
 
     def place(self, turn: Turn) -> Place:
-        return self.run.place(self.index, turn, self.rows)
+        if turn not in self._places:
+            self._places[turn] = self.run.place(self.index, turn, self.rows)
+        return self._places[turn]
 
     def signals(self, turn: Turn) -> CacheSignals:
         """What the method of a turn may look at."""
