@@ -250,9 +250,7 @@ class ReducedLayer(DynamicLayer):
             return torch.arange(self.length - tail, self.length, device=self.keys.device)[None, None]
         if self._placed is not None and self._placed[0] is self.position and self._placed[1:3] == (self.length, rows):
             return self._placed[3]
-        place = F.pad(self.position.long(), (0, tail), value=self.length - 1)
-        if tail > 1:
-            place[..., -tail:] = torch.arange(self.length - tail, self.length, device=self.keys.device)
+        place = placed(self.position, self.length, rows if self.packing is None else rows + self.evicted_width)
         if self.access is not None:
             self._placed = self.position, self.length, rows, place
         return place
@@ -361,22 +359,6 @@ class ReducedLayer(DynamicLayer):
         loose = self.access is not None and self.access.unordered
         return loose and keys is self.keys and self.room is not None and keys is self.room.keys
 
-    def replace(self, gone: Tensor) -> None:
-        """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which; none of
-        those that were turned on."""
-        assert self.room is not None
-        self.local.clear()
-        b, g = self.keys.shape[:2]
-        place = self.positions()
-        heads = max(place.shape[1], gone.shape[1])
-        place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
-        self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
-        gone = gone.expand(b, g, 1)
-        if self.received is not None:
-            self.received = self.received.scatter(-1, gone, self.received[..., -1:])[..., :-1]
-        self.keys, self.values = self.room.replace(gone)
-        self.shuffled = True
-
     def _arrange(self) -> None:
         """The rows in the order they came, where they lie in another."""
         if self.shuffled:
@@ -397,13 +379,11 @@ class ReducedLayer(DynamicLayer):
         if self.position is None:
             return
         lead = self.position[..., :rows].long()
-        rows, packed = lead.shape[-1], self.packing is not None
-        came = self.length - (self.keys.shape[-2] - (0 if packed else self.evicted_width))
-        alike = not (packed or self.holes) and where is None
-        keys = self.keys
-        if packed:
-            assert self.packing is not None and self.packed is not None
-            keys = self.packing.pad(self.packed[0][None]).unflatten(0, keys.shape[:2])
+        rows, packing, packed, keys = lead.shape[-1], self.packing, self.packed, self.keys
+        came = self.length - (keys.shape[-2] - (0 if packing is not None else self.evicted_width))
+        alike = packing is None and not self.holes and where is None
+        if packing is not None and packed is not None:
+            keys = packing.pad(packed[0][None]).unflatten(0, keys.shape[:2])
         if alike and self.stands is not None:
             assert self.rotated_by is not None
             on = came - self.evicted_width - self.stands
@@ -412,13 +392,16 @@ class ReducedLayer(DynamicLayer):
         else:
             real, held = lead >= 0, (self.position >= 0).sum(-1, keepdim=True)
             target = came - held + torch.arange(rows, device=lead.device)
-            before = 0 if self.rotated_by is None else self._rotated_by(rows)
+            before = self._rotated_by(rows)
+            before = torch.zeros_like(lead) if before is None else before
             by = (target - lead - before).masked_fill(~(real if where is None else real & where), 0)
             self.rotated_by = before + by
-            keys[:, :, :rows] = rotary.turn(keys[:, :, :rows], by.expand(*keys.shape[:2], -1) if packed else by)
+            keys[:, :, :rows] = rotary.turn(
+                keys[:, :, :rows], by if packing is None else by.expand(*keys.shape[:2], -1)
+            )
         self.stands = came - self.evicted_width if alike else None
-        if packed:
-            self.packed = (self.packing.pack(keys.flatten(0, 1))[0], self.packed[1])
+        if packing is not None and packed is not None:
+            self.packed = (packing.pack(keys.flatten(0, 1))[0], packed[1])
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
@@ -459,7 +442,7 @@ class ReducedLayer(DynamicLayer):
         r.stored = tail + (0 if self.packing is None else sum(self.packing.lengths) / (b * g))
         seen = self.length if self.window is None else min(self.length, self.window - 1)
         r.full = b * g * seen * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
-        r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.untyped_storage().nbytes()
+        r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.nbytes
         r.waiting_bytes = 0 if self.waiting is None else self.waiting.hidden.untyped_storage().nbytes()
         r.tail = (self.length - (tail if self.packing is not None else tail - self.evicted_width), self.length)
 
@@ -554,6 +537,38 @@ class ReducedLayer(DynamicLayer):
             if (stream := getattr(self, name)) is not None:
                 setattr(self, name, stream.index_select(0, rows))
         self._note()
+
+
+def placed(position: Tensor, length: int, rows: int) -> Tensor:
+    """(B, 1 or G, rows) long: where all rows of a view stand. position: (B, 1 or G, P), of the first ones; behind them
+    are the latest of `length` tokens."""
+    tail = rows - position.shape[-1]
+    place = F.pad(position.long(), (0, tail), value=length - 1)
+    if tail > 1:
+        place[..., -tail:] = torch.arange(length - tail, length, device=place.device)
+    return place
+
+
+def exchange(layers: Sequence[ReducedLayer], place: Tensor, gone: Tensor, received: Tensor | None) -> None:
+    """The newest row of each of some layers takes the place of another, and nothing else moves.
+
+    The layers' samples stand one behind the other, L layers of B: place (L B or 1, 1 or G, S) long, where the rows
+    stand; gone (L B, 1 or G, 1) long, which of them goes, none that was turned on; received (L B, G, S) or None.
+    """
+    length, (b, g, _, _) = layers[0].length, layers[0].keys.shape
+    heads = max(place.shape[1], gone.shape[1])
+    own = gone.expand(-1, heads, -1)
+    position = place.expand(len(own), heads, -1).scatter(-1, own, length - 1)[..., :-1].to(torch.int32)
+    gone = gone.expand(-1, g, -1)
+    if received is not None:
+        received = received.scatter(-1, gone, received[..., -1:])[..., :-1]
+    for i, layer in enumerate(layers):
+        assert layer.room is not None
+        mine = slice(i * b, (i + 1) * b)
+        layer.local.clear()
+        layer.position, layer.received = position[mine], None if received is None else received[mine]
+        layer.keys, layer.values = layer.room.replace(gone[mine])
+        layer.shuffled = True
 
 
 class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc, override]

@@ -21,9 +21,10 @@ from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
 from ...spec import text
 from ..kv.attention import trained_attention, watched
-from ..kv.layer import ReducedLayer
+from ..kv.layer import ReducedLayer, exchange
 from ..kv.state import Access, CacheError
 from ..program import SessionError, Turn
+from .leaving import Leaving
 
 if TYPE_CHECKING:
     from .kv_cache import KVCacheSite
@@ -54,6 +55,7 @@ class CacheRun:
         access = Access(self.program.steady, site.headwise, site.unordered)
         for layer in self.layers:
             layer.access = access
+        self.leaving = Leaving(self)
         self.weighs = site.weighs and not torch.is_grad_enabled()
         # Behind a cache only a training step has the training form: generation takes the other, whatever the mode.
         self.training = self.bound.training and (cache is None or torch.is_grad_enabled())
@@ -161,6 +163,9 @@ class CacheRun:
     def _turns(self, call: LayerCall, layer: ReducedLayer) -> None:
         """What the methods do once a layer's attention is known: rows go, what is left is stored."""
         with self.site.clock():
+            if self.leaving.takes(call, layer):
+                self.attending = None
+                return
             if call.q.shape[2] > 1 or not self.program.steady:
                 with torch.no_grad(), full_precision(call.q):
                     for turn in call.turns:
@@ -168,6 +173,12 @@ class CacheRun:
                     self._store(layer, call.index)
             layer.settle()
             self.attending = None
+
+    def finish(self) -> None:
+        """The pass is over: layers that waited for the last one have their turn."""
+        if self.leaving.waiting:
+            with self.site.clock(), torch.no_grad(), full_precision(self.layers[0].keys):
+                self.leaving.leave()
 
     def _alone(self, call: LayerCall) -> bool:
         """Whether one query reads all rows of a layer where a method acts, and some are gone: before that the model's
@@ -279,7 +290,7 @@ class CacheRun:
             return
         gap: Tensor | None = None
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(call.k):
-            layer.replace(method.leaver(signals, rows))
+            exchange([layer], layer.positions(), method.leaver(signals, rows), layer.received)
         else:
             plan = method.plan(signals, rows)
             assert isinstance(plan, Hard)

@@ -207,6 +207,7 @@ class KVCacheSite:
         under.run = self._passes.pop() if self._passes else None
         if output is None or not isinstance(run, CacheRun) or not run.layers:
             return
+        run.finish()
         for which, method in enumerate(self.program.methods):
             if not isinstance(method, Rereader):
                 continue
