@@ -310,10 +310,10 @@ class ReducedLayer(DynamicLayer):
         index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
         return x.expand(b, g, queries, x.shape[-1]).gather(-1, index)
 
-    def fit(self, x: Any, queries: int) -> Any:
+    def fit(self, x: Tensor, queries: int) -> Tensor:
         """Something else that attention is told of each pair of a query and a logical key, such as a position bias, of
         the stored rows instead. x: (B or 1, 1 or H, Q, logical); anything else is as it was."""
-        if not isinstance(x, Tensor) or self.position is None or x.dim() != 4:
+        if self.position is None or x.dim() != 4:
             return x
         if x.shape[-2:] != (queries, self.length - self._offset(self.began)):
             return x

@@ -79,7 +79,7 @@ class CacheRun:
             return out
         if layer is not None:
             mask = layer.mask(mask, q.shape[1], q.shape[2])
-            kwargs = {name: layer.fit(x, q.shape[2]) for name, x in kwargs.items()}
+            kwargs = {n: layer.fit(x, q.shape[2]) if isinstance(x, Tensor) else x for n, x in kwargs.items()}
             if first:
                 self._count(layer, q.shape[0])
         call = LayerCall(self, index, layer, q, k, v, mask, kwargs)
