@@ -79,6 +79,7 @@ class Leaving:
             for layer, own in zip(layers, received.split(b), strict=True):
                 layer.received = own
             return
+        self.run.site.acted()
         place = placed(torch.cat([x.position for x in layers]), length, n)  # type: ignore[misc]
         rows = Rows(
             len(place), n, device=place.device, totals=(length,) * len(place), age=length - place,
