@@ -62,10 +62,12 @@ class Rows(Tokens):
 
     def counts(self, budget: Budget, at: Place, least: int = 0) -> list[int]:
         """Rows each sample keeps per head: the budget's answer, never fewer than `least` nor more than there are."""
-        kept = []
-        for total in self.totals:
-            wanted = budget.keep(total, at)
-            if wanted < (floor := min(least, total)):
-                at.note(f"layer {at.layer}: the budget asks for {wanted} of {total} rows, {floor} always stay")
-            kept.append(min(max(wanted, floor, 1), total))
-        return kept
+        return [allowed(budget, total, at, least) for total in self.totals]
+
+
+def allowed(budget: Budget, total: int, at: Place, least: int = 0) -> int:
+    """How many of `total` rows stay: the budget's answer, never fewer than `least` nor more than there are."""
+    wanted = budget.keep(total, at)
+    if wanted < (floor := min(least, total)):
+        at.note(f"layer {at.layer}: the budget asks for {wanted} of {total} rows, {floor} always stay")
+    return min(max(wanted, floor, 1), total)

@@ -393,8 +393,8 @@ class ReducedLayer(DynamicLayer):
         """
         if self.position is None:
             return
-        lead = self.position[..., :rows].long()
-        rows, packing, packed, keys = lead.shape[-1], self.packing, self.packed, self.keys
+        rows = min(rows, self.position.shape[-1])
+        packing, packed, keys = self.packing, self.packed, self.keys
         came = self.length - (keys.shape[-2] - (0 if packing is not None else self.evicted_width))
         alike = packing is None and not self.holes and where is None
         if packing is not None and packed is not None:
@@ -403,8 +403,10 @@ class ReducedLayer(DynamicLayer):
             assert self.rotated_by is not None
             on = came - self.evicted_width - self.stands
             self.rotated_by = self.rotated_by + on
-            keys[:, :, :rows] = rotary.turn_by(keys[:, :, :rows], *rotary.step(on))
+            sinks = keys[:, :, :rows]
+            sinks.copy_(rotary.turn_by(sinks, *rotary.step(on)))
         else:
+            lead = self.position[..., :rows].long()
             real, held = lead >= 0, (self.position >= 0).sum(-1, keepdim=True)
             target = came - held + torch.arange(rows, device=lead.device)
             before = self._rotated_by(rows)

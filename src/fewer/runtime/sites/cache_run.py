@@ -183,17 +183,17 @@ class CacheRun:
 
     def _turns(self, call: LayerCall, layer: ReducedLayer) -> None:
         """What the methods do once a layer's attention is known: rows go, what is left is stored."""
-        with self.site.clock():
-            if self.leaving.takes(call, layer):
-                self.attending = None
-                return
-            if call.q.shape[2] > 1 or not self.program.steady:
-                with torch.no_grad(), full_precision(call.q):
-                    for turn in call.turns:
-                        self._act(call, layer, turn)
-                    self._store(layer, call.index)
+        if call.q.shape[2] == 1 and self.program.steady:
             layer.settle()
-            self.attending = None
+        else:
+            with self.site.clock():
+                if not self.leaving.takes(call, layer):
+                    with torch.no_grad(), full_precision(call.q):
+                        for turn in call.turns:
+                            self._act(call, layer, turn)
+                        self._store(layer, call.index)
+                    layer.settle()
+        self.attending = None
 
     def finish(self) -> None:
         """The pass is over: layers that waited for the last one have their turn."""
@@ -356,9 +356,10 @@ class CacheRun:
         age = layer.length - place
         return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
-    def place(self, index: int, turn: Turn, rows: Rows) -> Place:
+    def place(self, index: int, turn: Turn, tokens: int) -> Place:
+        """Of a turn in a layer whose longest sample has seen so many tokens."""
         depth = self.host.depth(Site.KV_CACHE)
-        return Place(index, depth, turn.stage, turn.stages, max(rows.totals), self.site.spend, self.site.note)
+        return Place(index, depth, turn.stage, turn.stages, tokens, self.site.spend, self.site.note)
 
 
 class LayerCall:
@@ -394,7 +395,7 @@ class LayerCall:
 
     def place(self, turn: Turn) -> Place:
         if turn not in self._places:
-            self._places[turn] = self.run.place(self.index, turn, self.rows)
+            self._places[turn] = self.run.place(self.index, turn, max(self.rows.totals))
         return self._places[turn]
 
     def signals(self, turn: Turn) -> CacheSignals:

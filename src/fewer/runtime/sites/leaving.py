@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...core.cache import CacheSignals, Ranker, Rows
+from ...core.cache import CacheSignals, Ranker, Rows, allowed
 from ...core.place import Place
 from ..kv.layer import ReducedLayer, exchange, placed
 
@@ -42,9 +42,8 @@ class Leaving:
             return False
         if call.weights is None and (method.weighs or method.accumulates):
             return False
-        rows = Rows(1, n, totals=(layer.length,))
-        at = self.run.place(call.index, call.turns[0], rows)
-        kept = rows.counts(method.allowance, at, method.least)[0]
+        at = self.run.place(call.index, call.turns[0], layer.length)
+        kept = allowed(method.allowance, layer.length, at, method.least)
         if kept < n - 1:
             return False
         if kept >= n and not method.accumulates:
