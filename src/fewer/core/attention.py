@@ -70,9 +70,10 @@ def _logits(seen: Seen, q: Tensor, positions: Tensor | slice, out: Tensor | None
             group = Group(positions.start, positions.stop) if isinstance(positions, slice) else Group(index=positions)
             bias = group.of(bias if group.index is None else bias.expand(q.shape[0], -1, -1, -1), -2)
         if bias.dtype == torch.bool:  # not -inf: a row that sees nothing must not become NaN
-            logits = logits.masked_fill(~bias, torch.finfo(logits.dtype).min)
+            low = torch.finfo(logits.dtype).min
+            logits = logits.masked_fill(~bias, low) if out is None else logits.masked_fill_(~bias, low)
         else:
-            logits = logits + bias.float()
+            logits = logits + bias.float() if out is None else logits.add_(bias.float())
     if seen.causal:
         n = k.shape[-2]
         where = torch.arange(n, device=q.device)
@@ -123,12 +124,14 @@ def mass(seen: Seen, queries: Group | None = None, weight: Tensor | None = None,
     parts = g if near else 1  # on a CPU one KV head at a time, all in the same memory: fresh memory costs as much
     step = min(max(1, (NEAR if near else CHUNK) * parts // (b * h * n)), stop - start)
     scratch = torch.empty(2, b * h // parts * step * n) if near else None
+    blind = seen.bias is not None and seen.bias.dtype != torch.bool  # a query may see nothing, not even uniformly
     for j in range(parts):
         call, mine = (seen.head(j), total[:, j * h // g : (j + 1) * h // g]) if near else (seen, total)
         for i in range(start, stop, step):
             part = slice(i, min(i + step, stop))
             p = _probabilities(call, part, scratch)
-            p = _weighted(p, None if weight is None else weight[:, i - start : part.stop - start])
+            w = None if weight is None else weight[:, i - start : part.stop - start]
+            p = _weighted(p, w) if blind or not near or w is None else p.mul_(w[:, None, :, None])
             mine += p.sum(2)
             if not own:
                 mine[..., part] -= p.diagonal(i, -2, -1)

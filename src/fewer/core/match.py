@@ -433,7 +433,7 @@ def _halves(ranked: Tensor, r: int, partner: Tensor, tokens: Tokens, order: Orde
     where = torch.arange(n, device=ranked.device)
     odd = where[p // 2 * 2 + 1 :: 2]
     anchor = torch.cat([part.expand(tokens.batch, -1) for part in (where[:p], 2 * stays, odd)], -1)
-    return Hard(n, anchor, 2 * ranked[:, :r], partner + (ranked.shape[1] - r)).averaged(tokens.size)
+    return Hard(n, anchor, 2 * ranked[:, :r], partner + (ranked.shape[1] - r), whole=True).averaged(tokens.size)
 
 
 def _in_halves(plan: Hard, tokens: Tokens, best: Tensor | None) -> Hard:

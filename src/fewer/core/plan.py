@@ -94,7 +94,7 @@ class Plan:
         slot = torch.where(stays.bool(), row, n - r)
         where = torch.arange(n, device=source.device).expand(*lead, n)
         anchor = where.new_empty(*lead, n - r + 1).scatter_(-1, slot, where)[..., :-1]
-        return Hard(n, anchor, source, row.gather(-1, into)).averaged(size)
+        return Hard(n, anchor, source, row.gather(-1, into), whole=True).averaged(size)
 
     @staticmethod
     def from_rows(
@@ -248,6 +248,7 @@ class Hard(Plan):
     preserve_norm             rescale each row to the largest norm among its members after averaging (MLERP)
     back          (*lead,)    rows that `restore` gives back, the first ones; those behind them are there to be looked
                               at only, and their sources count as dropped. None = all
+    whole                     no source is dropped, as whoever made the plan knows: nothing is looked for and masked
     """
 
     anchor: Tensor
@@ -260,6 +261,7 @@ class Hard(Plan):
     front: int = field(default=0, kw_only=True)
     preserve_norm: bool = field(default=False, kw_only=True)
     back: Tensor | None = field(default=None, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
 
     @property
     def m(self) -> int:
@@ -308,8 +310,9 @@ class Hard(Plan):
         assert self.extra is not None and self.to is not None
         a = torch.ones_like(self.anchor, dtype=torch.float32) if size is None else size.gather(-1, self.anchor)
         e = torch.ones_like(self.extra, dtype=torch.float32) if size is None else size.gather(-1, self.extra)
-        e = e.masked_fill(self.to < 0, 0)
-        to = self.to.clamp(min=0)
+        to = self.to
+        if not self.whole:
+            e, to = e.masked_fill(to < 0, 0), to.clamp(min=0)
         total = a.scatter_add(-1, to, e).clamp_min(1e-30)  # padding stands for nothing
         return replace(self, anchor_weight=a / total, extra_weight=e / total.gather(-1, to))
 
@@ -450,9 +453,10 @@ class Hard(Plan):
             e = take(x, self.extra)
             if self.extra_weight is not None:
                 e = e * self.extra_weight[..., None].to(x.dtype)
-            e = e.masked_fill((self.to < 0)[..., None], 0)
-            index = _flat_index(self.to.clamp(min=0), self.m)
-            c = x.shape[-1]
+            to, c = self.to, x.shape[-1]
+            if not self.whole:
+                e, to = e.masked_fill((to < 0)[..., None], 0), to.clamp(min=0)
+            index = _flat_index(to, self.m)
             y.view(-1, c).index_add_(0, index, e.view(-1, c))
             if self.preserve_norm:
                 y = self._to_largest_norm(x, y)
@@ -476,6 +480,8 @@ class Hard(Plan):
     def restore(self, y: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         self._check(y, self.m, -2)
         row = self.row
+        if self.whole and self.back is None:
+            return take(y, row)
         if self.back is not None:
             row = row.masked_fill(row >= self.back[..., None], -1)
         x = take(y, row.clamp(min=0))

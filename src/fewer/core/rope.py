@@ -8,7 +8,7 @@ two-channel parts and phi_j the angle from k_j to q_j before the rotation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Rotary:
 
     frequencies: Tensor
     scale: float = 1.0
+    _steps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def tables(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine as a model hands them to its attention. at: (B, N) positions. Returns (B, N, d) each."""
@@ -106,6 +107,14 @@ class Rotary:
         """Cosine and sine of a rotation by so many positions, each (..., S, d / 2), float32."""
         angle = by.float()[..., None] * self.frequencies
         return angle.cos(), angle.sin()
+
+    def step(self, by: int) -> tuple[Tensor, Tensor]:
+        """The same where all rows are turned alike, (d / 2,) each; kept until another number is asked for: a cache that
+        gives up a row for each new one asks for one position again and again."""
+        if by not in self._steps:
+            self._steps.clear()
+            self._steps[by] = self.angles(torch.tensor(by, device=self.frequencies.device))
+        return self._steps[by]
 
     @staticmethod
     def turn_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

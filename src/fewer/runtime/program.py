@@ -19,6 +19,9 @@ from ..spec import text
 Execution = Literal["padded", "packed", "masked"]
 
 
+NO_MODULES = nn.ModuleDict()  # a method's that trains none; made once, as it takes longer than a method's turn
+
+
 class SessionError(RuntimeError):
     """A session cannot be started, or has nothing to show yet."""
 
@@ -95,6 +98,10 @@ class Program:
         return any(isinstance(m, Rereader) for m in self.on_cache)
 
     @cached_property
+    def reads(self) -> bool:
+        return any(m.reads for m in self.on_cache)
+
+    @cached_property
     def steady(self) -> bool:
         """Whether no method has to do with the rows of a decoding step."""
         return not any(m.decodes or m.accumulates or m.reads or m.codec is not None for m in self.on_cache)
@@ -141,7 +148,7 @@ class Bound:
         """The trained modules of a method at a stage."""
         own = self.modules[method]
         if not len(own):
-            return nn.ModuleDict()
+            return NO_MODULES
         mine = own[stage % len(own)]
         return mine if mine.training == self.training else mine.train(self.training)
 

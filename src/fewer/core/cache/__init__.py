@@ -6,11 +6,11 @@ protected rows included: `keep=0.5` of a prompt of 1,000 tokens leaves 500 rows,
 """
 
 from .method import CacheReducer, Ranker, Rereader
-from .rows import Rows
+from .rows import Rows, allowed
 from .selectors import check_alpha, check_window, lowest, marked, pooled_votes, ragged, shared, top
 from .signals import Attending, CacheSignals, attended
 
 __all__ = [
-    "Attending", "CacheReducer", "CacheSignals", "Ranker", "Rereader", "Rows", "attended", "check_alpha",
-    "check_window", "lowest", "marked", "pooled_votes", "ragged", "shared", "top",
+    "Attending", "CacheReducer", "CacheSignals", "Ranker", "Rereader", "Rows", "allowed", "attended",
+    "check_alpha", "check_window", "lowest", "marked", "pooled_votes", "ragged", "shared", "top",
 ]  # fmt: skip

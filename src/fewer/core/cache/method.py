@@ -104,10 +104,13 @@ class Ranker(CacheReducer):
     """A method that ranks rows whatever order they lie in, by `Rows.age` where time matters, and keeps the highest.
 
     While tokens are written, the newest row may take the place of the one that goes, so that no other moves.
-    weighs  ranks by the attention of the pass: a session that computes it for the model need not do so twice
+    weighs    ranks by the attention of the pass: a session that computes it for the model need not do so twice
+    together  looks at the rows' ages, `signals.weights` and `signals.received` alone while tokens are written: then it
+              is shown the rows of several layers as the samples of one batch
     """
 
     weighs: ClassVar[bool] = False
+    together: ClassVar[bool] = False
 
     def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Scores (B, 1 or G, S), and what is protected, as `top` takes them."""

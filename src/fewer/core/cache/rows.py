@@ -36,7 +36,7 @@ class Rows(Tokens):
         """(1 or B, 1 or G, S) bool: the last `width` real rows of each head; a (B, 1, 1) tensor for one per sample."""
         if self.shuffled and width:
             assert self.age is not None
-            return self.age <= self.age.topk(min(int(width), self.n), largest=False, sorted=False).values.amax(-1, True)
+            return self.age <= self.age.kthvalue(min(int(width), self.n), keepdim=True).values
         if self.real is None:
             return (torch.arange(self.n, device=self.device) >= self.n - width)[None, None]
         return self.real & (self.real.flip(-1).cumsum(-1).flip(-1) <= width)
@@ -62,10 +62,12 @@ class Rows(Tokens):
 
     def counts(self, budget: Budget, at: Place, least: int = 0) -> list[int]:
         """Rows each sample keeps per head: the budget's answer, never fewer than `least` nor more than there are."""
-        kept = []
-        for total in self.totals:
-            wanted = budget.keep(total, at)
-            if wanted < (floor := min(least, total)):
-                at.note(f"layer {at.layer}: the budget asks for {wanted} of {total} rows, {floor} always stay")
-            kept.append(min(max(wanted, floor, 1), total))
-        return kept
+        return [allowed(budget, total, at, least) for total in self.totals]
+
+
+def allowed(budget: Budget, total: int, at: Place, least: int = 0) -> int:
+    """How many of `total` rows stay: the budget's answer, never fewer than `least` nor more than there are."""
+    wanted = budget.keep(total, at)
+    if wanted < (floor := min(least, total)):
+        at.note(f"layer {at.layer}: the budget asks for {wanted} of {total} rows, {floor} always stay")
+    return min(max(wanted, floor, 1), total)

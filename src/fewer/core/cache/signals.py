@@ -84,7 +84,7 @@ class CacheSignals(Signals):
         A pass with fewer queries uses all of them. Memory is linear in S.
         """
         if self.weights is not None:
-            return self.weights.sum(2)
+            return self.weights.squeeze(2)
         if width not in self._memo:
             group, weight = self._last(width)
             _, h, _, d = self.q.shape
@@ -124,8 +124,11 @@ class CacheSignals(Signals):
 
 
 def attended(seen: Seen) -> tuple[Tensor, Tensor]:
-    """Attention of one query that sees every row: (B, 1, H, d), and its probabilities, (B, H, 1, S) float32."""
-    p = attention.rows(seen, Group(0, 1))
-    v = seen.v
-    out = p.to(v.dtype).view(p.shape[0], v.shape[1], -1, p.shape[-1]) @ v  # (B, G, H / G, d)
-    return out.flatten(1, 2)[:, None], p
+    """Attention of one query that sees every row: (B, 1, H, d), and its probabilities, (B, H, 1, S) float32.
+
+    The query heads that share a KV head stand as its queries. No bias is looked at."""
+    (b, h, _, d), g = seen.q.shape, seen.k.shape[1]
+    q = seen.q.view(b, g, h // g, d).float() * seen.scale
+    p = (q @ seen.k.float().transpose(-1, -2)).softmax(-1)
+    out = p.to(seen.v.dtype) @ seen.v
+    return out.view(b, 1, h, -1), p.view(b, h, 1, -1)

@@ -33,6 +33,7 @@ class H2O(Ranker):
     layers: tuple[int, ...] | None = None
     accumulates: ClassVar[bool] = True
     weighs: ClassVar[bool] = True
+    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent <= 1:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from fewer.core import Budget, KeepRatio, Plan, Signals, Tokens, reducer
+from fewer.core import Budget, KeepRatio, reducer
 from fewer.core.budgets import BudgetError
-from fewer.core.cache import CacheReducer, Rows, top
+from fewer.core.cache import CacheSignals, Ranker, Rows
 from fewer.core.noise import noise
 
 
 @reducer("random_cache", paper="baseline", acts="prune", on="kv-cache", training="free")
 @dataclass(frozen=True)
-class RandomCache(CacheReducer):
+class RandomCache(Ranker):
     """Sinks, the newest rows and a seeded draw of the others; the same rows for all heads, others in every layer.
 
     Sinks and newest rows are what every method keeps in the end, so a method that does not beat this row gained
@@ -45,10 +46,8 @@ class RandomCache(CacheReducer):
     def least(self) -> int:
         return self.sinks + self.recent
 
-    def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        assert isinstance(tokens, Rows) and tokens.age is not None
-        totals = torch.tensor(tokens.totals, device=tokens.age.device)[:, None, None]
-        place = totals - tokens.age  # in the sample's own text: padding on the left does not count
-        protected = tokens.sinks(self.sinks) | tokens.newest(self.recent)
-        draw = noise(place, self.seed, signals.at.layer)
-        return top(draw, self.budget, tokens, at=signals.at, protected=protected, least=self.least)
+    def ranks(self, signals: CacheSignals, rows: Rows) -> tuple[Tensor, Tensor]:
+        assert rows.age is not None
+        totals = torch.tensor(rows.totals, device=rows.age.device)[:, None, None]
+        place = totals - rows.age  # in the sample's own text: padding on the left does not count
+        return noise(place, self.seed, signals.at.layer), rows.sinks(self.sinks) | rows.newest(self.recent)

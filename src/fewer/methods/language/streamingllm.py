@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class StreamingLLM(Ranker):
     positions: Literal["cache", "original"] = "cache"
     layers: tuple[int, ...] | None = None
     decodes: bool = True
+    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

@@ -26,6 +26,7 @@ class TOVA(Ranker):
     layers: tuple[int, ...] | None = None
     decodes: bool = True
     weighs: ClassVar[bool] = True
+    together: ClassVar[bool] = True
 
     @property
     def least(self) -> int:

@@ -55,6 +55,7 @@ class ReducedLayer(DynamicLayer):
         self.record = Record()
         self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
         self.access: Access | None = None  # the same: it will see this layer's attention, and what it may do
+        self._placed: tuple[Tensor, int, int, Tensor] | None = None  # in a pass, what `positions` said, and of what
         self._clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +76,8 @@ class ReducedLayer(DynamicLayer):
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
         self.shuffled = False  # whether the rows lie in another order than they came
         self.position: Tensor | None = None
-        self.rotated_by: Tensor | None = None  # (B, 1 or G, P): by how much a row was rotated on from its position
+        self.rotated_by: Tensor | None = None  # (B, 1 or G, R): by how much the first rows were turned on, no others
+        self.stands: int | None = None  # where the first of these stands now, the others behind it; None = not alike
         self.received: Tensor | None = None
         self.packing: Packing | None = None
         self.packed: tuple[Tensor, Tensor] | None = None
@@ -258,11 +260,16 @@ class ReducedLayer(DynamicLayer):
 
     def positions(self) -> Tensor:
         """(B, 1 or G, S) long: the input position of each row of a view, -1 for holes; (1, 1, S) if nothing is gone."""
-        tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
-        late = torch.arange(self.length - tail, self.length, device=self.keys.device)
+        rows = self.keys.shape[-2]
+        tail = rows - (0 if self.packing is not None else self.evicted_width)
         if self.position is None:
-            return late[None, None]
-        return torch.cat([self.position.long(), late.expand(*self.position.shape[:2], -1)], -1)
+            return torch.arange(self.length - tail, self.length, device=self.keys.device)[None, None]
+        if self._placed is not None and self._placed[0] is self.position and self._placed[1:3] == (self.length, rows):
+            return self._placed[3]
+        place = placed(self.position, self.length, rows if self.packing is None else rows + self.evicted_width)
+        if self.access is not None:
+            self._placed = self.position, self.length, rows, place
+        return place
 
     def coming(self, tokens: int, device: torch.device) -> Tensor:
         """Where the rows of a view will stand once `update` is given `tokens` more: (B or 1, 1 or G, S) long, counted
@@ -319,11 +326,12 @@ class ReducedLayer(DynamicLayer):
         index = place.clamp(min=0)[:, :, None, :].expand(b, g, queries, s)
         return x.expand(b, g, queries, x.shape[-1]).gather(-1, index)
 
-    def fit(self, x: Any, queries: int) -> Any:
+    def fit(self, x: Tensor, queries: int) -> Tensor:
         """Something else that attention is told of each pair of a query and a logical key, such as a position bias, of
         the stored rows instead. x: (B or 1, 1 or H, Q, logical); anything else is as it was."""
-        logical = self.length - self._offset(self.began)
-        if self.position is None or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[-2:] != (queries, logical):
+        if self.position is None or x.dim() != 4:
+            return x
+        if x.shape[-2:] != (queries, self.length - self._offset(self.began)):
             return x
         place = self.positions() - self._offset(self.began)
         return self._at(place.repeat_interleave(max(x.shape[1] // place.shape[1], 1), 1), x, queries)
@@ -346,7 +354,7 @@ class ReducedLayer(DynamicLayer):
                 assert plan.valid is not None
                 place = place.masked_fill(~plan.valid, -1)
         if rotated_by is not None:
-            self.rotated_by = take(rotated_by.expand(b, heads, -1), index)
+            self.rotated_by, self.stands = take(rotated_by.expand(b, heads, -1), index), None
         full = index.expand(b, g, -1)
         if self.received is not None:
             self.received = take(self.received, full)
@@ -369,24 +377,6 @@ class ReducedLayer(DynamicLayer):
         loose = self.access is not None and self.access.unordered
         return loose and keys is self.keys and self.room is not None and keys is self.room.keys
 
-    def replace(self, gone: Tensor) -> None:
-        """The newest row takes the place of another, and nothing else moves. gone: (B, 1 or G, 1) long, which."""
-        assert self.room is not None
-        self.local.clear()
-        b, g = self.keys.shape[:2]
-        place = self.positions()
-        heads = max(place.shape[1], gone.shape[1])
-        place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
-        rotated_by = self._rotated_by(place.shape[-1])
-        if rotated_by is not None:
-            self.rotated_by = rotated_by.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]
-        self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
-        gone = gone.expand(b, g, 1)
-        if self.received is not None:
-            self.received = self.received.scatter(-1, gone, self.received[..., -1:])[..., :-1]
-        self.keys, self.values = self.room.replace(gone)
-        self.shuffled = True
-
     def _arrange(self) -> None:
         """The rows in the order they came, where they lie in another."""
         if self.shuffled:
@@ -406,29 +396,36 @@ class ReducedLayer(DynamicLayer):
         """
         if self.position is None:
             return
-        lead = self.position[..., :rows].long()
-        real = lead >= 0
-        held = (self.position >= 0).sum(-1, keepdim=True)
-        came = self.length - (self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width))
-        target = came - held + torch.arange(lead.shape[-1], device=lead.device)
-        rotated_by = torch.zeros_like(self.position, dtype=torch.long) if self.rotated_by is None else self.rotated_by
-        by = (target - lead - rotated_by[..., : lead.shape[-1]]).masked_fill(
-            ~(real if where is None else real & where), 0
-        )
-        self.rotated_by = torch.cat([rotated_by[..., : lead.shape[-1]] + by, rotated_by[..., lead.shape[-1] :]], -1)
-        if self.packing is None:
-            self.keys[:, :, : lead.shape[-1]] = rotary.turn(self.keys[:, :, : lead.shape[-1]], by)
+        rows = min(rows, self.position.shape[-1])
+        packing, packed, keys = self.packing, self.packed, self.keys
+        came = self.length - (keys.shape[-2] - (0 if packing is not None else self.evicted_width))
+        alike = packing is None and not self.holes and where is None
+        if packing is not None and packed is not None:
+            keys = packing.pad(packed[0][None]).unflatten(0, keys.shape[:2])
+        if alike and self.stands is not None:
+            assert self.rotated_by is not None
+            on = came - self.evicted_width - self.stands
+            self.rotated_by = self.rotated_by + on
+            sinks = keys[:, :, :rows]
+            sinks.copy_(rotary.turn_by(sinks, *rotary.step(on)))
         else:
-            assert self.packed is not None
-            b, g = self.keys.shape[:2]
-            keys = self.packing.pad(self.packed[0][None]).unflatten(0, (b, g))
-            keys[:, :, : lead.shape[-1]] = rotary.turn(keys[:, :, : lead.shape[-1]], by.expand(b, g, -1))
-            self.packed = (self.packing.pack(keys.flatten(0, 1))[0], self.packed[1])
+            lead = self.position[..., :rows].long()
+            real, held = lead >= 0, (self.position >= 0).sum(-1, keepdim=True)
+            target = came - held + torch.arange(rows, device=lead.device)
+            before = self._rotated_by(rows)
+            before = torch.zeros_like(lead) if before is None else before
+            by = (target - lead - before).masked_fill(~(real if where is None else real & where), 0)
+            self.rotated_by = before + by
+            keys[:, :, :rows] = rotary.turn(
+                keys[:, :, :rows], by if packing is None else by.expand(*keys.shape[:2], -1)
+            )
+        self.stands = came - self.evicted_width if alike else None
+        if packing is not None and packed is not None:
+            self.packed = (packing.pack(keys.flatten(0, 1))[0], packed[1])
 
     def settle(self) -> None:
         """The end of this layer's part of a pass: rows that left the window go, and the record is written."""
-        self.access = None
-        self.arriving = None
+        self.access = self.arriving = self._placed = None
         self._trim()
         self._note()
 
@@ -448,8 +445,9 @@ class ReducedLayer(DynamicLayer):
             left = max(self.evicted_width - drop, 0)
         else:  # as many rows came since as the window holds: the packed ones are out of sight
             left, self.packing, self.packed = 0, None, None
-        self.position = self.position[..., self.evicted_width - left :]
-        self.rotated_by = None if self.rotated_by is None else self.rotated_by[..., self.rotated_by.shape[-1] - left :]
+        gone = self.evicted_width - left
+        self.position = self.position[..., gone:]
+        self.rotated_by, self.stands = None if self.rotated_by is None else self.rotated_by[..., gone:], None
 
     def _note(self) -> None:
         if self.room is not None and self.room.keys is not self.keys:
@@ -464,7 +462,7 @@ class ReducedLayer(DynamicLayer):
         r.stored = tail + (0 if self.packing is None else sum(self.packing.lengths) / (b * g))
         seen = self.length if self.window is None else min(self.length, self.window - 1)
         r.full = b * g * seen * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
-        r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.untyped_storage().nbytes()
+        r.kept, r.index_bytes = self.position, 0 if self.position is None else self.position.nbytes
         r.waiting_bytes = 0 if self.waiting is None else self.waiting.hidden.untyped_storage().nbytes()
         r.tail = (self.length - (tail if self.packing is not None else tail - self.evicted_width), self.length)
 
@@ -560,6 +558,38 @@ class ReducedLayer(DynamicLayer):
             if (stream := getattr(self, name)) is not None:
                 setattr(self, name, stream.index_select(0, rows))
         self._note()
+
+
+def placed(position: Tensor, length: int, rows: int) -> Tensor:
+    """(B, 1 or G, rows) long: where all rows of a view stand. position: (B, 1 or G, P), of the first ones; behind them
+    are the latest of `length` tokens."""
+    tail = rows - position.shape[-1]
+    place = F.pad(position.long(), (0, tail), value=length - 1)
+    if tail > 1:
+        place[..., -tail:] = torch.arange(length - tail, length, device=place.device)
+    return place
+
+
+def exchange(layers: Sequence[ReducedLayer], place: Tensor, gone: Tensor, received: Tensor | None) -> None:
+    """The newest row of each of some layers takes the place of another, and nothing else moves.
+
+    The layers' samples stand one behind the other, L layers of B: place (L B or 1, 1 or G, S) long, where the rows
+    stand; gone (L B, 1 or G, 1) long, which of them goes, none that was turned on; received (L B, G, S) or None.
+    """
+    length, (b, g, _, _) = layers[0].length, layers[0].keys.shape
+    heads = max(place.shape[1], gone.shape[1])
+    own = gone.expand(-1, heads, -1)
+    position = place.expand(len(own), heads, -1).scatter(-1, own, length - 1)[..., :-1].to(torch.int32)
+    gone = gone.expand(-1, g, -1)
+    if received is not None:
+        received = received.scatter(-1, gone, received[..., -1:])[..., :-1]
+    for i, layer in enumerate(layers):
+        assert layer.room is not None
+        mine = slice(i * b, (i + 1) * b)
+        layer.local.clear()
+        layer.position, layer.received = position[mine], None if received is None else received[mine]
+        layer.keys, layer.values = layer.room.replace(gone[mine])
+        layer.shuffled = True
 
 
 class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc, override]

@@ -233,10 +233,12 @@ class Beside:
 
     def gathered(self, plan: Plan, valid: Tensor | None, *, watched: bool) -> Beside:
         """At the rows of a plan. valid: (B, M) bool, those that are no padding. watched: whether anybody looks on."""
-        seen = self.seen.gathered(plan.position) if watched and self.seen is not None else None
+        if not watched:
+            return Beside()
+        seen = None if self.seen is None else self.seen.gathered(plan.position)
         if seen is not None and valid is not None:
             seen.bias = hiding(seen.bias, valid)
-        branch = plan.gather(self.branch) if watched and self.branch is not None else None
+        branch = None if self.branch is None else plan.gather(self.branch)
         return Beside(seen, branch, None if self.entry is None else plan.gather(self.entry))
 
     def padded(self, packing: Packing) -> Beside:

@@ -21,9 +21,10 @@ from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
 from ...spec import text
 from ..kv.attention import trained_attention, watched
-from ..kv.layer import ReducedLayer
+from ..kv.layer import ReducedLayer, exchange
 from ..kv.state import Access, CacheError
 from ..program import Bound, Program, SessionError, Turn
+from .leaving import Leaving
 
 if TYPE_CHECKING:
     from .prefill import DecoderPrefill
@@ -75,6 +76,7 @@ class CacheRun:
         access = Access(self.program.steady, site.headwise, site.unordered)
         for layer in self.layers:
             layer.access = access
+        self.leaving = Leaving(self)
         self.weighs = site.weighs and not torch.is_grad_enabled()
         # Behind a cache only a training step has the training form: generation takes the other, whatever the mode.
         self.training = self.bound.training and (cache is None or torch.is_grad_enabled())
@@ -98,7 +100,7 @@ class CacheRun:
             return out
         if layer is not None:
             mask = layer.mask(mask, q.shape[1], q.shape[2])
-            kwargs = {name: layer.fit(x, q.shape[2]) for name, x in kwargs.items()}
+            kwargs = {n: layer.fit(x, q.shape[2]) if isinstance(x, Tensor) else x for n, x in kwargs.items()}
             if first:
                 self._count(layer, q.shape[0])
         call = LayerCall(self, index, layer, q, k, v, mask, kwargs)
@@ -111,13 +113,17 @@ class CacheRun:
             if layer is not None and last:
                 layer.settle()
             return out
-        with full_precision(q):
-            self._gate(call)
+        if self.program.gates:
+            with full_precision(q):
+                self._gate(call)
         if layer is None:
             self.attending = None
             return plain(module, q, k, v, call.mask, **kwargs)
-        with self.site.clock(), torch.no_grad(), full_precision(q):
-            shown = self._read(call)
+        layer.record.read = None
+        shown: tuple[Tensor, Tensor, Tensor | None] = k, v, call.mask
+        if self.program.reads:
+            with self.site.clock(), torch.no_grad(), full_precision(q):
+                shown = self._read(call)
         if self.weighs and self._alone(call):
             with full_precision(q):
                 answer, call.weights = attended(Seen(q, k, v, call.scale))
@@ -177,13 +183,23 @@ class CacheRun:
 
     def _turns(self, call: LayerCall, layer: ReducedLayer) -> None:
         """What the methods do once a layer's attention is known: rows go, what is left is stored."""
-        with self.site.clock():
-            with torch.no_grad(), full_precision(call.q):
-                for turn in call.turns:
-                    self._act(call, layer, turn)
-                self._store(layer, call.index)
+        if call.q.shape[2] == 1 and self.program.steady:
             layer.settle()
-            self.attending = None
+        else:
+            with self.site.clock():
+                if not self.leaving.takes(call, layer):
+                    with torch.no_grad(), full_precision(call.q):
+                        for turn in call.turns:
+                            self._act(call, layer, turn)
+                        self._store(layer, call.index)
+                    layer.settle()
+        self.attending = None
+
+    def finish(self) -> None:
+        """The pass is over: layers that waited for the last one have their turn."""
+        if self.leaving.waiting:
+            with self.site.clock(), torch.no_grad(), full_precision(self.layers[0].keys):
+                self.leaving.leave()
 
     def _alone(self, call: LayerCall) -> bool:
         """Whether one query reads all rows of a layer where a method acts, and some are gone: before that the model's
@@ -258,7 +274,6 @@ class CacheRun:
     def _read(self, call: LayerCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask of the rows this pass reads: all that are stored, or those a method chose."""
         assert call.layer is not None
-        call.layer.record.read = None
         if call.layer.window is not None:
             return call.k, call.v, call.mask
         for turn in call.turns:
@@ -299,7 +314,7 @@ class CacheRun:
         gap: Tensor | None = None
         self.site.acted()
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(call.k):
-            layer.replace(method.leaver(signals, rows))
+            exchange([layer], layer.positions(), method.leaver(signals, rows), layer.received)
         else:
             plan = method.plan(signals, rows)
             assert isinstance(plan, Hard)
@@ -341,9 +356,10 @@ class CacheRun:
         age = layer.length - place
         return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
-    def place(self, index: int, turn: Turn, rows: Rows) -> Place:
+    def place(self, index: int, turn: Turn, tokens: int) -> Place:
+        """Of a turn in a layer whose longest sample has seen so many tokens."""
         depth = self.host.depth(Site.KV_CACHE)
-        return Place(index, depth, turn.stage, turn.stages, max(rows.totals), self.site.spend, self.site.note)
+        return Place(index, depth, turn.stage, turn.stages, tokens, self.site.spend, self.site.note)
 
 
 class LayerCall:
@@ -363,6 +379,7 @@ class LayerCall:
         self.turns = run.program.at(Site.KV_CACHE, index)
         self.weights: Tensor | None = None  # probabilities, where they are computed here
         self._rows = rows
+        self._places: dict[Turn, Place] = {}
 
     @property
     def rows(self) -> Rows:
@@ -377,7 +394,9 @@ class LayerCall:
         return self._rows
 
     def place(self, turn: Turn) -> Place:
-        return self.run.place(self.index, turn, self.rows)
+        if turn not in self._places:
+            self._places[turn] = self.run.place(self.index, turn, max(self.rows.totals))
+        return self._places[turn]
 
     def signals(self, turn: Turn) -> CacheSignals:
         """What the method of a turn may look at."""

@@ -231,6 +231,7 @@ class KVCacheSite:
         under.run = self._passes.pop() if self._passes else None
         if output is None or not isinstance(run, CacheRun) or not run.layers:
             return
+        run.finish()
         self._records = {i: layer.record for i, layer in run.at.items()}  # a hook may have had a cache of its own
         for which, method in enumerate(self.program.methods):
             if not isinstance(method, Rereader):

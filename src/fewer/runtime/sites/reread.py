@@ -67,7 +67,7 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
         )
     rows = run.rows(layers[0], layers[0].keys)
     turns = [(i, t) for i in range(len(layers)) for t in run.program.at(Site.KV_CACHE, i) if t.method == which]
-    places = [run.place(index, turn, rows) for index, turn in turns]
+    places = [run.place(index, turn, max(rows.totals)) for index, turn in turns]
     if all(rows.counts(method.budget, place, method.least) == list(rows.totals) for place in places):
         return
     cue = torch.tensor(method.instruction, dtype=torch.long, device=tokens.device).expand(len(tokens), -1)
