@@ -18,7 +18,7 @@ from fewer.spec import parse, text
 
 from .compressed import Compressed, Shelf, composed, counted, kept
 from .forced import broken, forced
-from .source import Source
+from .source import JOINT, Source
 
 PROMISE = " We can get the answer to this question in the given documents."
 FITTINGS = 6  # times a text is counted again until it has the length that was asked for
@@ -196,8 +196,8 @@ class Compressor:
             [i for i, p in zip(task.source.ids, task.source.parts, strict=True) if p >= len(task.prompt.contexts)]
             if task.prompt.question else [] for task in tasks
         ]  # fmt: skip
-        promise = self.tokenizer(PROMISE, add_special_tokens=False)["input_ids"]
-        return LanguageReader(self.model, ids, valid, part, coded, promise, front, self.window)
+        promise, joint = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (PROMISE, JOINT))
+        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
     def _made(self, task: Task) -> Compressed:

@@ -37,7 +37,7 @@ class LLMLingua(Reducer):
         count, free = goal(self.budget, tokens, signals.at)
         there = free
         if bool((written.context != 0).any()):
-            surprisal, size = written.by_part(written.reader.surprisal, free)
+            surprisal, size = written.by_part(written.reader.apart(written.part), free)
             there = free & leading(surprisal, size, self.slack * count).gather(-1, written.context)
         share = shares(count, there, there.float())
         stays, score = stepwise(written, tokens, share, written.unit(self.unit), segment=self.segment)

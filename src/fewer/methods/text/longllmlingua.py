@@ -54,9 +54,11 @@ class LongLLMLingua(Reducer):
         base = count[:, None] / (size * chosen).sum(-1, keepdim=True).clamp(min=1)
         weight = (base + self.ramp * (1 - 2 * rank / among.clamp(min=1))).clamp(1e-3, 1)
         share = shares(count, there, weight.gather(-1, written.context) * there)
-        stays, score = stepwise(written, tokens, share, written.unit(self.unit), segment=self.segment, asked=True)
+        place = self._places(written.part, rank, among)
+        unit = written.unit(self.unit)
+        stays, score = stepwise(written, tokens, share, unit, segment=self.segment, asked=True, place=place)
         signals.memory["score"] = score
-        return plan(stays, tokens, self._places(written.part, rank, among))
+        return plan(stays, tokens, place)
 
     def _places(self, part: Tensor, rank: Tensor, among: Tensor) -> Tensor | None:
         """(B, N) long: where each token's document shall stand."""
