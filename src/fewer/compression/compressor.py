@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fewer.core import KeepRatio, Reducer, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Plan
-from fewer.core.written import Each, Written
-from fewer.runtime.reading import LanguageReader, WordReader
+from fewer.core.written import Each, Unit, Written
+from fewer.runtime.reading import LanguageReader, WordReader, reads_words, window_of
 from fewer.spec import parse, text
 
 from .compressed import Compressed, Shelf, composed, counted, kept
@@ -83,7 +83,8 @@ class Compressor:
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
         self.shelf = shelf
-        self.window = window or _window(model)
+        self.window = window or window_of(model)
+        self._words = reads_words(self.model)
         forced("", self.protect, self.force)  # refuses what it does not know before any text comes
 
     def __call__(
@@ -117,6 +118,10 @@ class Compressor:
             if self.shelf is not None:
                 self.shelf.put(one)
         return found
+
+    @property
+    def _unit(self) -> Unit:
+        return getattr(self.method, "unit", "token")
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
     def _method(self, rate: float | None, tokens: int | None) -> Reducer:
@@ -180,7 +185,7 @@ class Compressor:
             torch.zeros(len(tasks), longest, 1, device=device), tokens, Place(start=longest), text=written
         )
         plan = replace(method, budget=Each(free)).plan(signals, tokens)  # type: ignore[type-var]
-        score, unit = signals.memory.get("score"), written.unit(getattr(method, "unit", "token"))
+        score, unit = signals.memory.get("score"), written.unit(self._unit)
         for row, task in enumerate(tasks):
             n = len(task.source)
             task.order, task.unit = kept(plan, row), unit[row, :n].tolist()
@@ -190,7 +195,7 @@ class Compressor:
         self, tasks: list[Task], ids: Tensor, valid: Tensor, part: Tensor, sentence: Tensor
     ) -> LanguageReader | WordReader:
         front, behind = _around(self.tokenizer)
-        if _says_words(self.model):
+        if self._words:
             return WordReader(self.model, ids, valid, sentence, front, behind, min(self.window, 512))
         coded = [
             [i for i, p in zip(task.source.ids, task.source.parts, strict=True) if p >= len(task.prompt.contexts)]
@@ -208,7 +213,7 @@ class Compressor:
         order, after = self._fitted(task)
         short = composed(source, order)
         if abs(after - task.goal) > 1:
-            notes.append(f"{task.goal} tokens were asked for and {after} are left: words are not cut to fit")
+            notes.append(f"{task.goal} tokens were asked for and {after} are left: no {self._unit} is cut to fit")
         words = (*self.force, *task.prompt.force)
         if self.gate and (why := broken(source.text, short, words, self.protect)):
             return replace(whole, notes=(f"left as it was: {why}",))
@@ -304,19 +309,9 @@ def _on_text(method: str | Reducer) -> Reducer:
     return found
 
 
-def _says_words(model: nn.Module) -> bool:
-    """Whether a model says of each token whether it stays."""
-    return type(model).__name__.endswith("ForTokenClassification")
-
-
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What a tokenizer puts in front of a text and behind it."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return whole[:at], whole[at + len(plain) :]
-
-
-def _window(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

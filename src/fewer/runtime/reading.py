@@ -17,6 +17,7 @@ from ..compat import cache_argument, cached
 from ..core.errors import SignalError
 from ..core.written import BEHIND, numbered
 
+UNLIMITED = 1 << 30
 CHUNK = 512  # tokens whose logits are there at once
 FIRST = 10  # tokens of the text that stay in sight when the window slides
 ROWS = 4096  # tokens, padding included, that groups read side by side have
@@ -44,7 +45,7 @@ class LanguageReader:
     joint: Sequence[int] = ()
     promise: Sequence[int] = ()
     start: Sequence[int] = ()
-    window: int = 1 << 30
+    window: int = UNLIMITED
 
     @cached_property
     def surprisal(self) -> Tensor:
@@ -309,6 +310,40 @@ class WordReader:
 
     def walk(self, place: Tensor | None = None, *, asked: bool = False) -> LanguageWalk:
         return self._none()
+
+
+@torch.no_grad()
+def reads_words(model: nn.Module) -> bool:
+    """Whether a model says of each token if it stays (`WordReader`), or else what comes next (`LanguageReader`).
+
+    Two short texts that differ in their last token tell. Raises SignalError for a model that does neither.
+    """
+    name, device = type(model).__name__, next(model.parameters()).device
+    try:
+        logits = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device)).logits
+    except Exception as error:  # whatever a model of another kind says to this
+        raise SignalError(f"{name} does not read a text by itself: {_TAKES} ({error})") from error
+    if logits.ndim != 3 or logits.shape[1] != 2:
+        raise SignalError(f"{name} says nothing about each token: {_TAKES}")
+    if logits.shape[-1] == 2:
+        return True
+    first, second = logits[:, 0].float()
+    if not torch.allclose(first, second, atol=1e-2 * float(first.abs().max()), rtol=0):
+        raise SignalError(f"{name} sees what comes behind a token, and gives no probability of a text: {_TAKES}")
+    return False
+
+
+_TAKES = (
+    "give a causal language model (AutoModelForCausalLM), or an encoder with two labels "
+    "(AutoModelForTokenClassification)"
+)
+
+
+def window_of(model: nn.Module) -> int:
+    """Tokens a model has positions for; very many where it does not count them."""
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(inner, "max_position_embeddings", None) or UNLIMITED)
 
 
 def _leftwards(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
