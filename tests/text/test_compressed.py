@@ -184,7 +184,7 @@ def test_kinds_of_things_that_stay() -> None:
     assert stays("I don't know; NEVER say cannot. A knot.", "negations") == ["don't", "NEVER", "cannot"]
     text = "call my_func() or camelCase in src/a/b.py, see https://x.io/y?z=1 by a.b@c.org; v2 os.path.join"
     assert stays(text, "identifiers") == [
-        "my_func", "camelCase", "src/a/b.py", "https://x.io/y?z=1", "a.b@c.org", "v2", "os.path.join"
+        "my_func()", "camelCase", "src/a/b.py", "https://x.io/y?z=1", "a.b@c.org", "v2", "os.path.join"
     ]  # fmt: skip
     assert stays("use `x = 1` and\n```py\ncode here\n```\nend", "code") == ["`x = 1`", "```py\ncode here\n```"]
 

@@ -49,7 +49,9 @@ class Compressed:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """Of characters that stay, as they stood, neighbours joined."""
+        """Of characters that stay, as they stood, neighbours joined; all of a text that has no tokens."""
+        if not len(self.source):
+            return [(0, len(self.source.text))] * bool(self.source.text)
         return _runs([self.source.spans[i] for i in sorted(self.order)])
 
     @cached_property

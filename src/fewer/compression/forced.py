@@ -10,14 +10,15 @@ from typing import Any
 from .source import Span
 
 NEGATIONS = re.compile(
-    r"\b(?:not|no|never|none|neither|nor|without|cannot|except|unless|\w+n['\u2019]t)\b", re.IGNORECASE
+    r"\b(?:not|no|never|nobody|nothing|nowhere|none|neither|nor|without|cannot|except|unless|\w+n['\u2019]t)\b",
+    re.IGNORECASE,
 )
 IDENTIFIER = re.compile(
     r"""https?://\S+
     |(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.]+           # addresses
     |(?<![\w.~/-])(?:[\w.~-]*/)+[\w.-]+            # paths
-    |(?<!\w)(?=\w*[A-Za-z])\w*_\w*                 # snake_case
-    |(?<!\w)[A-Za-z]*[a-z][A-Z]\w*                 # camelCase
+    |(?<!\w)(?=\w*[A-Za-z])\w*_\w*(?:\(\))?       # snake_case
+    |(?<!\w)[A-Za-z]*[a-z][A-Z]\w*(?:\(\))?       # camelCase
     |(?<!\w)(?=\w*\d)(?=\w*[A-Za-z])\w+(?:-\w+)*   # mixed with digits
     |(?<!\w)\w+(?:\.[A-Za-z_]\w*)+(?:\(\))?        # dotted
     |(?<!\w)\w+\(\)""",
