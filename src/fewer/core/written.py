@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .budgets import Budget
+from .budgets import Budget, KeepRatio
 from .errors import SignalError
 from .place import Place
 from .plan import Hard, Plan, on_device
@@ -114,6 +114,13 @@ def goal(budget: Budget, tokens: Tokens, at: Place) -> tuple[Tensor, Tensor]:
     free = free.expand(tokens.batch, -1)
     real = free.sum(-1)
     return budget.granted(real, tokens.n, at), free
+
+
+def share_of(budget: Budget, count: Tensor, free: Tensor) -> Tensor:
+    """(B,) double: the share of the free tokens that was asked for, before it became a count."""
+    if isinstance(budget, KeepRatio) and not isinstance(budget.ratio, tuple):
+        return torch.full_like(count, budget.ratio, dtype=torch.double)
+    return count.double() / free.sum(-1).clamp(min=1)
 
 
 def pooled(values: Tensor, group: Tensor, real: Tensor | None = None) -> Tensor:
