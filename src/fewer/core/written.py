@@ -63,19 +63,26 @@ class Written:
 
     part       the context (document, demonstration, message) a token is of, from 0; BEFORE and BEHIND for what stands
                around them
-    cell, word, phrase, sentence   from 0; a cell is a token, or those that are the bytes of one character
+    cell, word, phrase, sentence   from 0; a cell is a token, or those that are the bytes of one character. None where
+            token ids alone do not say it; `unit` then raises SignalError
     """
 
     reader: Reader
     part: Tensor
     cell: Tensor
-    word: Tensor
-    phrase: Tensor
-    sentence: Tensor
+    word: Tensor | None = None
+    phrase: Tensor | None = None
+    sentence: Tensor | None = None
 
     def unit(self, name: Unit) -> Tensor:
         """(B, N) long: what stays or goes as one."""
-        return {"token": self.cell, "word": self.word, "phrase": self.phrase, "sentence": self.sentence}[name]
+        found = {"token": self.cell, "word": self.word, "phrase": self.phrase, "sentence": self.sentence}[name]
+        if found is None:
+            raise SignalError(
+                f"token ids alone do not say where a {name} ends: choose unit=token (and context=text), or shorten the "
+                "text itself with fewer.Compressor"
+            )
+        return found
 
     @property
     def context(self) -> Tensor:
@@ -259,5 +266,7 @@ def plan(stays: Tensor, tokens: Tokens, order: Tensor | None = None) -> Hard:
     token's part shall stand, lowest first; None = all as they stood."""
     stays = (stays | fixed(tokens)) & tokens.unpadded
     key = torch.zeros_like(stays, dtype=torch.long) if order is None else order
-    place = key.masked_fill(~stays, torch.iinfo(torch.long).max).argsort(dim=-1, stable=True)
-    return Plan.keep(place, tokens.n, stays.sum(-1))
+    rows = key.masked_fill(~stays, torch.iinfo(torch.long).max).argsort(dim=-1, stable=True)
+    length = stays.sum(-1)
+    most = int(length.amax())
+    return Plan.keep(rows[:, :most], tokens.n, None if bool((length == most).all()) else length)

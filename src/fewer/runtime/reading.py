@@ -87,7 +87,7 @@ class LanguageReader:
 
     def _questions(self) -> None:
         if not self.question or not all(self.question):
-            raise SignalError("this method asks what is wanted of a text: give question=")
+            raise SignalError("this method asks what is wanted of a text: give question= to fewer.Compressor's call")
 
     @property
     def wanted(self) -> Tensor:

@@ -34,6 +34,7 @@ class LLMLingua(Reducer):
     unit: Unit = "token"
     fidelity: Literal["paper", "code"] = "paper"
     site: ClassVar[Site] = Site.TEXT
+    needs_reader: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.segment < 1 or self.slack < 1:

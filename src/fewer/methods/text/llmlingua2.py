@@ -27,6 +27,7 @@ class LLMLingua2(Reducer):
     unit: Unit = "word"
     fidelity: Literal["paper", "code"] = "paper"
     site: ClassVar[Site] = Site.TEXT
+    needs_reader: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.fidelity not in ("paper", "code"):

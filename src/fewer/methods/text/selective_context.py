@@ -31,6 +31,7 @@ class SelectiveContext(Reducer):
     context: Literal["sentence", "text"] = "sentence"
     fidelity: Literal["paper", "code"] = "paper"
     site: ClassVar[Site] = Site.TEXT
+    needs_reader: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.context not in ("sentence", "text"):
@@ -42,7 +43,7 @@ class SelectiveContext(Reducer):
         written = signals.written
         count, free = goal(self.budget, tokens, signals.at)
         reader, unit = written.reader, written.unit(self.unit)
-        information = reader.surprisal if self.context == "text" else reader.apart(written.sentence)
+        information = reader.surprisal if self.context == "text" else reader.apart(written.unit("sentence"))
         score = signals.memory["score"] = pooled(information, unit, free)
         if self.fidelity == "code":
             stays = torch.zeros_like(free)
