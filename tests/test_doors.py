@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import fewer
 from decoders import VOCAB, decoder, prompt
 from fewer.core import Budget, KeepRatio, Plan, Signals, Site, Tokens, select
+from fewer.core.errors import SignalError
 from fewer.runtime.state import Lifetime, State
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
@@ -114,6 +115,101 @@ def test_a_text_stands_beside_methods_in_the_blocks() -> None:
 def test_methods_that_know_no_text_say_so(form: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         fewer.apply(decoder("llama"), form)
+
+
+# -- the input text, read by the model first ---------------------------------------------------------------------------
+def surprisals(model: Any, front: list[int], ids: list[int]) -> list[float]:
+    with torch.no_grad():
+        p = model(torch.tensor([[*front, *ids]])).logits[0].log_softmax(-1)
+    found = [float("nan") if not front and not i else -float(p[len(front) + i - 1, x]) for i, x in enumerate(ids)]
+    known = [value for value in found if value == value]
+    return [sum(known) / len(known) if value != value else value for value in found]
+
+
+def llmlingua(model: Any, ids: list[int], keep: float, segment: int) -> list[int]:
+    """The places that stay of a prompt whose last token does: segment by segment, behind what stayed."""
+    n, front, stays = len(ids), [], []
+    left = int((n - 1) * keep)
+    for first in range(0, n, segment):
+        mine = list(range(first, min(first + segment, n)))
+        free = [i for i in mine if i < n - 1]
+        value = dict(zip(mine, surprisals(model, front, [ids[i] for i in mine]), strict=True))
+        due = int(left * (free[-1] + 1 if free else n - 1) / (n - 1) + 0.5 + 1e-6) - len(stays)
+        stays += sorted(free, key=lambda i: -value[i])[:due]
+        front = [ids[i] for i in sorted(stays)]
+    return [*sorted(stays), n - 1]
+
+
+@pytest.mark.parametrize("lengths", [(31,), (31, 14, 22)], ids=str)
+def test_llmlingua_in_a_model_keeps_what_surprises_it(lengths: tuple[int, ...]) -> None:
+    model = decoder("llama")
+    ids, mask = prompt(*lengths)
+    before = snapshot(model)
+    with torch.no_grad(), fewer.apply(model, "llmlingua:keep=0.5,segment=8") as session:
+        got = model(ids, attention_mask=mask).logits
+        kept, report = session.kept(0), session.report()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    same_snapshot(before, snapshot(model), "after a session on the text")
+    assert "llmlingua:segment=8 reads the text with the model first, which is not counted here" in report
+    for i, length in enumerate(lengths):
+        pad = ids.shape[1] - length
+        mine = kept[i][kept[i] >= 0]
+        want = llmlingua(model, ids[i, pad:].tolist(), 0.5, 8)
+        assert (mine - pad).tolist() == want
+        places = torch.tensor([want])
+        with torch.no_grad():
+            alone = model(ids[i : i + 1, mine], position_ids=places).logits
+        assert_close(got[i, -len(want) :], alone[0], atol=1e-5, rtol=1e-5)
+        assert int(alone[0, -1].argmax()) == int(out[i, ids.shape[1]])
+
+
+def test_a_text_can_be_read_for_one_method_and_cut_by_another() -> None:
+    model, (ids, mask) = decoder("gpt2"), prompt(30)
+    both = ["random:site=text,tokens=15", "llmlingua:keep=0.5,segment=50"]
+    with torch.no_grad(), fewer.apply(model, both[0]) as session:
+        model(ids, attention_mask=mask)
+        drawn = session.kept(0)[0].tolist()
+    with torch.no_grad(), fewer.apply(model, both) as session:
+        model(ids, attention_mask=mask)
+        left = session.kept(0)[0].tolist()
+    want = llmlingua(model, ids[0, drawn].tolist(), 0.5, 50)
+    assert left == [drawn[i] for i in want]
+
+
+def test_a_beginning_of_sequence_stays() -> None:
+    model, (ids, mask) = decoder("llama"), prompt(20, 20)
+    begun = ids.clone()
+    begun[:, 0] = model.config.bos_token_id
+    with torch.no_grad(), fewer.apply(model, "llmlingua:keep=0.2") as session:
+        model(begun, attention_mask=mask)
+        assert session.kept(0)[:, 0].tolist() == [0, 0]
+        assert session.counts == [2 + int(0.2 * 18)] * 3
+
+
+def test_what_cannot_read_the_text_is_refused() -> None:
+    with pytest.raises(
+        fewer.SessionError, match="llmlingua reads the text with the model it is put into, and BertModel does not"
+    ):
+        fewer.apply(bert(), "llmlingua:keep=0.5")
+    with pytest.raises(fewer.SessionError, match="has this very model read the text before it is cut, and snapkv"):
+        fewer.apply(decoder("llama"), ["llmlingua:keep=0.5", "snapkv:keep=0.5,window=2,kernel=3"])
+    ids, _ = prompt(12)
+    for form, why in [
+        ("selective_context:keep=0.5", "token ids alone do not say where a phrase ends: choose unit=token"),
+        ("selective_context:keep=0.5,unit=token", "where a sentence ends"),
+        ("llmlingua:unit=word", "where a word ends"),
+        ("longllmlingua:keep=0.5", "give question= to fewer.Compressor's call"),
+        ("llmlingua2:keep=0.5,unit=token", "LlamaForCausalLM is a language model; this method takes an encoder"),
+    ]:
+        with fewer.apply(decoder("llama"), form) as session, pytest.raises(SignalError, match=why):
+            session.model(ids)
+        assert decoder("llama")(ids).logits.shape[1] == 12, "nothing is left behind"
+    with (
+        torch.no_grad(),
+        fewer.apply(decoder("llama"), "selective_context:keep=0.5,unit=token,context=text") as session,
+    ):
+        decoder("llama")(ids)
+        assert session.counts == [6] * 3
 
 
 def test_pictures_are_no_text() -> None:

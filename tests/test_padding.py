@@ -54,7 +54,7 @@ def model(kind: str) -> nn.Module:
 
 def methods() -> Iterator[tuple[str, Reducer]]:
     for name, cls in fewer.registered().items():
-        if name not in ("vtw", "dyvte") and cls().site not in (Site.KV_CACHE, Site.BRIDGE):
+        if name not in ("vtw", "dyvte") and cls().site not in (Site.KV_CACHE, Site.BRIDGE, Site.TEXT):
             yield name, fitted(cls)
     for form in FORMS:
         method = fewer.parse(form)

@@ -501,7 +501,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         ((".",), "give --out FILE.jsonl"),
         ((".", "--diff"), "show one text"),
         ((".", "--out", "inside"), "whose texts are read"),
-        (("--model", "bert-eras"), "BertForSequenceClassification neither foretells"),
+        (("--model", "bert-eras"), "BertForSequenceClassification says nothing about each token"),
         (("--model", "vit-fashion"), "take a fast tokenizer"),
         (("datasets:x/y",), "datasets"),
     ],

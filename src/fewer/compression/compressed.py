@@ -49,8 +49,10 @@ class Compressed:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """Of characters that stay, as they stood, neighbours joined."""
-        return _joined([self.source.spans[i] for i in sorted(self.order)])
+        """Of characters that stay, as they stood, neighbours joined; all of a text that has no tokens."""
+        if not len(self.source):
+            return [(0, len(self.source.text))] * bool(self.source.text)
+        return _runs([self.source.spans[i] for i in sorted(self.order)])
 
     @cached_property
     def dropped(self) -> dict[str, Span]:
@@ -137,12 +139,12 @@ def composed(source: Source, order: Sequence[int]) -> str:
 
 
 def _break(gap: str) -> str:
-    """What stands for a gap: its widest break between lines, else a space, else nothing."""
+    """What stands for a gap: its widest break between lines, else a space of it, else nothing."""
     runs = BREAKS.findall(gap)
     if not runs:
         return ""
     lines = max(run.count("\n") for run in runs)
-    return "\n" * min(lines, 2) if lines else " "
+    return "\n" * min(lines, 2) if lines else runs[0][0]
 
 
 def _lines(piece: str) -> int:
@@ -158,9 +160,6 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
         elif stop > start:
             found.append((start, stop))
     return found
-
-
-_joined = _runs
 
 
 def _longest(words: list[str], text: list[str]) -> int:

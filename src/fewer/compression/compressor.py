@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,16 +15,17 @@ from torch import Tensor, nn
 from fewer.core import KeepRatio, Reducer, SignalError, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Hard
-from fewer.core.written import Each, Written
-from fewer.runtime.reading import LanguageReader, WordReader
+from fewer.core.written import Each, Unit, Written
+from fewer.runtime.reading import LanguageReader, WordReader, reads_words, window_of
 from fewer.spec import parse, text
 
 from .compressed import Compressed, Shelf, composed, counted, kept
 from .forced import broken, forced
-from .source import Source
+from .source import JOINT, Source
 
 PROMISE = " We can get the answer to this question in the given documents."
-FITTINGS = 6  # times a text is counted again until it has the length that was asked for
+STRAIGHT = 6  # steps towards the length that was asked for; then halves
+NEAR = 16  # units on each side of a border that may change sides
 
 
 class CompressionError(ValueError):
@@ -55,8 +59,8 @@ class Compressor:
     counter   a tokenizer that tokens are counted with, of the model that is paid for; default the reader's own
     force     words, or marks, that always stay. protect: kinds of things that do: "digits", "negations", "identifiers",
               "code", "json"
-    gate      whether a text is left as it is where shortening makes it longer, breaks JSON or code fences, or loses
-              what must stay; its notes say so
+    gate      whether a text is left as it is where shortening makes it no shorter, takes all of it, breaks JSON or code
+              fences, or loses what must stay; its notes say so
     shelf     where whole texts are kept so that dropped spans come back by their ids
     window    tokens the reader has in sight; default what its config says
 
@@ -84,7 +88,7 @@ class Compressor:
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
         self.shelf = shelf
-        self.window = window or _window(model)
+        self.window = window or window_of(model)
 
     def __call__(
         self, given: str | Sequence[str] | Prompt, *, instruction: str = "", question: str = "",
@@ -118,6 +122,19 @@ class Compressor:
                 self.shelf.put(one)
         return found
 
+    @cached_property
+    def _reads_words(self) -> bool:
+        return reads_words(self.model)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether a count is met; the authors' code may miss it, and is left as it is."""
+        return getattr(self.method, "fidelity", "paper") == "paper"
+
+    @property
+    def _unit(self) -> Unit:
+        return getattr(self.method, "unit", "token")
+
     # -- what is asked for ---------------------------------------------------------------------------------------------
     def _task(self, method: Reducer, prompt: Prompt) -> Task:
         source = Source.of(prompt.contexts, self.tokenizer, instruction=prompt.instruction, question=prompt.question)
@@ -125,7 +142,7 @@ class Compressor:
         if isinstance(budget, KeepRatio):
             budget = replace(budget, rounding="round")
         whole = len(source) if self.counter is self.tokenizer else counted(source.text, self.counter)
-        goal = min(whole, budget.keep(whole, Place(start=whole)))
+        goal = min(whole, max(1, budget.keep(whole, Place(start=whole))))
         spans = forced(source.text, self.protect, (*self.force, *prompt.force))
         inside = source.within(spans)
         cells = {cell for cell, mine in zip(source.cells, inside, strict=True) if mine}
@@ -168,7 +185,7 @@ class Compressor:
         )
         plan = replace(method, budget=Each(free)).plan(signals, tokens)
         assert isinstance(plan, Hard), f"{text(method)} mixes tokens, which are no words then"
-        score, unit = signals.memory.get("score"), written.unit(getattr(method, "unit", "token"))
+        score, unit = signals.memory.get("score"), written.unit(self._unit)
         for row, task in enumerate(tasks):
             n = len(task.source)
             task.order, task.unit = kept(plan, row), unit[row, :n].tolist()
@@ -178,16 +195,17 @@ class Compressor:
         self, tasks: list[Task], ids: Tensor, valid: Tensor, part: Tensor, sentence: Tensor
     ) -> LanguageReader | WordReader | _Blind:
         front, behind = _around(self.tokenizer)
-        if _says_words(self.model):
-            return WordReader(self.model, ids, valid, sentence, front, behind, min(self.window, 512))
-        if not _writes_words(self.model):
-            return _Blind(type(self.model).__name__)
+        try:
+            if self._reads_words:
+                return WordReader(self.model, ids, valid, sentence, front, behind, min(self.window, 512))
+        except SignalError as error:
+            return _Blind(str(error))
         coded = [
             [i for i, p in zip(task.source.ids, task.source.parts, strict=True) if p >= len(task.prompt.contexts)]
             if task.prompt.question else [] for task in tasks
         ]  # fmt: skip
-        promise = self.tokenizer(PROMISE, add_special_tokens=False)["input_ids"]
-        return LanguageReader(self.model, ids, valid, part, coded, promise, front, self.window)
+        promise, joint = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (PROMISE, JOINT))
+        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
     def _made(self, task: Task) -> Compressed:
@@ -195,35 +213,53 @@ class Compressor:
         whole = Compressed(source, _kept(range(len(source)), len(source)), source.text, task.whole, task.whole)
         if task.order is None:
             return whole
-        order, after = self._fitted(task)
+        order, after = self._fitted(task) if self._counts else (task.order, -1)
         short = composed(source, order)
+        after = counted(short, self.counter) if after < 0 else after
         if abs(after - task.goal) > 1:
-            notes.append(f"{task.goal} tokens were asked for and {after} are left: words are not cut to fit")
+            why = f"no {self._unit} is cut to fit" if self._counts else "its fidelity is that of the authors' code"
+            notes.append(f"{task.goal} tokens were asked for and {after} are left: {why}")
         words = (*self.force, *task.prompt.force)
         if self.gate and (why := broken(source.text, short, words, self.protect)):
             return replace(whole, notes=(f"left as it was: {why}",))
         if self.gate and after >= task.whole:
             return replace(whole, notes=(f"left as it was: shortened, it has {after} tokens, and had {task.whole}",))
+        if self.gate and source.text.strip() and not short.strip():
+            return replace(whole, notes=("left as it was: nothing would be left of it",))
         return Compressed(source, _kept(order, len(source)), short, task.whole, after, tuple(notes))
 
     def _fitted(self, task: Task) -> tuple[list[int], int]:
-        """The tokens that stay and how many tokens their text has: units come and go, the dearest first, until
-        these are as many as were asked for. Cut words are other tokens than they were in the whole."""
-        assert task.order is not None
-        place = {part: i for i, part in enumerate(dict.fromkeys(task.source.parts[i] for i in task.order))}
+        """The tokens that stay and how many tokens their text has: units come and go, in the order of their worth,
+        until these are as many as were asked for, or one off. Cut words are other tokens than they were in the whole,
+        so that counts are tried; where no border hits the number, units about it change sides."""
         units = _Units(task)
-        chosen, best = units.of(task.order), (task.order, -1)
-        for _ in range(FITTINGS):
-            order = sorted(units.tokens(chosen), key=lambda i: (place.get(task.source.parts[i], len(place)), i))
-            after = counted(composed(task.source, order), self.counter)
-            if best[1] < 0 or abs(after - task.goal) < abs(best[1] - task.goal):
-                best = order, after
-            if after == task.goal:
+
+        def tried(border: int, aside: frozenset[int] = frozenset()) -> _Fit:
+            order = units.order(border, aside)
+            short = composed(task.source, order)
+            after = counted(short, self.counter)
+            useless = after >= task.whole or not short.strip()
+            return _Fit(border, aside, order, after, abs(after - task.goal) + 2 * useless)
+
+        best = fit = tried(units.chosen)
+        below, above, turn = -1, len(units.ranked) + 1, 0
+        while best.off > 1:
+            below, above = (fit.border, above) if fit.after < task.goal else (below, fit.border)
+            if above - below < 2:
                 break
-            chosen = units.moved(
-                chosen, round((task.goal - after) * len(task.source) / task.whole) or task.goal - after
-            )
-        return best
+            turn += 1
+            by = (task.goal - fit.after) * len(task.source) / task.whole
+            border = (below + above) // 2 if turn > STRAIGHT else units.beyond(fit.border, by)
+            fit = tried(min(max(border, below + 1), above - 1))
+            best = min(best, fit, key=lambda one: one.off)
+        improved = True
+        while best.off > 1 and improved:
+            near = range(max(0, best.border - NEAR), min(len(units.ranked), best.border + NEAR))
+            fits = (tried(best.border, best.aside ^ {unit}) for unit in near)
+            found = min(fits, key=lambda one: one.off, default=best)
+            improved = found.off < best.off
+            best = found if improved else best
+        return best.order, best.after
 
 
 @dataclass(eq=False)
@@ -245,35 +281,44 @@ class Task:
 
 
 class _Units:
-    """The units of a text by what they are worth."""
+    """The units of a text by what they are worth, those that a method chose first."""
 
     def __init__(self, task: Task) -> None:
-        self.members: dict[int, list[int]] = {}
+        assert task.order is not None
+        free: dict[int, list[int]] = {}
         for i, unit in enumerate(task.unit):
-            self.members.setdefault(unit, []).append(i)
+            if not task.stays[i]:
+                free.setdefault(unit, []).append(i)
+        there = {*task.order}
+        parts = dict.fromkeys(task.source.parts[i] for i in task.order)  # in the order they stand now
+        place = {part: number for number, part in enumerate(parts)}
+        self.place = [place.get(part, len(place)) for part in task.source.parts]
         self.fixed = [i for i, stays in enumerate(task.stays) if stays]
-        self.free = {u: [i for i in members if not task.stays[i]] for u, members in self.members.items()}
-        self.worth = {u: max(task.score[i] for i in members) for u, members in self.members.items()}
+        self.ranked = sorted(free.values(), key=lambda unit: (unit[0] not in there, -task.score[unit[0]], unit[0]))
+        self.chosen = sum(unit[0] in there for unit in self.ranked)
+        self._upto = [0, *accumulate(map(len, self.ranked))]
 
-    def of(self, order: Sequence[int]) -> set[int]:
-        there = set(order)
-        return {u for u, members in self.free.items() if members and members[0] in there}
+    def order(self, border: int, aside: frozenset[int]) -> list[int]:
+        """The tokens of the units in front of a border, but for those aside, which are on the other side of it."""
+        inside = {*range(border)} ^ aside
+        tokens = [*self.fixed, *(i for unit in inside for i in self.ranked[unit])]
+        return sorted(tokens, key=lambda i: (self.place[i], i))
 
-    def tokens(self, chosen: set[int]) -> list[int]:
-        return [*self.fixed, *(i for u in chosen for i in self.free[u])]
+    def beyond(self, border: int, by: float) -> int:
+        """The border so many tokens away."""
+        return bisect_left(self._upto, self._upto[border] + by)
 
-    def moved(self, chosen: set[int], by: int) -> set[int]:
-        """About so many tokens more, or fewer."""
-        out = [u for u, members in self.free.items() if members and (u in chosen) == (by < 0)]
-        out.sort(key=lambda u: self.worth[u], reverse=by > 0)
-        found, left = set(chosen), abs(by)
-        for unit in out:
-            if len(self.free[unit]) <= left:
-                found ^= {unit}
-                left -= len(self.free[unit])
-            if not left:
-                break
-        return found
+
+@dataclass(frozen=True)
+class _Fit:
+    """What stays in front of a border, see `_Units.order`, how many tokens its text has, and how far that is from what
+    was asked for; further for a text that is empty or no shorter."""
+
+    border: int
+    aside: frozenset[int]
+    order: list[int]
+    after: int
+    off: int
 
 
 def _kept(order: Sequence[int], n: int) -> Hard:
@@ -313,28 +358,14 @@ def _on_text(method: str | Reducer) -> Reducer:
     return found
 
 
-def _writes_words(model: nn.Module) -> bool:
-    """Whether a model foretells tokens. One that does not say is tried."""
-    able = getattr(model, "can_generate", None)
-    return able is None or able() or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
 @dataclass(frozen=True)
 class _Blind:
     """Stands for a reader where the model is none: methods that ask it nothing, such as a random draw, get on."""
 
-    name: str
+    why: str
 
     def __getattr__(self, asked: str) -> Any:
-        raise SignalError(
-            f"{self.name} neither foretells tokens nor says which stay: give a causal language model such as "
-            "smollm2-135m, or AutoModelForTokenClassification with two labels"
-        )
-
-
-def _says_words(model: nn.Module) -> bool:
-    """Whether a model says of each token whether it stays."""
-    return type(model).__name__.endswith("ForTokenClassification")
+        raise SignalError(self.why)
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -343,8 +374,3 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     whole = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return whole[:at], whole[at + len(plain) :]
-
-
-def _window(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

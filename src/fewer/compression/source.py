@@ -90,21 +90,23 @@ class Source:
         return self._numbers(starts)
 
     def _numbers(self, starts: list[int]) -> list[int]:
-        """Per token, in which run it begins. A token over an edge belongs where its first mark that is no space is."""
-        found = []
+        """Per token, in which run it begins. A token over an edge belongs where its first mark that is no space is, and
+        one that is a further byte of a character where the others are."""
+        found: list[int] = []
         for start, stop in self.spans:
             piece = self.text[start:stop]
             space = len(piece) - len(piece.lstrip()) if piece.strip() else 0
-            found.append(bisect_right(starts, start + space))
+            found.append(found[-1] if found and start == stop else bisect_right(starts, start + space))
         return _rising(found)
 
     def within(self, spans: Sequence[Span]) -> list[bool]:
-        """Per token, whether it touches one of these spans of characters, white space at its edges aside."""
-        marked = [False] * (len(self.text) + 1)
+        """Per token, whether it touches one of these spans of characters, white space at their ends aside."""
+        marked = bytearray(len(self.text))
         for start, stop in spans:
-            for i in range(max(0, start), min(stop, len(self.text))):
-                marked[i] = True
-        return [any(marked[i] and not self.text[i].isspace() for i in range(a, b)) for a, b in self.spans]
+            piece = self.text[max(0, start) : stop]
+            first = max(0, start) + len(piece) - len(piece.lstrip())
+            marked[first : first + len(piece.strip())] = b"\1" * len(piece.strip())
+        return [any(marked[a:b]) for a, b in self.spans]
 
 
 def assembled(contexts: Sequence[str], instruction: str = "", question: str = "") -> tuple[str, list[int], list[int]]:

@@ -42,6 +42,7 @@ class Reducer(Settings):
     site          where in the block
     proportional  later blocks add log(size) to their attention logits
     needs_cls     whether it ranks by a class token and has no answer without one
+    needs_reader  whether it asks what a model makes of a text (`Signals.written`)
     revives       whether a decoder keeps what it drops while reading, and asks again at every step who takes part
     one_for_all   whether all its places share one set of trained modules
     across        whether it ranks what another sequence looks at, in cross-attention
@@ -52,6 +53,7 @@ class Reducer(Settings):
     layers: tuple[int, ...] | None = None
     proportional: bool = False
     needs_cls: ClassVar[bool] = False
+    needs_reader: ClassVar[bool] = False
     revives: ClassVar[bool] = False
     one_for_all: ClassVar[bool] = False
     across: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .budgets import Budget
+from .budgets import Budget, KeepRatio
 from .errors import SignalError
 from .place import Place
 from .plan import Hard, Plan, on_device
@@ -24,12 +24,12 @@ Unit = Literal["token", "word", "phrase", "sentence"]
 class Walk(Protocol):
     """A reader on the way through a text, who forgets what is left out."""
 
-    def read(self, stop: int) -> Tensor:
-        """(B, stop - at) float32: surprisal of the tokens from where the reader stands up to `stop`, each given those
-        before it that stay."""
+    def read(self, these: Tensor) -> Tensor:
+        """(B, N) float32, nats: surprisal of these tokens, each given those of them before it and all that stay; NaN
+        elsewhere. these: (B, N) bool."""
 
     def keep(self, stays: Tensor) -> None:
-        """stays: (B, n) bool, which of the tokens just read are still there when the reader goes on."""
+        """stays: (B, N) bool, which of the tokens just read are still there when the reader goes on."""
 
 
 class Reader(Protocol):
@@ -52,8 +52,9 @@ class Reader(Protocol):
     def apart(self, group: Tensor) -> Tensor:
         """(B, N) float32, nats: surprisal where each group is read alone. group: (B, N) long, ascending."""
 
-    def walk(self, among: Tensor, *, asked: bool = False) -> Walk:
-        """From the start of the text, over the tokens among (B, N) bool; asked: with the question in front."""
+    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> Walk:
+        """From the start of the text; asked: with the question in front. place: (B, N) long, where each token's part
+        stands, lowest first; None = as they stand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +63,26 @@ class Written:
 
     part       the context (document, demonstration, message) a token is of, from 0; BEFORE and BEHIND for what stands
                around them
-    cell, word, phrase, sentence   from 0; a cell is a token, or those that are the bytes of one character
+    cell, word, phrase, sentence   from 0; a cell is a token, or those that are the bytes of one character. None where
+            token ids alone do not say it; `unit` then raises SignalError
     """
 
     reader: Reader
     part: Tensor
     cell: Tensor
-    word: Tensor
-    phrase: Tensor
-    sentence: Tensor
+    word: Tensor | None = None
+    phrase: Tensor | None = None
+    sentence: Tensor | None = None
 
     def unit(self, name: Unit) -> Tensor:
         """(B, N) long: what stays or goes as one."""
-        return {"token": self.cell, "word": self.word, "phrase": self.phrase, "sentence": self.sentence}[name]
+        found = {"token": self.cell, "word": self.word, "phrase": self.phrase, "sentence": self.sentence}[name]
+        if found is None:
+            raise SignalError(
+                f"token ids alone do not say where a {name} ends: choose unit=token (and context=text), or shorten the "
+                "text itself with fewer.Compressor"
+            )
+        return found
 
     @property
     def context(self) -> Tensor:
@@ -115,6 +123,13 @@ def goal(budget: Budget, tokens: Tokens, at: Place) -> tuple[Tensor, Tensor]:
     return budget.granted(real, tokens.n, at), free
 
 
+def share_of(budget: Budget, count: Tensor, free: Tensor) -> Tensor:
+    """(B,) double: the share of the free tokens that was asked for, before it became a count."""
+    if isinstance(budget, KeepRatio) and not isinstance(budget.ratio, tuple):
+        return torch.full_like(count, budget.ratio, dtype=torch.double)
+    return count.double() / free.sum(-1).clamp(min=1)
+
+
 def pooled(values: Tensor, group: Tensor, real: Tensor | None = None) -> Tensor:
     """(B, N): each token's value becomes the mean over its group; of those in `real` only. group: (B, N) long, from 0
     to N - 1."""
@@ -129,7 +144,7 @@ def numbered(group: Tensor) -> Tensor:
     return (group.diff(dim=-1, prepend=group[:, :1]) != 0).cumsum(-1)
 
 
-def fill(scores: Tensor, unit: Tensor, count: Tensor, free: Tensor, *, rounds: int = 4) -> Tensor:
+def fill(scores: Tensor, unit: Tensor, count: Tensor, free: Tensor) -> Tensor:
     """Whole units by falling score until a number of tokens is reached, never beyond it.
 
     Shapes   scores: (B, N), higher stays, one value per unit; unit: (B, N) long, equal for neighbours that stay or go
@@ -138,20 +153,20 @@ def fill(scores: Tensor, unit: Tensor, count: Tensor, free: Tensor, *, rounds: i
     Ties     the earlier unit wins.
     """
     unit = numbered(unit)
-    n = unit.shape[-1]
     scores = scores.float().nan_to_num(nan=torch.finfo(torch.float32).min).masked_fill(~free, -float("inf"))
     size = torch.zeros_like(unit).scatter_add_(-1, unit, free.long())  # by unit
     value = torch.full_like(scores, -float("inf")).scatter_reduce(-1, unit, scores, "amax")
-    order = value.masked_fill(size == 0, -float("inf")).sort(dim=-1, descending=True, stable=True).indices
+    order = value.sort(dim=-1, descending=True, stable=True).indices
     size = size.gather(-1, order)
-    left, taken = count, torch.zeros_like(size, dtype=torch.bool)
-    for _ in range(rounds):
-        fits = ~taken & (size > 0) & (size <= left[:, None])
-        run = torch.where(fits, size, 0).cumsum(-1)
-        new = fits & (run <= left[:, None])
+    left, taken = count[:, None], torch.zeros_like(size, dtype=torch.bool)
+    while True:
+        fits = ~taken & (size > 0) & (size <= left)
+        new = fits & (torch.where(fits, size, 0).cumsum(-1) <= left)  # up to the first that is too large
+        if not bool(new.any()):
+            break
         taken = taken | new
-        left = left - torch.where(new, size, 0).sum(-1)
-    chosen = torch.zeros(len(unit), n, dtype=torch.bool, device=unit.device).scatter(-1, order, taken)
+        left = left - torch.where(new, size, 0).sum(-1, keepdim=True)
+    chosen = torch.zeros_like(free).scatter(-1, order, taken)
     return chosen.gather(-1, unit) & free
 
 
@@ -183,52 +198,75 @@ def leading(score: Tensor, size: Tensor, limit: Tensor) -> Tensor:
     return torch.zeros_like(in_front).scatter(-1, order, in_front)
 
 
+def segments(there: Tensor, unit: Tensor, size: int, place: Tensor | None = None) -> Tensor:
+    """(B, N) long: the number of the segment a token is read in, -1 for those not there.
+
+    there: (B, N) bool. unit: (B, N) long; a segment has `size` tokens, and more where a unit goes on, up to twice as
+    many. place: (B, N) long, see `Reader.walk`.
+    """
+    found = torch.full(there.shape, -1, dtype=torch.long)
+    for row, inside in enumerate(inner(there, place)):
+        mine, units = found[row], unit[row].tolist()
+        number, length, last = 0, 0, -1
+        for i in inside:
+            if length >= 2 * size or (length >= size and units[i] != last):
+                number, length = number + 1, 0
+            mine[i], last = number, units[i]
+            length += 1
+    return found.to(there.device)
+
+
+def inner(there: Tensor, place: Tensor | None = None) -> list[list[int]]:
+    """By sample, the tokens that are there, in the order they are read."""
+    order = (torch.zeros_like(there, dtype=torch.long) if place is None else place).argsort(dim=-1, stable=True)
+    return [row[mine[row]].tolist() for row, mine in zip(order, there, strict=True)]
+
+
+def fixed(tokens: Tokens) -> Tensor:
+    """(B, N) bool: tokens that stay whatever a method says."""
+    none = torch.zeros(tokens.batch, tokens.n, dtype=torch.bool, device=tokens.device)
+    return none if tokens.protected is None else tokens.protected & tokens.unpadded | none
+
+
 def stepwise(
-    written: Written, tokens: Tokens, share: Tensor, unit: Tensor, *, segment: int, asked: bool = False
-) -> tuple[Tensor, Tensor]:
+    written: Written, tokens: Tokens, share: Tensor, unit: Tensor, *, segment: int, asked: bool = False,
+    place: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The text is read in segments, each behind what stays of those before; of each the most surprising units stay.
 
     Shapes   share: (B, N) in [0, 1], of each token, see `shares`; those with share 0 are not read. unit: (B, N) long.
+             place: (B, N) long, see `Reader.walk`.
     asked    the score is how much less surprising a token is behind the question than without it
     Returns  (B, N) bool, which free tokens stay; (B, N) float32, their scores, NaN where nothing was read.
     Counts   the shares summed up to a segment's end and rounded are kept by then, so that the whole is met.
     Source   LLMLingua, arXiv:2310.05736, algorithm 2; LongLLMLingua, arXiv:2310.06839, eq. 3.
     """
-    free = share > 0
-    protected = tokens.unpadded if tokens.protected is None else tokens.protected & tokens.unpadded
-    protected = protected & (tokens.protected is not None)
-    there = free | protected
-    walks = [written.reader.walk(there, asked=behind) for behind in (False, True)[: 1 + asked]]
-    wanted = share.cumsum(-1)
-    whole = (numbered(unit).diff(dim=-1) != 0).all(0).tolist()  # behind which token no text's unit is cut
+    free, guarded = share > 0, fixed(tokens)
+    walks = [written.reader.walk(place, asked=behind) for behind in (False, True)[: 1 + asked]]
+    number = segments(free | guarded, unit, segment, place)
     stays, scores = torch.zeros_like(free), torch.full(free.shape, float("nan"), device=free.device)
-    done = torch.zeros(tokens.batch, dtype=torch.long, device=free.device)
-    start = 0
-    while start < tokens.n:
-        stop = min(start + segment, tokens.n)
-        stop = next((i for i in range(stop, min(stop + segment, tokens.n)) if whole[i - 1]), stop)
-        read = [walk.read(stop) for walk in walks]
-        score = read[0] - read[1] if asked else read[0]
-        mine, inside = slice(start, stop), unit[:, start:stop]
-        group = numbered(inside)
-        score = pooled(score, group, free[:, mine])
-        count = wanted[:, stop - 1].round().long() - done
-        chosen = fill(score, group, count.clamp(min=0), free[:, mine])
-        stays[:, mine], scores[:, mine] = chosen, score
-        done = done + chosen.sum(-1)
-        for walk in walks:
-            walk.keep(chosen | protected[:, mine])
-        start = stop
+    last = int(number.amax())
+    for turn in range(last + 1):
+        these = number == turn
+        mine = these & free
+        read = [walk.read(these) for walk in walks]
+        score = pooled(read[0] - read[1] if asked else read[0], numbered(unit), mine)
+        due = (share * ((number >= 0) & (number <= turn))).sum(-1)
+        count = (due + 0.5 + 1e-6).floor().long() - stays.sum(-1)
+        chosen = fill(score, unit, count, mine)
+        stays, scores = stays | chosen, torch.where(mine, score, scores)
+        if turn < last:
+            for walk in walks:
+                walk.keep(chosen | guarded & these)
     return stays, scores
 
 
 def plan(stays: Tensor, tokens: Tokens, order: Tensor | None = None) -> Hard:
     """The plan in which some tokens stay, and all protected ones. stays: (B, N) bool. order: (B, N) long, where each
     token's part shall stand, lowest first; None = all as they stood."""
-    if tokens.protected is not None:
-        stays = stays | tokens.protected
-    if tokens.valid is not None:
-        stays = stays & tokens.valid
+    stays = (stays | fixed(tokens)) & tokens.unpadded
     key = torch.zeros_like(stays, dtype=torch.long) if order is None else order
-    place = key.masked_fill(~stays, torch.iinfo(torch.long).max).argsort(dim=-1, stable=True)
-    return Plan.keep(place, tokens.n, stays.sum(-1))
+    rows = key.masked_fill(~stays, torch.iinfo(torch.long).max).argsort(dim=-1, stable=True)
+    length = stays.sum(-1)
+    most = int(length.amax())
+    return Plan.keep(rows[:, :most], tokens.n, None if bool((length == most).all()) else length)

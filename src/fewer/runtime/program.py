@@ -329,6 +329,17 @@ RULES: tuple[Callable[[Program, Host], str | None], ...] = (
 """Each says why a program cannot run in a host, or nothing."""
 
 
+def check_readers(methods: Sequence[Reducer]) -> None:
+    """Raises SessionError where a model would read a text for one method while others shorten what it reads."""
+    readers = [m for m in methods if m.needs_reader]
+    others = [m for m in methods if m.site is not Site.TEXT]
+    if readers and others:
+        raise SessionError(
+            f"{text(readers[0])} has this very model read the text before it is cut, and {text(others[0])} would act "
+            "on that reading too: shorten the text first, with fewer.Compressor, and apply the other alone"
+        )
+
+
 def check_free(host: Host) -> None:
     """Raises SessionError where a session is on."""
     if host.occupied:

@@ -11,23 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compat import cache_argument, cached
 from ..core.errors import SignalError
 from ..core.written import BEHIND, numbered
 
+UNLIMITED = 1 << 30
 CHUNK = 512  # tokens whose logits are there at once
 FIRST = 10  # tokens of the text that stay in sight when the window slides
-LENT = 32  # groups read side by side
+ROWS = 4096  # tokens, padding included, that groups read side by side have
 
 
 @dataclass(eq=False)
 class LanguageReader:
     """A causal language model and the tokens it reads.
 
-    model      any that gives logits; with a cache that can be cut, each token is read once, and what stays once more
+    model      any that gives logits; with a cache that can be cut, each token is read once, and what stays of a segment
+               behind the first token that leaves it once more
     ids        (B, N) long; valid: (B, N) bool, padding behind; part: (B, N), see `Written`
-    question   per text, what is asked about it, () where nothing is
+    question   per text, what is asked about it, () where nothing is. joint: what stands between it and the text
     promise    what follows a question where documents are ranked: that the answer is in them
     start      what every text begins with for the model, such as a BOS; where there is nothing, the first token's
                surprisal is the mean of the others'
@@ -39,24 +42,26 @@ class LanguageReader:
     valid: Tensor
     part: Tensor
     question: Sequence[Sequence[int]] = ()
+    joint: Sequence[int] = ()
     promise: Sequence[int] = ()
     start: Sequence[int] = ()
-    window: int = 1 << 30
+    window: int = UNLIMITED
 
     @cached_property
     def surprisal(self) -> Tensor:
-        return self._through(asked=False)
+        return self._through(self.valid, asked=False)
 
     @cached_property
     def asked(self) -> Tensor:
-        return self._through(asked=True)
+        return self._through(self.valid, asked=True)
 
-    def _through(self, *, asked: bool) -> Tensor:
-        walk, read = self.walk(self.valid, asked=asked), []
-        for stop in range(CHUNK, self.ids.shape[1] + CHUNK, CHUNK):
-            read.append(walk.read(stop := min(stop, self.ids.shape[1])))
-            walk.keep(self.valid[:, stop - read[-1].shape[1] : stop])
-        return torch.cat(read, 1)
+    def _through(self, among: Tensor, *, asked: bool) -> Tensor:
+        walk, found = self.walk(asked=asked), torch.full(self.ids.shape, float("nan"), device=self.ids.device)
+        chunk = among.long().cumsum(-1).sub(1).div(CHUNK, rounding_mode="floor").masked_fill(~among, -1)
+        for turn in range(int(chunk.amax()) + 1):
+            found = torch.where(chunk == turn, walk.read(chunk == turn), found)
+            walk.keep(chunk == turn)
+        return found
 
     @cached_property
     def relevance(self) -> Tensor:
@@ -65,11 +70,13 @@ class LanguageReader:
         score = torch.full((len(self.ids), parts), float("nan"), device=self.ids.device)
         for row in range(len(self.ids)):
             asked = [*self.question[row], *self.promise]
+            room = self.window - len(asked) - len(self.start)
+            if room < 1:
+                raise SignalError(f"a question of {len(asked)} tokens leaves no room in the window of {self.window}")
             for part in range(parts):
                 mine = self.ids[row, (self.part[row] == part) & self.valid[row]].tolist()
                 if mine:
-                    mine = mine[-max(1, self.window - len(asked) - len(self.start)) :]
-                    score[row, part] = -self._behind([*self.start, *mine], asked)
+                    score[row, part] = -self._behind([*self.start, *mine[-room:]], asked)
         return score
 
     def _behind(self, text: list[int], asked: list[int]) -> Tensor:
@@ -80,7 +87,7 @@ class LanguageReader:
 
     def _questions(self) -> None:
         if not self.question or not all(self.question):
-            raise SignalError("this method asks what is wanted of a text: give question=")
+            raise SignalError("this method asks what is wanted of a text: give question= to fewer.Compressor's call")
 
     @property
     def wanted(self) -> Tensor:
@@ -98,8 +105,7 @@ class LanguageReader:
                 where = ((group[row] == number) & self.valid[row]).nonzero()[:, 0]
                 pieces += [(row, part) for part in where.split(max(1, self.window - len(self.start)))]
         pieces.sort(key=lambda piece: len(piece[1]))  # of like lengths, so that little is padding
-        for first in range(0, len(pieces), LENT):
-            some = pieces[first : first + LENT]
+        for some in _batches(pieces, [len(where) for _, where in pieces]):
             longest = max(len(where) for _, where in some)
             ids = self.ids.new_zeros(len(some), longest)
             there = torch.zeros_like(ids, dtype=torch.bool)
@@ -110,40 +116,53 @@ class LanguageReader:
                 found[row, where] = own.surprisal[i, : len(where)]
         return found
 
-    def walk(self, among: Tensor, *, asked: bool = False) -> LanguageWalk:
+    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> LanguageWalk | Single:
         if asked:
             self._questions()
-        return LanguageWalk(self, among & self.valid, self.question if asked else ())
+        question = [[*one, *self.joint] for one in self.question] if asked else [()] * len(self.ids)
+        fronts = [[*self.start, *one] for one in question]
+        place = torch.zeros_like(self.ids) if place is None else place
+
+        def one(rows: slice) -> LanguageWalk:
+            return LanguageWalk(self.model, self.ids[rows], self.valid[rows], place[rows], fronts[rows], self.window)
+
+        if len(self.ids) > 1 and not _side_by_side(self.model):
+            return Single([one(slice(row, row + 1)) for row in range(len(self.ids))])
+        return one(slice(None))
 
 
 class LanguageWalk:
-    """On the way: what stays of what was read is in a cache, but for the latest, which are read once more.
+    """On the way: what stays of what was read is in a cache, as far as nothing in front of it has left.
 
-    Rows of the latest segment have seen those that leave it; they are cut off the cache, and what stays is read again,
-    in one pass with the next segment, whose logits alone are computed.
+    Rows behind a token that leaves have seen it; they are cut off the cache, and what stays of them is read again, in
+    one pass with the next segment, whose logits alone are computed.
     """
 
-    def __init__(self, reader: LanguageReader, among: Tensor, question: Sequence[Sequence[int]]) -> None:
-        self.reader, self.among, self.at = reader, among, 0
-        b, device = len(among), among.device
-        fronts = [[*reader.start, *(question[i] if question else ())] for i in range(b)]
-        self._pending, self._there = _leftwards(fronts, device)
-        self._cache: DynamicCache | None = _fresh_cache(reader.model)
+    def __init__(
+        self, model: nn.Module, ids: Tensor, valid: Tensor, place: Tensor, fronts: Sequence[Sequence[int]], window: int
+    ) -> None:
+        self.model, self.ids, self.valid, self.place, self.window = model, ids, valid, place, window
+        self._first = [len(front) + FIRST for front in fronts]
+        self._kept = [list(front) for front in fronts]  # all that stays
+        self._pending, self._there = _leftwards(self._kept, ids.device)  # what of it is to be read again
+        self._fresh()
+        self._behind: Tensor | None = None  # (B, V), logits behind the last token that stays
+        self._read: tuple[Tensor, Tensor] | None = None  # (B, n) the columns just read, and which are no padding
+
+    def _fresh(self) -> None:
+        b, device = len(self.ids), self.ids.device
+        self._cache = _fresh_cache(self.model)
         self._held = torch.zeros(b, 0, dtype=torch.bool, device=device)  # rows of the cache that are real
         self._count = torch.zeros(b, dtype=torch.long, device=device)  # of these, by text
-        self._behind: Tensor | None = None  # (B, V), logits behind the last token that stays
-        self._kept = [list(front) for front in fronts]
-        self._read: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def read(self, stop: int) -> Tensor:
-        reader, inside = self.reader, slice(self.at, stop)
-        ids, there = reader.ids[:, inside], self.among[:, inside]
-        order = (~there).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(there.sum(-1).amax())]
-        ids, real = ids.gather(1, order), there.gather(1, order)
-        found = torch.full(there.shape, float("nan"), device=ids.device)
-        self._read = ids, order
-        self.at = stop
+    def read(self, these: Tensor) -> Tensor:
+        these = these & self.valid
+        key = self.place.masked_fill(~these, torch.iinfo(torch.long).max)
+        order = key.argsort(dim=-1, stable=True)[:, : int(these.sum(-1).amax())]
+        ids, real = self.ids.gather(1, order), these.gather(1, order)
+        found = torch.full(these.shape, float("nan"), device=ids.device)
+        self._read = order, real
         if not ids.shape[1]:
             return found
         self._slide(ids.shape[1])
@@ -156,49 +175,69 @@ class LanguageWalk:
         """(B, n, V): logits for each of the new tokens, at the row before it."""
         w, n = self._pending.shape[1], ids.shape[1]
         rows, mask = torch.cat([self._pending, ids], 1), torch.cat([self._there, real], 1)
-        whole = torch.cat([self._held, mask], 1)
+        self._held = torch.cat([self._held, mask], 1)
         logits = _logits(
-            self.reader.model, rows, mask=whole, cache=self._cache, last=n + (w > 0),
+            self.model, rows, mask=self._held, cache=self._cache, last=n + (w > 0),
             places=self._count[:, None] + mask.long().cumsum(-1) - 1,
         )  # fmt: skip
+        self._count = self._count + mask.sum(-1)
         if w:
-            fresh = logits[:, 0]
-            self._behind = (
-                fresh if self._behind is None else torch.where(self._there.any(-1)[:, None], fresh, self._behind)
-            )
+            fresh, known = logits[:, 0], self._behind
+            self._behind = fresh if known is None else torch.where(self._there[:, -1:], fresh, known)
             logits = logits[:, 1:]
-        if self._cache is not None:  # of the rows just read those of the segment go again
-            held = self._held.shape[1] + w
-            self._cache.crop(-n)
-            self._held, self._count = whole[:, :held], self._count + self._there.sum(-1)
-            self._pending, self._there = self._pending[:, :0], self._there[:, :0]
         first = torch.zeros_like(logits[:, :1]) if self._behind is None else self._behind[:, None]
         return torch.cat([first, logits[:, :-1]], 1)
 
     def keep(self, stays: Tensor) -> None:
-        assert self._read is not None
-        ids, order = self._read
-        new = [row[mine].tolist() for row, mine in zip(ids, stays.gather(1, order), strict=True)]
+        assert self._read is not None, "keep() follows read()"
+        (order, real), self._read = self._read, None
+        n = order.shape[1]
+        if not n:
+            return
+        stays = stays.gather(1, order) & real
+        ids = self.ids.gather(1, order)
+        new = [row[mine].tolist() for row, mine in zip(ids, stays, strict=True)]
         self._kept = [[*kept, *more] for kept, more in zip(self._kept, new, strict=True)]
-        self._pending, self._there = _leftwards(self._kept if self._cache is None else new, ids.device)
+        if self._cache is None:
+            self._pending, self._there = _leftwards(self._kept, ids.device)
+            self._held, self._count = self._held[:, :0], torch.zeros_like(self._count)
+            return
+        whole = _whole(stays, real)
+        self._cache.crop(whole - n)
+        self._held, self._count = self._held[:, : whole - n], self._count - real[:, whole:].sum(-1)
+        done = stays[:, :whole].sum(-1).tolist()
+        self._pending, self._there = _leftwards([row[k:] for row, k in zip(new, done, strict=True)], ids.device)
 
     def _slide(self, coming: int) -> None:
         """Start again with the first tokens and the latest, where the window would overflow."""
-        window = self.reader.window
-        most = max(len(kept) for kept in self._kept)
-        if most + coming <= window:
+        if max(map(len, self._kept)) + coming <= self.window:
             return
-        room = max(1, (window - coming) // 2)
-        if coming >= window:
+        if coming >= self.window:
             raise SignalError(
-                f"a segment of {coming} tokens fills the window of {window}: choose a smaller segment, or a model with "
-                "a longer context"
+                f"a segment of {coming} tokens fills the window of {self.window}: choose a smaller segment, or a model "
+                "with a longer context"
             )
-        first = min(FIRST, room // 2)
-        self._kept = [k if len(k) <= room else [*k[:first], *k[len(k) - (room - first) :]] for k in self._kept]
-        self._pending, self._there = _leftwards(self._kept, self.among.device)
-        self._cache = None if self._cache is None else _fresh_cache(self.reader.model)
-        self._held, self._count = self._held[:, :0], torch.zeros_like(self._count)
+        room = max(1, (self.window - coming) // 2)
+        for i, kept in enumerate(self._kept):
+            if len(kept) > room:
+                first = min(self._first[i], room)
+                self._kept[i] = [*kept[:first], *kept[len(kept) - (room - first) :]]
+        self._pending, self._there = _leftwards(self._kept, self.ids.device)
+        self._fresh()
+
+
+class Single:
+    """Texts on their way one by one: for models in which padding, or what has left, would count."""
+
+    def __init__(self, walks: Sequence[LanguageWalk]) -> None:
+        self.walks = walks
+
+    def read(self, these: Tensor) -> Tensor:
+        return torch.cat([walk.read(these[i : i + 1]) for i, walk in enumerate(self.walks)])
+
+    def keep(self, stays: Tensor) -> None:
+        for i, walk in enumerate(self.walks):
+            walk.keep(stays[i : i + 1])
 
 
 @dataclass(eq=False)
@@ -225,8 +264,7 @@ class WordReader:
         found = torch.full(self.ids.shape, float("nan"), device=self.ids.device)
         pieces = [(row, start, stop) for row in range(len(self.ids)) for start, stop in self._pieces(row)]
         pieces.sort(key=lambda piece: piece[2] - piece[1])
-        for first in range(0, len(pieces), LENT):
-            some = pieces[first : first + LENT]
+        for some in _batches(pieces, [stop - start for _, start, stop in pieces]):
             texts = [[*self.front, *self.ids[r, a:b].tolist(), *self.behind] for r, a, b in some]
             longest = max(map(len, texts))
             ids = torch.tensor([t + [0] * (longest - len(t)) for t in texts], device=self.ids.device)
@@ -270,8 +308,42 @@ class WordReader:
     def apart(self, group: Tensor) -> Tensor:
         return self._none()
 
-    def walk(self, among: Tensor, *, asked: bool = False) -> LanguageWalk:
+    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> LanguageWalk:
         return self._none()
+
+
+@torch.no_grad()
+def reads_words(model: nn.Module) -> bool:
+    """Whether a model says of each token if it stays (`WordReader`), or else what comes next (`LanguageReader`).
+
+    Two short texts that differ in their last token tell. Raises SignalError for a model that does neither.
+    """
+    name, device = type(model).__name__, next(model.parameters()).device
+    try:
+        logits = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device)).logits
+    except Exception as error:  # whatever a model of another kind says to this
+        raise SignalError(f"{name} does not read a text by itself: {_TAKES} ({error})") from error
+    if logits.ndim != 3 or logits.shape[1] != 2:
+        raise SignalError(f"{name} says nothing about each token: {_TAKES}")
+    if logits.shape[-1] == 2:
+        return True
+    first, second = logits[:, 0].float()
+    if not torch.allclose(first, second, atol=1e-2 * float(first.abs().max()), rtol=0):
+        raise SignalError(f"{name} sees what comes behind a token, and gives no probability of a text: {_TAKES}")
+    return False
+
+
+_TAKES = (
+    "give a causal language model (AutoModelForCausalLM), or an encoder with two labels "
+    "(AutoModelForTokenClassification)"
+)
+
+
+def window_of(model: nn.Module) -> int:
+    """Tokens a model has positions for; very many where it does not count them."""
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(inner, "max_position_embeddings", None) or UNLIMITED)
 
 
 def _leftwards(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -286,17 +358,48 @@ def _leftwards(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     )
 
 
+def _whole(stays: Tensor, real: Tensor) -> int:
+    """Columns of what was read that no text reads again; of each text the last token that stays is, so that its logits
+    come again. stays, real: (B, n) bool."""
+    n = stays.shape[1]
+    column = torch.arange(n, device=stays.device)
+    gone = torch.where(real & ~stays, column, n).amin(-1)
+    last = torch.where(stays, column, -1).amax(-1).clamp(min=0)
+    return int(torch.where(real.any(-1), torch.minimum(gone, last), n - 1).amin())
+
+
+def _layers(model: nn.Module) -> list[type] | None:
+    """What the layers of a model's cache are; None for a model that has no cache with a row per token."""
+    config: Any = getattr(model, "config", None)
+    if config is None or cache_argument(model.forward) in (None, "cache_params"):
+        return None
+    return [type(layer) for layer in DynamicCache(config=config).layers]
+
+
 def _fresh_cache(model: nn.Module) -> DynamicCache | None:
     """A cache whose rows can be cut off again; None for a model that keeps a state instead, or no cache."""
-    name = cache_argument(model.forward)
-    config: Any = getattr(model, "config", None)
-    if name is None or name == "cache_params" or config is None:
+    layers = _layers(model)
+    if layers is None or not {*layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    return DynamicCache()  # without the config: all rows stay, also those that a window hides
 
-    own = DynamicCache(config=config)
-    whole = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers)
-    return DynamicCache() if whole else None
+
+def _side_by_side(model: nn.Module) -> bool:
+    """Whether texts of different lengths can be read in one pass: nothing but masks tells padding."""
+    layers = _layers(model)
+    return layers is not None and {*layers} <= {DynamicLayer}
+
+
+def _batches(items: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
+    """Items in turn, side by side as many as ROWS tokens, padding included, allow. lengths: ascending."""
+    found, first = [], 0
+    while first < len(items):
+        stop = first + 1
+        while stop < len(items) and lengths[stop] * (stop + 1 - first) <= ROWS:
+            stop += 1
+        found.append(items[first:stop])
+        first = stop
+    return found
 
 
 def _logits(

@@ -19,7 +19,7 @@ from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 from . import modules as trained
 from .costs import CacheLedger, Ledger
-from .program import Bound, Execution, Program, SessionError, check_free
+from .program import Bound, Execution, Program, SessionError, check_free, check_readers
 from .sites import bridge
 from .sites.blocks import BlockSite
 from .sites.bridge import BridgeSite, Positions
@@ -298,6 +298,7 @@ def start(
 ) -> Session:  # fmt: skip
     """Put methods into a model; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
+    check_readers(methods)
     session = _composed(model, methods, execution, modules, host, guide, positions)
     session._attach()
     return session

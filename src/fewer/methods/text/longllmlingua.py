@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, reducer
+from fewer.core.lingua import SPARE, coded
 from fewer.core.written import BEHIND, Unit, goal, leading, plan, shares, stepwise
 
 Order = Literal["best", "ends", "original"]
@@ -23,6 +24,8 @@ class LongLLMLingua(Reducer):
     best first, until they hold so many times the tokens that stay. ramp: how much more of the best document stays than
     of the middle one, and of the worst less. order: of the documents that stay: the best first; the best at both ends;
     or as they stood. unit: what stays or goes as one.
+    fidelity: "paper"; or "code", as for `llmlingua`, and with documents of which the best gets `ramp` more and the
+    worst as much less, whatever stands between.
     """
 
     budget: Budget = KeepRatio(0.5)
@@ -32,7 +35,9 @@ class LongLLMLingua(Reducer):
     ramp: float = 0.3
     order: Order = "best"
     unit: Unit = "token"
+    fidelity: Literal["paper", "code"] = "paper"
     site: ClassVar[Site] = Site.TEXT
+    needs_reader: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.segment < 1 or self.slack < 1:
@@ -41,22 +46,31 @@ class LongLLMLingua(Reducer):
             raise ValueError(f"ramp={self.ramp} is outside [0, 1]; 0 keeps the same share of each document")
         if self.order not in ("best", "ends", "original"):
             raise ValueError(f"order={self.order!r}: choose best, ends or original")
+        if self.fidelity not in ("paper", "code"):
+            raise ValueError(f"fidelity={self.fidelity!r}: choose 'paper' or 'code'")
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         written = signals.written
         count, free = goal(self.budget, tokens, signals.at)
         relevance = written.reader.relevance
         _, size = written.by_part(free.float(), free)
-        chosen = leading(relevance, size, self.slack * count)
+        code = self.fidelity == "code"
+        chosen = leading(relevance, size, count + SPARE if code else self.slack * count)
         rank = relevance.masked_fill(~chosen, -float("inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
         there = free & chosen.gather(-1, written.context)
         among = chosen.sum(-1, keepdim=True)
+        place = self._places(written.part, rank, among)
+        if code:
+            ramp = self.ramp * (among - 1 - 2 * rank) / (among - 1).clamp(min=1)
+            stays = coded(written, tokens, there, count, segment=self.segment, ramp=ramp, asked=True, place=place)
+            return plan(stays, tokens, place)
         base = count[:, None] / (size * chosen).sum(-1, keepdim=True).clamp(min=1)
         weight = (base + self.ramp * (1 - 2 * rank / among.clamp(min=1))).clamp(1e-3, 1)
         share = shares(count, there, weight.gather(-1, written.context) * there)
-        stays, score = stepwise(written, tokens, share, written.unit(self.unit), segment=self.segment, asked=True)
+        unit = written.unit(self.unit)
+        stays, score = stepwise(written, tokens, share, unit, segment=self.segment, asked=True, place=place)
         signals.memory["score"] = score
-        return plan(stays, tokens, self._places(written.part, rank, among))
+        return plan(stays, tokens, place)
 
     def _places(self, part: Tensor, rank: Tensor, among: Tensor) -> Tensor | None:
         """(B, N) long: where each token's document shall stand."""

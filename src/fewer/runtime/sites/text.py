@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from ...compat import given_cache, pretrained
 from ...core import Hard, Plan, Signals, Site, Tokens
 from ...core.attention import full_precision
+from ...core.errors import SignalError
 from ...core.place import Place
+from ...core.written import Written
 from ...spec import text
 from ..program import Bound, SessionError
+from ..reading import LanguageReader, reads_words, window_of
 from ..trace import Step, Trace
 
 BESIDE = ("attention_mask", "position_ids", "token_type_ids", "labels")  # arguments with an entry per token
@@ -23,6 +26,9 @@ BESIDE = ("attention_mask", "position_ids", "token_type_ids", "labels")  # argum
 
 class TextSite:
     """Methods are shown the embedded tokens of a prompt, and the model is given those that stay.
+
+    Methods that ask what a reader makes of the text are answered by the model itself, which then reads it first; all
+    they know of it are tokens, one behind the other.
 
     Tokens keep their position ids. A prompt that goes on in a cache must come with it, as `generate()` has it: later
     passes are told by it which words of the mask are gone.
@@ -33,6 +39,10 @@ class TextSite:
     def __init__(self, bound: Bound) -> None:
         self.bound, self.host, self.program = bound, bound.host, bound.program
         self.trace: Trace | None = None
+        self._reading = False
+        for method in self.program.methods:
+            if method.needs_reader:
+                _check_reader(bound.model, method)
         self._names = list(inspect.signature(type(bound.model).forward).parameters)[1:]
         #: By cache: how many tokens came, and (B, M) bool, which rows of those it was given are no padding.
         self._read: weakref.WeakKeyDictionary[Any, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
@@ -41,6 +51,8 @@ class TextSite:
         undo.callback(self.bound.model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
 
     def _enter(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._reading:
+            return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, cache, mask = given.get("input_ids"), given_cache(given), given.get("attention_mask")
         if ids is None:
@@ -73,26 +85,18 @@ class TextSite:
         host, (b, n) = self.host, ids.shape
         x = pretrained(self.bound.model).get_input_embeddings()(ids)
         first = Tokens.plain(b, n, 0 if host.kind == "decoder" else host.prefix, device=ids.device, valid=valid)
-        first = tokens = host.opening(first) if host.kind == "text" else first.protect(first.last)
+        first = tokens = host.opening(first) if host.kind == "text" else self._ends(first, ids)
         trace = self.trace = Trace(host, first, len(self.program.methods), x.element_size(), None)
         if valid is not None:
             front = Plan.keep((~valid).to(torch.int8).argsort(dim=-1, stable=True), n, valid.sum(-1))
             trace.steps.append(Step(-1, -1, front))
             x, tokens = front.gather(x), tokens.after(front)
         starts = None if valid is None else valid.sum(-1) - n + first.free_count
-        for turn in self.program.at(Site.TEXT, 0):
-            method = self.program.methods[turn.method]
-            place = Place(0, 1, 0, 1, first.free_count, note=trace.notes.append, starts=starts)
-            signals = Signals(
-                x, tokens, place, modules=self.bound.modules_of(turn.method, 0), training=self.bound.training,
-                memory=trace.memory[turn.method], prefix=first.prefix,
-            )  # fmt: skip
-            with full_precision(x):
-                plan = method.plan(signals, tokens)
-            if not isinstance(plan, Hard) or plan.averages:
-                raise SessionError(f"{text(method)} makes rows that are no words; choose a method that only prunes")
-            trace.steps.append(Step(-1, turn.method, plan))
-            x, tokens = plan.gather(x), tokens.after(plan)
+        self._reading = True
+        try:
+            tokens = self._shortened(trace, x, ids, tokens, starts)
+        finally:
+            self._reading = False
         trace.tokens = tokens
         lengths = None if tokens.valid is None else tokens.valid.sum(-1)
         for block in trace.blocks:
@@ -101,3 +105,51 @@ class TextSite:
             return tokens.place(), None
         behind = tokens.valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding in front, as decoders want it
         return tokens.place().gather(1, behind), tokens.valid.gather(1, behind)
+
+    def _ends(self, tokens: Tokens, ids: Tensor) -> Tokens:
+        """The last token stays, after which a decoder writes, and a beginning of sequence where all begin with one."""
+        begins = getattr(getattr(self.bound.model, "config", None), "bos_token_id", None)
+        first = tokens.first(1)
+        if tokens.n > 1 and bool((ids[tokens.where(first)] == begins).all() if isinstance(begins, int) else False):
+            tokens = tokens.protect(first)
+        return tokens.protect(tokens.last)
+
+    def _shortened(self, trace: Trace, x: Tensor, ids: Tensor, tokens: Tokens, starts: Tensor | None) -> Tokens:
+        """What the methods leave, one behind the other. x: (B, N, C), the embedded tokens; padding stands behind."""
+        first = trace.first
+        for turn in self.program.at(Site.TEXT, 0):
+            method = self.program.methods[turn.method]
+            if method.needs_reader:
+                trace.notes.append(f"{text(method)} reads the text with the model first, which is not counted here")
+            place = Place(0, 1, 0, 1, first.free_count, note=trace.notes.append, starts=starts)
+            signals = Signals(
+                x, tokens, place, modules=self.bound.modules_of(turn.method, 0), training=self.bound.training,
+                memory=trace.memory[turn.method], prefix=first.prefix, text=self._written(ids, tokens),
+            )  # fmt: skip
+            with full_precision(x):
+                plan = method.plan(signals, tokens)
+            if not isinstance(plan, Hard) or plan.averages:
+                raise SessionError(f"{text(method)} makes rows that are no words; choose a method that only prunes")
+            trace.steps.append(Step(-1, turn.method, plan))
+            x, tokens = plan.gather(x), tokens.after(plan)
+        return tokens
+
+    def _written(self, ids: Tensor, tokens: Tokens) -> Written:
+        """The tokens that are left as a text that the model itself reads."""
+        now = ids.gather(1, tokens.place())
+        here, one = torch.arange(tokens.n, device=ids.device).expand_as(now), torch.zeros_like(now)
+        reader = LanguageReader(self.bound.model, now, tokens.unpadded, one, window=window_of(self.bound.model))
+        return Written(reader, part=one, cell=here)
+
+
+def _check_reader(model: nn.Module, method: Any) -> None:
+    """Raises SessionError for a model that cannot say how surprising a text is."""
+    try:
+        words = reads_words(model)
+    except SignalError as error:
+        raise SessionError(f"{text(method)} reads the text with the model it is put into, and {error}") from error
+    if words:
+        raise SessionError(
+            f"{type(model).__name__} says which words of a text stay, for another model to read: give it to "
+            "fewer.Compressor"
+        )
