@@ -172,6 +172,11 @@ GROUPS: dict[str, tuple[str, str]] = {
         "Prompts: inside the network",
         "Decoders, while a prompt is read. Layers behind a cut compute and cache fewer tokens.",
     ),
+    "text": (
+        "Texts: before a model reads them",
+        "Words leave a prompt, a document or a tool's output; the [guide](text.md) shows how. `random` acts here too with "
+        "`site=text`.",
+    ),
     "kv-cache": (
         "The KV cache",
         "Decoders, once a prompt is read and while they write: fewer rows stored, fewer read, or fewer bits.",
@@ -286,7 +291,7 @@ def where(default: Reducer) -> str:
 
 def sights(default: Reducer) -> list[str]:
     """Lines of a page's table: where a method acts; on visual tokens also what its budget counts, what it looks at."""
-    lines = [] if default.site is Site.BRIDGE else [f"| layers | {where(default)} |"]
+    lines = [] if default.site in (Site.BRIDGE, Site.TEXT) else [f"| layers | {where(default)} |"]
     if isinstance(default, VisualReducer):
         lines.append(f"| budget of | {'each image or video' if default.scope == 'image' else 'each prompt'} |")
         blocks = ["the one whose output is used" if block is None else str(block) for block in default.looks_at]
@@ -319,6 +324,7 @@ def method_page(name: str, cls: type[Reducer]) -> str:
         f"> {source}\n",
         *(f"{paragraph}\n" for paragraph in prose if paragraph),
         "```python",
+        *([f'shorter = fewer.Compressor("{name}", model, tokenizer)(text)'] if default.site is Site.TEXT else []),
         f'session = fewer.apply(model, "{name}")  # the defaults below',
         f'session = fewer.apply(model, "{fewer.text(default, defaults=True)}")  # the same, written out',
         f"session = fewer.apply(model, {in_python(default)})",

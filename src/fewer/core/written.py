@@ -202,7 +202,8 @@ def segments(there: Tensor, unit: Tensor, size: int, place: Tensor | None = None
     """(B, N) long: the number of the segment a token is read in, -1 for those not there.
 
     there: (B, N) bool. unit: (B, N) long; a segment has `size` tokens, and more where a unit goes on, up to twice as
-    many. place: (B, N) long, see `Reader.walk`.
+    many. A rest of less than half of that is read with the last one: few tokens are no choice, and a pass saved.
+    place: (B, N) long, see `Reader.walk`.
     """
     found = torch.full(there.shape, -1, dtype=torch.long)
     for row, inside in enumerate(inner(there, place)):
@@ -213,6 +214,8 @@ def segments(there: Tensor, unit: Tensor, size: int, place: Tensor | None = None
                 number, length = number + 1, 0
             mine[i], last = number, units[i]
             length += 1
+        if number and 2 * length < size:
+            mine[mine == number] = number - 1
     return found.to(there.device)
 
 

@@ -166,13 +166,13 @@ class LanguageWalk:
         if not ids.shape[1]:
             return found
         self._slide(ids.shape[1])
-        nats = _nats(self._pass(ids, real), ids).masked_fill(~real, float("nan"))
+        nats = self._pass(ids, real).masked_fill(~real, float("nan"))
         if self._behind is None:  # nothing stands before the first token
             nats[:, 0] = nats[:, 1:].nanmean(-1).nan_to_num(0.0)
         return found.scatter(1, order, nats)
 
     def _pass(self, ids: Tensor, real: Tensor) -> Tensor:
-        """(B, n, V): logits for each of the new tokens, at the row before it."""
+        """(B, n): surprisal of the new tokens, by the logits at the row before each."""
         w, n = self._pending.shape[1], ids.shape[1]
         rows, mask = torch.cat([self._pending, ids], 1), torch.cat([self._there, real], 1)
         self._held = torch.cat([self._held, mask], 1)
@@ -185,8 +185,8 @@ class LanguageWalk:
             fresh, known = logits[:, 0], self._behind
             self._behind = fresh if known is None else torch.where(self._there[:, -1:], fresh, known)
             logits = logits[:, 1:]
-        first = torch.zeros_like(logits[:, :1]) if self._behind is None else self._behind[:, None]
-        return torch.cat([first, logits[:, :-1]], 1)
+        first = torch.zeros_like(logits[:, 0]) if self._behind is None else self._behind
+        return torch.cat([_nats(first[:, None], ids[:, :1]), _nats(logits[:, :-1], ids[:, 1:])], 1)
 
     def keep(self, stays: Tensor) -> None:
         assert self._read is not None, "keep() follows read()"
@@ -423,4 +423,5 @@ def _logits(
 
 def _nats(logits: Tensor, ids: Tensor) -> Tensor:
     """(B, n) float32: -log p of each token. logits: (B, n, V)."""
-    return logits.logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0]
+    total = [row.logsumexp(-1) for row in logits.split(1, 1)]  # one by one they stay in a CPU's cache
+    return torch.cat([logits.new_zeros(len(ids), 0), *total], 1) - logits.gather(-1, ids[..., None])[..., 0]
