@@ -99,12 +99,16 @@ class Source:
         return _rising(found)
 
     def within(self, spans: Sequence[Span]) -> list[bool]:
-        """Per token, whether it touches one of these spans of characters, white space at its edges aside."""
-        marked = [False] * (len(self.text) + 1)
+        """Per token, whether it touches one of these spans of characters, white space at the span's ends aside: what
+        stands inside, such as the indentation of code, is part of it."""
+        marked = bytearray(len(self.text))
         for start, stop in spans:
-            for i in range(max(0, start), min(stop, len(self.text))):
-                marked[i] = True
-        return [any(marked[i] and not self.text[i].isspace() for i in range(a, b)) for a, b in self.spans]
+            start, stop = max(0, start), min(stop, len(self.text))
+            piece = self.text[start:stop]
+            start, stop = start + len(piece) - len(piece.lstrip()), stop - len(piece) + len(piece.rstrip())
+            if stop > start:
+                marked[start:stop] = b"\1" * (stop - start)
+        return [1 in marked[a:b] for a, b in self.spans]
 
 
 def assembled(contexts: Sequence[str], instruction: str = "", question: str = "") -> tuple[str, list[int], list[int]]:
