@@ -335,7 +335,7 @@ class Conversation:
         method = parse(policy.method) if policy.method else base.method
         if policy.rate is not None:
             method = parse(method, keep=policy.rate)
-        if wordwise and "unit" in {f.name for f in fields(method)}:  # type: ignore[arg-type]
+        if wordwise and "unit" in {f.name for f in fields(method)}:
             method = parse(method, unit="word")
         protect = tuple(dict.fromkeys((*base.protect, *policy.protect)))
         return Compressor(
