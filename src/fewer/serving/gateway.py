@@ -1,6 +1,4 @@
-"""The gateway: what answers under which path."""
-
-from __future__ import annotations
+"""The gateway: what answers under which path. (Annotations are evaluated here: FastAPI reads those of its routes.)"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 KEEP = 2.0  # seconds a connection to the upstream is kept for the next request; fewer than servers keep theirs
 
 
-def gateway(conversation: Conversation, settings: Settings) -> FastAPI:
+def gateway(conversation: Conversation, settings: Settings) -> "FastAPI":
     """An ASGI application.
 
     /v1/chat/completions   goes to the upstream with shorter messages; every other path under /v1 as it came
