@@ -79,7 +79,7 @@ def through(port: int, to: int, clocks: Any, threads: int) -> None:
 
     Compressor.__call__ = timed  # type: ignore[method-assign]
     conversation = Conversation("tool=0.5,user=0.5", compressor)
-    app = gateway(conversation, Settings(f"http://127.0.0.1:{to}"))
+    app = gateway(conversation, Settings(f"http://127.0.0.1:{to}", patience=3_600.0))
     uvicorn.run(app, port=port, log_level="error", server_header=False, date_header=False)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-
 
 class Upstream:
     """An ASGI application. What it does is named in a request's "behave"; what it was sent is in `seen`.
@@ -131,6 +129,8 @@ class Upstream:
 @contextmanager
 def running(app: Any, **config: Any) -> Iterator[str]:
     """An application at an address of this machine, until the end of the block."""
+    import uvicorn  # not where there is none: tests that need it are left out then
+
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="auto", **config))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
