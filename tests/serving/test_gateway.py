@@ -338,6 +338,17 @@ def test_a_client_that_leaves_is_not_answered_any_more_upstream(gate, behave):
     assert gate.count("in_flight") == 0
 
 
+def test_a_client_that_has_its_answer_has_not_left(gate, caplog):
+    left = gate.count("disconnects_total")
+    with caplog.at_level(logging.INFO, "fewer.serving"):
+        for stream in (False, True) * 5:
+            httpx.post(gate.url + CHAT, json={"messages": LONG, "stream": stream})  # a connection of its own each time
+        httpx.post(gate.url + CHAT, json={"messages": LONG, "behave": "torn"})
+        until(lambda: gate.count("in_flight") == 0)
+    assert gate.count("disconnects_total") == left
+    assert "left" not in caplog.text
+
+
 def test_a_client_that_leaves_while_it_sends(gate):
     n, left = len(gate.upstream.seen), gate.count("disconnects_total")
     parts = urlsplit(gate.url)

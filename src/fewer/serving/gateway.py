@@ -14,7 +14,7 @@ from .shortening import Shortener, caller
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-KEEP = 2.0  # seconds a connection to the upstream is kept for the next request; fewer than servers keep theirs
+KEEP = 4.0  # seconds a connection to the upstream is kept for the next request; fewer than servers keep theirs
 
 
 def gateway(conversation: Conversation, settings: Settings) -> "FastAPI":

@@ -69,7 +69,9 @@ class Relay:
         gone = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if answer.whole:  # what is left to do is to tidy up
+                await work
+            elif not work.done():
                 self.metrics.add("disconnects_total")
                 LOG.info("%s: the client left", route)
         finally:
@@ -171,12 +173,12 @@ class Relay:
 
 
 class _Answer:
-    """What goes down to a client. extra: headers of ours."""
+    """What goes down to a client. extra: headers of ours. whole: all of it is sent; broken: it never will be."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status = 0
-        self.broken = False
+        self.broken = self.whole = False
         self.extra: Headers = []
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -188,6 +190,7 @@ class _Answer:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self) -> None:
+        self.whole = True  # from here on a client that closes its end has not left
         await self._send({"type": "http.response.body", "body": b""})
 
     async def error(self, status: int, said: str, code: str, *, retry: int = 0, close: bool = False) -> None:
