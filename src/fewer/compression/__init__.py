@@ -2,6 +2,11 @@
 
 from .compressed import Compressed, Shelf
 from .compressor import CompressionError, Compressor, Prompt
+from .conversation import Conversation, ConversationError, Conversed, Segment
+from .policy import Policy, PolicyError, policies
 from .source import Source, SourceError
 
-__all__ = ["Compressed", "CompressionError", "Compressor", "Prompt", "Shelf", "Source", "SourceError"]
+__all__ = [
+    "Compressed", "CompressionError", "Compressor", "Conversation", "ConversationError", "Conversed", "Policy",
+    "PolicyError", "Prompt", "Segment", "Shelf", "Source", "SourceError", "policies",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from fewer.core.plan import Hard
 from .source import JOINT, Source, Span, pieces_of
 
 BREAKS = re.compile(r"\s+")
+FENCES = ("```", "~~~")
 LEANING = frozenset(
     ",.;:!?)]}%\u2026\uff0c\u3002\uff1b\uff1a\uff01\uff1f\uff09\u300d\u300f\u3011\u3001"
 )  # marks that stand right behind a word
@@ -126,6 +127,8 @@ def composed(source: Source, order: Sequence[int]) -> str:
     last: int | None = None
     for start, stop in _runs([source.spans[i] for i in order]):
         piece = source.text[start:stop]
+        if last is not None and parts and parts[-1].endswith(FENCES) and "\n" in source.text[last:start]:
+            piece = "\n" * (not _lines(piece)) + piece  # what closes a block of code stands alone on its line
         if last is not None and parts and piece and not piece[0].isspace() and not parts[-1][-1:].isspace():
             leans = piece[0] in LEANING
             parts.append(JOINT if last > start else "" if leans else _break(source.text[last:start]))

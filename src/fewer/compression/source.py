@@ -100,7 +100,8 @@ class Source:
         return _rising(found)
 
     def within(self, spans: Sequence[Span]) -> list[bool]:
-        """Per token, whether it touches one of these spans of characters, white space at their ends aside."""
+        """Per token, whether it touches one of these spans of characters, white space at their ends aside: what stands
+        inside, such as the indentation of code, is part of it."""
         marked = bytearray(len(self.text))
         for start, stop in spans:
             piece = self.text[max(0, start) : stop]
