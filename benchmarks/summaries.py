@@ -39,8 +39,10 @@ def corpus() -> tuple[Tensor, Tensor]:
     tokenizer.train_from_iterator(
         sets[0], trainers.BpeTrainer(vocab_size=PIECES, special_tokens=["<end>"], show_progress=False)
     )
-    encoded = [[[0, *one.ids] for one in tokenizer.encode_batch(list(part))] for part in sets]
-    return torch.tensor(sum(encoded[0], [])), torch.tensor(sum(encoded[1], []))
+    train_ids, held = (
+        torch.tensor([i for one in tokenizer.encode_batch(list(part)) for i in (0, *one.ids)]) for part in sets
+    )
+    return train_ids, held
 
 
 def small(width: int, layers: int) -> LlamaForCausalLM:
@@ -88,7 +90,9 @@ def main() -> None:
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
         if given.out:
-            given.out.write_text(json.dumps({"passport": _passport(given, len(ids), model), "rows": rows}, indent=1) + "\n")
+            given.out.write_text(
+                json.dumps({"passport": _passport(given, len(ids), model), "rows": rows}, indent=1) + "\n"
+            )
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
@@ -97,8 +101,8 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 def _passport(given: argparse.Namespace, tokens: int, model: LlamaForCausalLM) -> dict[str, object]:
     return {
-        "what": "nats per token of the second segment, its first token left out; gain: paired over the texts, alone - x, "
-                "with half a 95 % interval over texts",
+        "what": "nats per token of the second segment, its first token left out; gain: alone - x, paired over texts, "
+                "and half of its 95 % interval over texts",
         "against": "the same weights reading the second segment alone",
         "model": f"Llama, {given.layers} layers of width {given.width}, {PIECES} pieces, "
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, trained here",

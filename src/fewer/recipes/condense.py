@@ -1,13 +1,12 @@
 """Train an AutoCompressor: a language model learns to condense each segment of a long text for the next ones.
 
-    report = train(Condensing(), "out")                               # the model, its summary tokens, a log, a report
-    compressor = AutoCompressor.load("out", AutoModelForCausalLM.from_pretrained("out"))
+report = train(Condensing(), "out")                               # the model, its summary tokens, a log, a report
+compressor = AutoCompressor.load("out", AutoModelForCausalLM.from_pretrained("out"))
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +119,7 @@ def train(
 
     optimiser = torch.optim.AdamW(decayed(compressor.parameters(), recipe.weight_decay), lr=recipe.lr)
     compressor.train()
-    lines = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16).run(
-        compressor, [optimiser], draw, loss, folder
-    )
+    lines = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16).run(compressor, [optimiser], draw, loss, folder)
     compressor.eval()
     after = measured(compressor, two, recipe.batch)
     compressor.save_pretrained(folder.path)
@@ -164,7 +161,6 @@ def measured(compressor: AutoCompressor, texts: Tensor, batch: int = 16) -> dict
             found.setdefault(name, []).extend(each.mean(1).tolist())
     compressor.train(was)
     return found
-
 
 
 def _windows(ids: Tensor, count: int, length: int) -> Tensor:

@@ -7,6 +7,7 @@ loaded, and used in one way: `model.generate(**summary.inputs(ids, mask))`.
 
 from .autocompressor import AutoCompressor
 from .gist import Collator, Gist
+from .soft import Contrastive
 from .summary import Summary, SummaryError, joined, stacked
 
-__all__ = ["AutoCompressor", "Collator", "Gist", "Summary", "SummaryError", "joined", "stacked"]
+__all__ = ["AutoCompressor", "Collator", "Contrastive", "Gist", "Summary", "SummaryError", "joined", "stacked"]
