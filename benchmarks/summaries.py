@@ -59,7 +59,7 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=3)
     arguments.add_argument("--length", type=int, default=24)
     arguments.add_argument("--count", type=int, default=4)
-    arguments.add_argument("--steps", type=int, nargs=2, default=[700, 500], help="to read, to condense")
+    arguments.add_argument("--steps", type=int, nargs=2, default=[600, 500], help="to read, to condense")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     torch.set_num_threads(1)

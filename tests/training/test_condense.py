@@ -64,12 +64,12 @@ def test_the_measure_by_hand() -> None:
     alone = causal_lm("llama")(texts[:, 4:]).logits[1, :3]
     assert_close(found["alone"][1], float(F.cross_entropy(alone, texts[1, 5:])), rtol=1e-4, atol=0)
     summary = made.summary(texts[:1, :4], lengths=[4])
-    other = summary.logits(texts[1:2, 4:])[0, :3]
+    other = summary.logits(texts[1:2, 4:])[0, :3]  # of three texts, the one before: half of them away
     assert_close(found["other"][1], float(F.cross_entropy(other, texts[1, 5:])), rtol=1e-4, atol=0)
 
 
 def test_summaries_learn_to_say_what_was_there(tmp_path: Path) -> None:
-    report, _ = run(tmp_path, steps=100, batch=16, lr=5e-3, test=40)
+    report, _ = run(tmp_path, steps=160, batch=16, lr=5e-3, test=36)
     assert report.after["summary"] < 0.3
     assert report.after["summary"] < report.after["alone"] - 0.3  # at best, one word in three is a guess among five
     assert report.after["summary"] < report.after["other"] - 0.3

@@ -149,13 +149,14 @@ def measured(compressor: AutoCompressor, texts: Tensor, batch: int = 16) -> dict
     compressor.eval()
     half = texts.shape[1] // 2
     found: dict[str, list[float]] = {}
-    for rows in texts.to(compressor.tokens.device).split(batch):
+    texts = texts.to(compressor.tokens.device)
+    strange = texts[:, :half].roll(len(texts) // 2, 0)  # far away: neighbours have much in common
+    for rows, far in zip(texts.split(batch), strange.split(batch), strict=True):
         first, second = rows[:, :half], rows[:, half:]
         logits = {"alone": compressor.model(second).logits, "full": compressor.model(rows).logits[:, half:]}
         if compressor.count:
-            summary = compressor.summary(first, lengths=[half])
-            logits["summary"] = summary.logits(second)
-            logits["other"] = summary.take(torch.arange(len(rows)).roll(1)).logits(second)
+            for name, read in (("summary", first), ("other", far)):
+                logits[name] = compressor.summary(read, lengths=[half]).logits(second)
         for name, scores in logits.items():
             each = F.cross_entropy(scores[:, :-1].transpose(1, 2).float(), second[:, 1:], reduction="none")
             found.setdefault(name, []).extend(each.mean(1).tolist())

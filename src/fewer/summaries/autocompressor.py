@@ -86,7 +86,7 @@ class AutoCompressor(nn.Module):
         end = end[0] if isinstance(end, list) else end
         start = table.float().mean(0) if end is None else table[end].float()
         self.tokens = nn.Parameter(start.expand(count, -1).clone())
-        self._one_at_a_time = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
         Placing.of(model)  # refuses what cannot be
 
     def forward(
@@ -104,7 +104,7 @@ class AutoCompressor(nn.Module):
         Returns   `logits` (B, T, V) and, with labels, `loss`: one mean over all taught tokens of all segments.
         """
         lengths = self._lengths(input_ids.shape[1]) if lengths is None else list(lengths)
-        logits, _ = self._read(input_ids, attention_mask, lengths, summary, last=False)
+        logits, _ = self._read(input_ids, attention_mask, lengths, summary)
         if labels is None:
             return {"logits": logits}
         taught = labels[:, 1:]
@@ -127,7 +127,7 @@ class AutoCompressor(nn.Module):
         A segment that is padding alone leaves nothing.
         """
         lengths = self._lengths(ids.shape[1], drawn=False) if lengths is None else list(lengths)
-        return self._read(ids, mask, lengths, before, last=True)[1]
+        return self._read(ids, mask, lengths, before, condense=True)[1]
 
     def _lengths(self, total: int, *, drawn: bool | None = None) -> list[int]:
         least = 1 if self.longest is None else math.ceil(total / self.longest)
@@ -137,8 +137,9 @@ class AutoCompressor(nn.Module):
         return even_lengths(total, count)
 
     def _read(
-        self, ids: Tensor, mask: Tensor | None, lengths: list[int], before: Summary | None, *, last: bool
+        self, ids: Tensor, mask: Tensor | None, lengths: list[int], before: Summary | None, *, condense: bool = False
     ) -> tuple[Tensor, Summary]:
+        """Logits and summary. condense: the last segment leaves vectors, too, and logits are not wanted."""
         if sum(lengths) != ids.shape[1] or min(lengths, default=0) < 1:
             raise SummaryError(f"segments of {lengths} tokens for {ids.shape[1]}: needs 1 or more each, and that sum")
         if self.longest is not None and max(lengths) > self.longest:
@@ -149,8 +150,8 @@ class AutoCompressor(nn.Module):
         for i, (part, seen) in enumerate(zip(ids.split(lengths, 1), mask.split(lengths, 1), strict=True)):
             if self.window is not None and i and i % (self.window + 1) == 0:
                 soft = soft.detach()
-            more = self.count if last or i < len(lengths) - 1 else 0
-            scores, made = self._segment(part, seen, soft, valid, more)
+            more = self.count if condense or i < len(lengths) - 1 else 0
+            scores, made = self._segment(part, seen, soft, valid, more, scored=not condense)
             logits.append(scores)
             if more:
                 there = (seen.any(1, keepdim=True)).expand(-1, more)
@@ -171,7 +172,9 @@ class AutoCompressor(nn.Module):
             raise SummaryError("a summary of keys and values cannot come before a segment: give one of embeddings")
         return before.embeddings.to(self.tokens), before.valid
 
-    def _segment(self, ids: Tensor, mask: Tensor, soft: Tensor, valid: Tensor, more: int) -> tuple[Tensor, Tensor]:
+    def _segment(
+        self, ids: Tensor, mask: Tensor, soft: Tensor, valid: Tensor, more: int, *, scored: bool
+    ) -> tuple[Tensor, Tensor]:
         """[soft prompt][tokens][summary tokens]: logits of the tokens, last states of the summary tokens."""
         placing, t = Placing.of(self.model), ids.shape[1]
         text = pretrained(self.model).get_input_embeddings()(ids)
@@ -184,17 +187,14 @@ class AutoCompressor(nn.Module):
         else:
             at = (seen.cumsum(1) - 1).clamp(min=0)
         x, at = placing.placed(torch.cat([soft.to(text), text, ask.to(text)], 1), at)
-        output = self.model(
-            inputs_embeds=x,
-            attention_mask=seen,
-            position_ids=at,
-            output_hidden_states=more > 0,
-            use_cache=False,
-            **({"logits_to_keep": t + more} if self._one_at_a_time else {}),
-        )
-        logits = output.logits[:, -(t + more) :][:, :t]
+        given = {"inputs_embeds": x, "attention_mask": seen, "position_ids": at, "use_cache": False}
+        if not scored:
+            states = pretrained(self.model).base_model(**given).last_hidden_state
+            return states[:, :0], states[:, x.shape[1] - more :].float()
+        few = {"logits_to_keep": t + more} if self._keeps_few else {}
+        output = self.model(**given, output_hidden_states=more > 0, **few)
         made = output.hidden_states[-1][:, x.shape[1] - more :].float() if more else ask
-        return logits, made
+        return output.logits[:, -(t + more) :][:, :t], made
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """The model as transformers saves it, and the summary tokens beside it."""

@@ -159,7 +159,7 @@ class Gist(Settings):
         own = at.gather(1, index)
         if bool((own != own[:, :1] + torch.arange(self.count, device=ids.device)).any()):
             raise SummaryError("the gist tokens of a row do not stand side by side")
-        output = model(ids, attention_mask=mask, position_ids=at, use_cache=True)
+        output = pretrained(model).base_model(ids, attention_mask=mask, position_ids=at, use_cache=True)
 
         def kept(x: Tensor) -> Tensor:
             return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -103,12 +103,10 @@ class ICAE(nn.Module):
         """The last states with the adapters on, (B, N, C)."""
         self.encoder.base_model.enable_adapter_layers()
         try:
-            output = self.model(
-                inputs_embeds=x, attention_mask=seen, position_ids=at, output_hidden_states=True, use_cache=False
-            )
+            inner = pretrained(self.model).base_model
+            return inner(inputs_embeds=x, attention_mask=seen, position_ids=at, use_cache=False).last_hidden_state
         finally:
             self._off()
-        return output.hidden_states[-1]
 
     def encode(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Contexts as memory, (B, M * segments, C), and which slots there are, (B, M * segments) bool.

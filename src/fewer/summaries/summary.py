@@ -124,7 +124,7 @@ class Summary:
             return self
         before, own = Placing.of(self.model).placed(self.embeddings, self._own())
         weight = _table(self.model).weight
-        output = self.model(
+        output = pretrained(self.model).base_model(
             inputs_embeds=before.to(weight), attention_mask=self.valid.long(), position_ids=own, use_cache=True
         )
         return replace(self, embeddings=None, rows=rows_of(cache_of(output)))
@@ -147,7 +147,7 @@ class Summary:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Summary:
-        """Read a file for the model it was made with, onto its device.
+        """Read a file for the model it was made with, onto its device; keys and values in its dtype.
 
         Raises   SummaryError where the file is no summary, or one of another model: of a class with another name, or
                  with other weights of the first tokens' embeddings.
@@ -166,8 +166,10 @@ class Summary:
                 )
             device = _table(model).weight.device
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-        layers = sum(name.endswith(".k") for name in tensors)
-        rows = tuple((tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"]) for i in range(layers)) or None
+        layers, dtype = sum(name.endswith(".k") for name in tensors), _table(model).weight.dtype
+        rows = tuple(
+            (tensors[f"layers.{i}.k"].to(dtype), tensors[f"layers.{i}.v"].to(dtype)) for i in range(layers)
+        ) or None  # fmt: skip
         return cls(model, tensors["valid"], tensors["position"], tensors.get("embeddings"), rows)
 
 
