@@ -21,7 +21,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, or a method: dynamicvit:keep=0.7, tokenpacker."
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, or a method: dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
@@ -65,6 +65,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import vlm
 
         return vlm.Recipe(), lambda recipe, out: vlm.train(out, recipe=recipe, log=say)
+    if name == "autocompressor":
+        from fewer.recipes import condense
+
+        return condense.Condensing(**chosen), partial(condense.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 
