@@ -155,7 +155,8 @@ class BlockSite:
 
     def _open(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
         if self.host.text:
-            return self._kind(self, x, valid=None if mask is None else _seen_by_any(mask))
+            shown = self.host.upright(mask)
+            return self._kind(self, x, valid=None if shown is None else _seen_by_any(shown))
         return self._kind(self, x, getattr(self._local, "grid", None))
 
     def _follow(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -321,8 +322,9 @@ class Pass:
         policy = tokens.policy
         eps = self.bound.mask_eps if policy is not None and policy.requires_grad else 0.0
         split = None if self.packing is None else self.packing.attention
-        fit = self._fit if self.host.layers[layer].inside else None
-        return Call(bias, policy, eps, self.program.looks_on(layer), split, fit=fit)
+        known = self.host.layers[layer]
+        fit = self._fit if known.inside or known.anew else None
+        return Call(bias, policy, eps, self.program.looks_on(layer), split, fit=fit, came=self.first.n)
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
         """The model's own (B or 1, 1 or H, N0, N0) bias at the tokens that are left: each row keeps its

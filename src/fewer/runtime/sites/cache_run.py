@@ -16,6 +16,7 @@ from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
 from ...hosts import Call, DecoderHost, HostError, under
+from ...hosts.attention import BESIDE, summed, unsaid
 from ...hosts.decoder import Calls
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
@@ -103,7 +104,8 @@ class CacheRun:
                 self._count(layer, q.shape[0])
         call = LayerCall(self, index, layer, q, k, v, mask, kwargs)
         if heard is not None and heard.watch:
-            heard.seen = watched(q, k, v, call.scale, mask, heard.whole)
+            said = unsaid(module, q, k, kwargs) if mask is None and call.beside is not None else mask
+            heard.seen = watched(q, k, v, call.scale, summed(said, call.beside, q.dtype), heard.whole)
             heard.where = layer.positions() if heard.whole and layer is not None else None
         if heard is not None and heard.policy is not None:
             heard.no_maps(module)
@@ -189,7 +191,7 @@ class CacheRun:
         """Whether one query reads all rows of a layer where a method acts, and some are gone: before that the model's
         own attention stays what it is, to the bit."""
         single = call.q.shape[2] == 1 and call.mask is None and call.layer is not None and call.layer.reduced
-        return single and bool(call.turns)
+        return single and bool(call.turns) and call.beside is None
 
     # -- what is padding ----------------------------------------------------------------------------------------------
     def real(self, n: int) -> Tensor | None:
@@ -376,19 +378,24 @@ class LayerCall:
                 self._rows = Rows(b, s, device=self.k.device, totals=(s,) * b, age=age)
         return self._rows
 
+    @property
+    def beside(self) -> Tensor | None:
+        """What attention is given to add to its logits, besides the mask."""
+        return self.given.get(BESIDE)
+
     def place(self, turn: Turn) -> Place:
         return self.run.place(self.index, turn, self.rows)
 
     def signals(self, turn: Turn) -> CacheSignals:
         """What the method of a turn may look at."""
         run, layer, rows, several = self.run, self.layer, self.rows, self.q.shape[2] > 1
-        method, asking = run.method(turn), None
+        method, asking, bias = run.method(turn), None, summed(self.mask, self.beside, self.q.dtype)
         if rows.real is not None and run.given is not None and several:
             left = run.prefill is not None and run.prefill.steps
             asking = run.prefill.tokens.valid if left else run.real(self.q.shape[2])  # type: ignore[union-attr]
         return CacheSignals(
             self.k, rows, self.place(turn),
-            Seen(self.q, self.k, self.v, self.scale, self.mask, causal=self.mask is None and several),
+            Seen(self.q, self.k, self.v, self.scale, bias, causal=self.mask is None and several),
             modules=run.bound.modules_of(turn.method, 0), asking=asking, entry=run.entry,
             attending=run.attending, weights=self.weights,
             at_rope=self.given.get("position_ids", run.position_ids),

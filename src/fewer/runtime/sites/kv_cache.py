@@ -101,7 +101,8 @@ class KVCacheSite:
     @property
     def headwise(self) -> bool:
         """Whether heads that keep different numbers may be read one by one."""
-        return self.program.steady and not (self.host.unasking or self.host.again) and self.plain
+        biased = any(layer.anew for layer in self.host.layers)
+        return self.program.steady and not (self.host.unasking or self.host.again or biased) and self.plain
 
     @property
     def unordered(self) -> bool:
