@@ -39,6 +39,15 @@ class BlockRun(Protocol):
     def fork(self) -> BlockRun: ...
 
 
+class LearnedRows(Protocol):
+    """Rows that another library puts in front of each text."""
+
+    def attach(self, undo: ExitStack) -> None: ...
+    def check(self, host: Host, methods: Sequence[Any]) -> None: ...
+    def in_front(self) -> int: ...
+    def in_pass(self, held: int | None) -> tuple[int, int]: ...
+
+
 class PlainRun:
     """A BlockRun that changes nothing."""
 
@@ -102,6 +111,7 @@ class Host:
         #: the "last" block or behind "each" of them, as maps of a backbone are made of.
         self.reads: Literal["some", "last", "each"] = "each" if found.dense else "some"
         self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
+        self.learned: LearnedRows | None = None  # rows in front that nobody wrote, where another library puts some
         self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
 
