@@ -176,7 +176,7 @@ def packs(host: Any) -> bool:
     import fewer
     from fewer.hosts.watching import inputs_of
 
-    bare = host.kind in ("vision", "text", "sound") and all(layer.bare for layer in host.layers)
+    bare = host.kind in ("vision", "text", "sound") and all(layer.bare and not layer.anew for layer in host.layers)
     if not bare or next(host.root.parameters()).is_meta or not hasattr(host.root, "config"):
         return False
     given, method = inputs_of(host.root), f"random:keep=0.6,layers=0+{len(host.layers) - 1},site=after"

@@ -15,6 +15,7 @@ from fewer import hosts, verify
 from fewer.core import Site
 from fewer.hosts import twin
 from fewer.hosts.decoder import Calls
+from fewer.spec import parse
 
 torch.set_num_threads(1)
 SINKS = "streamingllm:keep=0.5,sinks=2,positions=original"
@@ -134,3 +135,14 @@ def test_doctor_on_a_folder_whose_tokenizer_makes_no_tokens(tmp_path: Path) -> N
     told = " ".join(result.output.split())  # the table breaks its lines
     assert "the KV cache verified" in told
     assert "makes no tokens of a text" in told
+
+
+@pytest.mark.parametrize("method", ["adakv:keep=0.5,window=2", "snapkv:keep=0.5,window=2", "knorm:keep=0.5"])
+def test_a_position_bias_beside_the_mask_is_read_with_every_layout_of_rows(method: str) -> None:
+    """Inkling: heads that keep different numbers, and one query over all rows, are read by code of our own."""
+    config = transformers.AutoConfig.for_model("inkling_text")
+    model = twin.build(transformers.InklingForCausalLM, twin.shrink(config, depth=2))
+    root = hosts.find(model).root
+    bound = hosts.find(root)
+    assert all(layer.anew for layer in bound.layers)
+    verify.Trial(root, bound)._evicted(parse(method))  # raises where it is not what hiding the rows is

@@ -54,6 +54,10 @@ SAMPLE = [  # class, model type, kind, places
     ("BrosModel", "bros", "text", ENCODER),  # embeddings of pairs, samples behind them
     ("OpenAIGPTModel", "openai-gpt", "text", ENCODER),  # blocks that give lists
     ("T5ForConditionalGeneration", "t5", "text", ENCODER),
+    ("UMT5Model", "umt5", "text", ENCODER),  # each block makes a position bias of its own
+    ("LiltModel", "lilt", "text", BLOCK),  # two sequences side by side, each looks where both say
+    ("FSMTModel", "fsmt", "text", BLOCK),  # tokens before samples, a mask that is True where a key is hidden
+    ("InklingForCausalLM", "inkling_text", "decoder", CACHE),  # a config that says nothing of a cache
     ("BartForConditionalGeneration", "bart", "text", ENCODER),
     ("WhisperForConditionalGeneration", "whisper", "sound", ENCODER),
     ("Wav2Vec2ForCTC", "wav2vec2", "sound", ENCODER),
@@ -118,7 +122,7 @@ def test_a_class_is_refused_with_the_reason(name, model_type, why, walk):
         ("DeepseekV4ForCausalLM", "deepseek_v4", Site.KV_CACHE, "several tokens as one"),
         ("HrmTextForCausalLM", "hrm_text", Site.AFTER_BLOCK, "run in a loop"),
         ("ConvBertModel", "convbert", Site.AFTER_BLOCK, "convolutions in its blocks"),
-        ("UMT5Model", "umt5", Site.AFTER_BLOCK, "makes a bias between its tokens anew"),
+        ("NystromformerModel", "nystromformer", Site.AFTER_BLOCK, "convolutions in its blocks"),
     ],
 )
 def test_a_place_is_refused_with_the_reason(name, model_type, site, why, walk):

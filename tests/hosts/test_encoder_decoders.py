@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutput
 
 import fewer
-from fewer.core import KeepRatio, Site
-from fewer.hosts import HostError
+from fewer.core import KeepRatio, Signals, Site, Tokens
+from fewer.core.tokens import Group
 from fewer.hosts.twin import build, example, shrink
 from fewer.methods.vision.random import Random
 from fewer.testing.checks import same_snapshot, snapshot
@@ -83,7 +84,56 @@ def test_writing_with_fewer_rows_and_a_smaller_cross_attention_cache(name: str, 
     assert torch.equal(got.sequences, want.sequences)
 
 
-def test_a_bias_that_the_first_block_makes_is_made_of_all_tokens() -> None:
-    model = model_of("T5ForConditionalGeneration")
-    with pytest.raises(HostError, match=r"acts before block 0 of T5Stack.*layers=1\+"):
-        fewer.apply(model, Random(KeepRatio(0.5), (0,), site=Site.BEFORE_BLOCK))
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "UMT5ForConditionalGeneration"])
+@pytest.mark.parametrize("site", [Site.BEFORE_BLOCK, Site.AFTER_BLOCK])
+def test_a_bias_that_blocks_make_themselves_is_made_of_all_tokens(name: str, site: Site) -> None:
+    """T5's first block makes it for all, each of UMT5's for itself, of the number of rows they are given."""
+    model: Any = model_of(name)
+    given = given_to(model)
+    inputs = {k: v for k, v in given.items() if not k.startswith("decoder")}
+    with torch.no_grad():
+        with fewer.apply(model, Random(KeepRatio(0.5, of="start"), (0,), site=site)) as session:
+            got, kept = model(**given).encoder_last_hidden_state, session.kept(1)
+        assert got.shape[1] == kept.shape[1] < session.last.first.n
+        n = session.last.first.n
+        stays = torch.zeros(len(kept), n + 1).scatter(1, torch.where(kept < 0, n, kept), 1)[:, :n]
+        if site is Site.BEFORE_BLOCK:
+            want = model.get_encoder()(**inputs | {"attention_mask": given["attention_mask"] * stays})[0]
+        else:
+            want = last_alone(model.get_encoder(), inputs, given["attention_mask"] * stays)
+    want = want.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, want.shape[-1]))
+    real = (kept >= 0)[..., None]
+    assert_close(got * real, want * real, atol=1e-5, rtol=1e-4)
+
+
+def last_alone(encoder: Any, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """An encoder whose last block alone has another mask."""
+    own = encoder.block[-1].forward
+
+    def masked(hidden: Tensor, old: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return own(hidden, torch.where(mask[:, None, None] > 0, 0.0, torch.finfo(hidden.dtype).min), *args, **kwargs)
+
+    encoder.block[-1].forward = masked
+    try:
+        return encoder(**inputs)[0]
+    finally:
+        del encoder.block[-1].forward
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "UMT5ForConditionalGeneration"])
+def test_attention_that_is_looked_at_has_the_position_bias(name: str) -> None:
+    """What methods rank by is what the model computes."""
+    model: Any = model_of(name)
+    model.set_attn_implementation("eager")
+    given, rows = given_to(model), {}
+
+    @dataclass(frozen=True)
+    class Looking(Random):
+        def plan(self, signals: Signals, tokens: Tokens) -> Any:
+            rows[signals.at.layer] = signals.attention_rows(Group(1, 4))
+            return super().plan(signals, tokens)
+
+    with torch.no_grad(), fewer.apply(model, Looking(KeepRatio(0.7), (0, 1), site=Site.AFTER_BLOCK)):
+        maps = model(**given, output_attentions=True).encoder_attentions
+    for layer, own in enumerate(maps):
+        assert_close(rows[layer], own[:, :, 1:4], atol=1e-5, rtol=1e-4)

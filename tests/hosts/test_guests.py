@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fewer
 import fewer.hosts
 from decoders import BUILD, decoder, prompt
+from fewer.compat import cache_argument, cache_of, cached
 from fewer.hosts.base import Stand
 from fewer.testing.models import texts
 from vit import images, run, tiny_vit
@@ -237,8 +238,6 @@ def test_lora_is_as_if_merged(kind: str, method: str):
 def test_lora_on_a_decoder(name: str, method: str):
     from transformers import DynamicCache
 
-    from fewer.compat import cached
-
     model = lora(fresh(name), task_type="CAUSAL_LM")
     ids, mask = prompt(20, 11)
 
@@ -256,14 +255,145 @@ def test_lora_on_a_decoder(name: str, method: str):
         assert torch.equal(write(merged), beside)
 
 
-@pytest.mark.parametrize("tuning", ["PrefixTuningConfig", "PromptTuningConfig"])
-def test_learned_rows_in_front_are_refused(tuning: str):
+LEARNED = 5
+tuned_by = pytest.mark.parametrize("tuning", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+
+
+def tuned(tuning: str, model: nn.Module, task: str = "CAUSAL_LM") -> Any:
+    """A model with learned rows in front of each text, or in its cache."""
     peft = pytest.importorskip("peft")
-    config = getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model = peft.get_peft_model(fresh("llama"), config).eval()
-    with pytest.raises(fewer.SessionError, match=r"5 learned rows in front of every input.*LoRA"):
-        fewer.apply(model, CACHE)
-    with fewer.apply(model.get_base_model(), CACHE):
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, getattr(peft, tuning)(task_type=task, num_virtual_tokens=LEARNED)).eval()
+
+
+def read(model: Any, ids: Tensor, mask: Tensor) -> Any:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=True)
+
+
+ON_LEARNED = [CACHE, "adakv:keep=0.5,window=4", "streamingllm:keep=0.5,sinks=2,positions=original", "d2o:keep=0.5",
+              "random:keep=0.5,layers=0,site=before", "random:keep=0.5,layers=1+"]  # fmt: skip
+
+
+@tuned_by
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ON_LEARNED)
+def test_learned_rows_stay_and_are_not_counted(name: str, tuning: str, method: str):
+    """Half of the words go, however many rows are learned in front of them."""
+    model = tuned(tuning, fresh(name))
+    ids, mask = prompt(20, 11)
+    plain = read(model, ids, mask).logits
+    with fewer.apply(model, method) as session:
+        read(model, ids, mask)
+        kept, counts = session.kept(2), session.counts[2]
+    assert bool((kept[..., None] == torch.arange(LEARNED)).any(-2).all())
+    assert counts == LEARNED + (10 if method.startswith("random") else 7.5)  # the longer text, or the mean of 10 and 5
+    assert torch.equal(read(model, ids, mask).logits, plain)
+    assert not ours(model)
+    assert "get_prompt" not in vars(model)
+
+
+@tuned_by
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("method", [CACHE.replace("0.5", "1.0"), "random:keep=1.0,layers=0+"])
+def test_keeping_all_behind_learned_rows_changes_nothing(name: str, tuning: str, method: str):
+    model = tuned(tuning, fresh(name))
+    ids, mask = prompt(20, 11)
+    plain = read(model, ids, mask)
+    more = torch.cat([torch.ones(2, LEARNED), mask, torch.ones(2, 1)], 1)
+    step = partial(model.get_base_model(), ids[:, -1:], attention_mask=more)
+    with torch.no_grad():
+        want = step(**cached(model.get_base_model(), cache_of(plain))).logits
+        with fewer.apply(model, method):
+            got = read(model, ids, mask)
+            assert torch.equal(got.logits, plain.logits)
+            assert torch.equal(step(**cached(model.get_base_model(), cache_of(got))).logits, want)
+
+
+@tuned_by
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_evicting_behind_learned_rows_is_hiding(name: str, tuning: str):
+    model = tuned(tuning, fresh(name))
+    ids, mask = prompt(20, 11)
+    more = torch.cat([torch.ones(2, LEARNED), mask, torch.ones(2, 1)], 1)
+    inner = model.get_base_model()
+    with fewer.apply(model, "streamingllm:keep=0.5,sinks=2,positions=original") as session:
+        held = read(model, ids, mask)
+        kept = session.kept(0)[:, 0]
+        with torch.no_grad():
+            got = inner(ids[:, -1:], attention_mask=more, **cached(inner, cache_of(held))).logits
+    n = more.shape[1]
+    seen = torch.zeros(2, n + 1).scatter(1, torch.where(kept < 0, n, kept), 1)[:, :n]
+    seen[:, -1] = 1
+    assert seen[:, :LEARNED].all()
+    assert seen.sum(-1).tolist() == [LEARNED + 10 + 1, LEARNED + 5 + 1]
+    held = read(model, ids, mask)
+    with torch.no_grad():
+        want = inner(ids[:, -1:], attention_mask=more * seen, **cached(inner, cache_of(held))).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@tuned_by
+def test_writing_behind_learned_rows(tuning: str):
+    """PEFT looks for the cache under its older name: where transformers has another, it hands its rows in at each
+    word anew, or to nobody, and that is said."""
+    model = tuned(tuning, fresh("llama"))
+    ids, mask = prompt(20, 11)
+    write = partial(model.generate, input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    with fewer.apply(model, CACHE) as session:
+        if cache_argument(model.get_base_model().forward) != "past_key_values":
+            with pytest.raises(fewer.SessionError, match=r"generate\(\) would repeat or lose them"):
+                write()
+            return
+        write()
+        kept = session.kept(0)
+    assert bool((kept[..., None] == torch.arange(LEARNED)).any(-2).all())
+    plain = write()
+    with fewer.apply(model, CACHE.replace("0.5", "1.0")):
+        assert torch.equal(write(), plain)
+
+
+@tuned_by
+def test_what_is_called_without_them_has_none(tuning: str):
+    model, bare = tuned(tuning, fresh("llama")), fresh("llama")
+    ids, mask = prompt(20, 11)
+    with fewer.apply(bare, CACHE) as session:
+        read(bare, ids, mask)
+        want = session.kept(0)
+    with fewer.apply(model, CACHE) as session:
+        read(model, ids, mask)
+        read(model.get_base_model(), ids, mask)
+        assert torch.equal(session.kept(0), want)
+        with model.disable_adapter():
+            read(model, ids, mask)
+            assert torch.equal(session.kept(0), want)
+
+
+def test_learned_rows_of_an_encoder():
+    from transformers import BertForSequenceClassification
+
+    def bert() -> nn.Module:
+        return BertForSequenceClassification(tiny_vit("bert").config).eval()
+
+    model = tuned("PromptTuningConfig", bert(), "SEQ_CLS")
+    ids, mask = torch.randint(5, 40, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, -3:] = 0
+    with torch.no_grad(), fewer.apply(model, "power_bert:keep=0.5,layers=0+1") as session:
+        model(input_ids=ids, attention_mask=mask)
+        assert bool((session.kept(1)[..., None] == torch.arange(LEARNED)).any(-2).all())
+        assert session.last.first.free_count == 9
+    with pytest.raises(fewer.SessionError, match="blocks of an encoder"):
+        fewer.apply(tuned("PrefixTuningConfig", bert(), "SEQ_CLS"), "power_bert:keep=0.5")
+
+
+@pytest.mark.parametrize(("method", "why"), [("kvzip:keep=0.5", "read again"),
+                                           ("streamingllm:keep=0.5", "positions='original'")])  # fmt: skip
+def test_what_learned_rows_cannot_stand_is_refused(method: str, why: str):
+    model = tuned("PrefixTuningConfig", fresh("llama"))
+    with pytest.raises(fewer.SessionError, match=f"5 learned rows in front of every input.*{why}"):
+        fewer.apply(model, method)
+    assert "get_prompt" not in vars(model)
+    with fewer.apply(model.get_base_model(), method):
         written(model.get_base_model())
 
 

@@ -520,7 +520,32 @@ def test_samples_and_heads_in_one_dimension_need_their_number(spelling: str) -> 
     assert call.entered
 
 
-def test_one_attention_at_a_time() -> None:
+def test_all_attentions_over_the_same_tokens_are_acted_on() -> None:
+    """As in LiLT: each of two sequences looks where both say. The wider queries are the ones looked at."""
+    q, k, v = qkv()
+    narrow, hidden = (x[..., :4] for x in (q, k, v)), torch.zeros(B, 1, 1, N)
+    hidden[..., 2:5] = float("-inf")
+
+    def beside(keep: Tensor) -> tuple[Tensor, Tensor]:
+        (nq, nk, nv), (wq, wk, wv) = small, (q, k[:, :, keep], v[:, :, keep])
+        ours, theirs = wq @ wk.mT / 8**0.5, nq @ nk[:, :, keep].mT / 2
+        return (theirs + ours).softmax(-1) @ nv[:, :, keep], (ours + theirs).softmax(-1) @ wv
+
+    small = tuple(narrow)
+    call = Call(hidden, watch=True)
+    with entered(call):
+        got = beside(torch.arange(N))
+    assert call.entered
+    assert call.seen is not None
+    assert call.seen.v.shape[-1] == 8
+    rest = hidden[0, 0, 0].isfinite().nonzero()[:, 0]
+    for mine, want in zip(got, beside(rest), strict=True):
+        torch.testing.assert_close(mine, want, atol=1e-6, rtol=1e-5)
+    weights = call.seen.bias + call.seen.scale * call.seen.q @ call.seen.k.mT
+    torch.testing.assert_close(weights.softmax(-1) @ v, got[1], atol=1e-6, rtol=1e-5)
+
+
+def test_attention_of_attention_is_none() -> None:
     q, k, v = qkv()
 
     def twice() -> Tensor:

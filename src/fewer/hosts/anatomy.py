@@ -122,6 +122,8 @@ class Anatomy:
     inverted   whether a mask of bools is True where a key is out of sight
     layout     which axes of what blocks are given are samples, tokens and channels, where these are not the order
     keys       the names of what a block gives, where that is a dict
+    second     a second sequence that blocks hand on beside the features: its argument, and which of the things a block
+               gives it is; the two travel as one, channel behind channel
     reads      of a decoder: the attention calls of one pass in order, as the path of the module and the cache layer it
                reads; empty where the attention of block i reads layer i, once
     """
@@ -147,6 +149,7 @@ class Anatomy:
     inverted: bool = False
     layout: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
+    second: tuple[str, int] | None = None
     reads: tuple[tuple[str, int], ...] = ()
 
     @property

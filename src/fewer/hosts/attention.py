@@ -25,6 +25,7 @@ from fewer.core.attention import attend, masked_attention
 NAME = "fewer"  # our key in the attention tables while a session is on
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of the fused kernel, by place
 SUPPORTED = ("sdpa", "eager")  # implementations that take an additive mask
+BESIDE = "position_bias"  # what attention is given to add to its logits, besides the mask
 
 
 class HostError(TypeError):
@@ -36,16 +37,17 @@ class Call:
 
     bias: (B, 1, 1, N) additive, float32, or None; policy: (B, N) learned mask, or None; watch: whether to remember
     q, k, v; split: where rows are packed, runs the kernel sample by sample; whole: of a decoder, all cached rows are
-    looked at; fit: the model's own bias, made inside the block for all tokens, at the ones that are left.
+    looked at; fit: the model's own bias, made inside the block for all tokens, at the ones that are left; came: how
+    many all tokens are, where the block counts its rows to make one.
     """
 
     def __init__(
         self, bias: Tensor | None = None, policy: Tensor | None = None, eps: float = 1e-6, watch: bool = False,
         split: Callable[..., Tensor] | None = None, whole: bool = False,
-        fit: Callable[[Tensor], Tensor] | None = None,
+        fit: Callable[[Tensor], Tensor] | None = None, came: int | None = None,
     ) -> None:  # fmt: skip
         self.bias, self.policy, self.eps, self.watch, self.split, self.whole = bias, policy, eps, watch, split, whole
-        self.fit = fit
+        self.fit, self.came = fit, came
         self.kernel: Callable[..., Tensor] = attend  # what packed rows are computed with
         self.entered = False  # whether an attention heard it
         self.seen: Seen | None = None
@@ -66,7 +68,7 @@ class Call:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
         """Attention with what this call adds. q: (B, H, N, d), k, v: (B, G, N, d), mask: the model's own. Returns
         (B, H, N, d)."""
-        bias = _sum(mask, self.bias, v.dtype)
+        bias = summed(mask, self.bias, v.dtype)
         bias = None if bias is None else _additive(bias, v.dtype)
         self.look(q, k, v, scale, bias)
         if self.policy is not None:
@@ -79,8 +81,11 @@ class Call:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The same where transformers asks its table. plain: the model's own function, which runs where it can.
         Returns (B, N, H, d) and the probabilities, where the model's own function gives them."""
-        if mask is not None and self.fit is not None:
-            mask = self.fit(mask)
+        beside = kwargs.get(BESIDE)
+        if self.fit is not None:
+            mask = None if mask is None else self.fit(mask)
+            beside = None if beside is None else self.fit(beside)
+            kwargs = kwargs if beside is None else {**kwargs, BESIDE: beside}
         if mask is None and not self.only_looks:
             mask = unsaid(module, q, k, kwargs)
         scale = kwargs.get("scaling")
@@ -93,20 +98,22 @@ class Call:
                     f"{form} cannot go through an attention with {' and '.join(special)} ({type(module).__name__}); "
                     + ("call model.eval()" if learned else "use execution='padded'")
                 )
-            out = self(q, k, v, scale, mask, kwargs.get("dropout", 0.0))
+            out = self(q, k, v, scale, summed(mask, beside, v.dtype), kwargs.get("dropout", 0.0))
             self.no_maps(module)
             return out.transpose(1, 2).contiguous(), None
-        bias = _sum(mask, self.bias, v.dtype)
-        self.look(q, k, v, scale, unsaid(module, q, k, kwargs) if bias is None and self.watch else bias)
+        bias = summed(mask, self.bias, v.dtype)
+        if self.watch:
+            self.look(q, k, v, scale, summed(unsaid(module, q, k, kwargs) if bias is None else bias, beside, v.dtype))
+        self.entered = True
         if self.policy is not None:  # it only hides, so that the model's own function can do it
-            bias = _sum(bias, _dropped(self.policy), v.dtype)
+            bias = summed(bias, _dropped(self.policy), v.dtype)
         return plain(module, q, k, v, bias, **kwargs)
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> None:
         """Remember what attention was given, where that is asked."""
         self.entered = True
         if self.watch:
-            shown = bias if self.policy is None else _sum(_dropped(self.policy), bias, v.dtype)
+            shown = bias if self.policy is None else summed(_dropped(self.policy), bias, v.dtype)
             self.seen = Seen(q, k, v, scale, shown)
 
     @staticmethod
@@ -128,7 +135,7 @@ def unsaid(module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> T
     return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()[None, None]
 
 
-def _sum(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def summed(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask and a bias as one; a mask alone stays as it is."""
     if bias is None:
         return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
@@ -168,6 +175,20 @@ class fused(TorchFunctionMode):
             self.call.look(q, k, v, scale, mask)
             return func(*args, **kwargs)
         return self.call(q, k, v, scale, mask, given.get("dropout_p", 0.0))
+
+
+class counting(TorchFunctionMode):
+    """While this is open, a block that counts the rows it is given, to make a bias between all pairs of them, counts
+    those that came in: rows have left since, and what is left keeps its places. What it makes is for all pairs, too."""
+
+    def __init__(self, rows: int, came: int) -> None:
+        super().__init__()
+        self.rows, self.came = rows, came
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.arange and args in ((self.rows,), (0, self.rows)):
+            args = (self.came,)
+        return func(*args, **kwargs or {})
 
 
 class AttentionRun(Protocol):
@@ -319,6 +340,6 @@ class Table:
 
 
 __all__ = [
-    "NAME", "SUPPORTED", "AttentionRun", "Call", "HostError", "Table", "entering", "fused", "running", "spying",
-    "under",
+    "BESIDE", "NAME", "SUPPORTED", "AttentionRun", "Call", "HostError", "Table", "counting", "entering", "fused",
+    "running", "spying", "summed", "under", "unsaid",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -17,7 +17,7 @@ from fewer.compat import unchecked
 from fewer.core import Site, Tokens
 
 from .anatomy import outward
-from .attention import Call, HostError, Table, entering, fused
+from .attention import Call, HostError, Table, counting, entering, fused
 from .steps import stopping
 from .weights import multiplied
 from .written_out import entered
@@ -37,6 +37,15 @@ class BlockRun(Protocol):
     def mid(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
     def after(self, layer: int, x: Tensor, call: Call) -> Tensor: ...
     def fork(self) -> BlockRun: ...
+
+
+class LearnedRows(Protocol):
+    """Rows that another library puts in front of each text."""
+
+    def attach(self, undo: ExitStack) -> None: ...
+    def check(self, host: Host, methods: Sequence[Any]) -> None: ...
+    def in_front(self) -> int: ...
+    def in_pass(self, held: int | None) -> tuple[int, int]: ...
 
 
 class PlainRun:
@@ -102,6 +111,7 @@ class Host:
         #: the "last" block or behind "each" of them, as maps of a backbone are made of.
         self.reads: Literal["some", "last", "each"] = "each" if found.dense else "some"
         self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
+        self.learned: LearnedRows | None = None  # rows in front that nobody wrote, where another library puts some
         self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
 
@@ -230,23 +240,28 @@ class Host:
 
     def own(self, layer: int) -> Callable[..., Any]:
         """A block's forward without us."""
-        own = self.own_of(self.blocks[layer])
-        if not (self.found.layout or self.found.keys):
+        own, found = self.own_of(self.blocks[layer]), self.found
+        if not (found.layout or found.keys or found.second):
             return own
 
         def plain(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            return self._inward(own(self._outward(x), *args, **kwargs))
+            x, beside = self._outward(x)
+            return self._inward(own(x, *args, **kwargs | beside))
 
         return plain
 
-    def _outward(self, x: Tensor) -> Tensor:
-        """Features, (B, N, C), as the blocks have them."""
-        return x.permute(outward(self.found.layout)) if self.found.layout else x
+    def _outward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features, (B, N, C), as the blocks have them, and what stands in them of a second sequence, by its name."""
+        if self.found.second is not None:
+            return x[..., : self.channels], {self.found.second[0]: x[..., self.channels :]}
+        return x.permute(outward(self.found.layout)) if self.found.layout else x, {}
 
     def _inward(self, out: Any) -> tuple[Any, ...]:
         """What a block gives, its features as (B, N, C)."""
         parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
         x, *rest = parts
+        if self.found.second is not None:
+            x = torch.cat([x, rest.pop(self.found.second[1] - 1)], -1)
         return (x.permute(self.found.layout) if self.found.layout else x, *rest)
 
     def listen(self, hear: Callable[[Tensor], None], undo: ExitStack) -> None:
@@ -286,12 +301,20 @@ class Host:
 
     def attending(self, layer: int, call: Call, x: Tensor) -> AbstractContextManager[Any]:
         """While this is open, the call takes part in the block's attention. x: (B, N, C), what enters the block."""
-        way = self.layers[layer].way
+        known = self.layers[layer]
+        way = known.way
         if way == "table":
-            return entering(call)
+            return self._entering(call, x.shape[1]) if known.anew else entering(call)
         if way is None or not call.asks:
             return nullcontext()
         return fused(call) if way == "fused" else entered(call, batch=x.shape[0], keys=x.shape[1])
+
+    @staticmethod
+    @contextmanager
+    def _entering(call: Call, rows: int) -> Iterator[None]:
+        """The same for a block that counts its rows."""
+        with entering(call), nullcontext() if call.came in (None, rows) else counting(rows, call.came):
+            yield
 
     def run(
         self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: BlockRun
@@ -303,7 +326,7 @@ class Host:
         x = visit.before(layer, x)
         call = visit.call(layer)
         given = visit.streams(layer, kwargs)
-        mask = self._upright(visit.bias(layer, self._upright(mask)))
+        mask = self.upright(visit.bias(layer, self.upright(mask)))
         if self.found.mask is not None:
             given = {**given, self.found.mask: mask}
         steps, block = self.layers[layer].steps, self.blocks[layer]
@@ -325,7 +348,7 @@ class Host:
             rest = (None,)
         return visit.after(layer, out[0], call), rest
 
-    def _upright(self, mask: Tensor | None) -> Tensor | None:
+    def upright(self, mask: Tensor | None) -> Tensor | None:
         """A mask of bools as everybody else has it, True = visible; and back again."""
         return ~mask if self.found.inverted and mask is not None and mask.dtype == torch.bool else mask
 
@@ -392,11 +415,16 @@ class Host:
     def _packed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that gives what the block's own does."""
 
-        layout, keys = self.found.layout, self.found.keys
+        layout, keys, second = self.found.layout, self.found.keys, self.found.second
 
         def packed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if second is not None:
+                kwargs |= dict(zip(self.arguments, args, strict=False))
+                x, args = torch.cat([x, kwargs.pop(second[0])], -1), ()
             x, rest = run(x.permute(layout) if layout else x, *args, **kwargs)
-            x = self._outward(x)
+            x, beside = self._outward(x)
+            if second is not None:
+                rest = (*rest[: second[1] - 1], *beside.values(), *rest[second[1] - 1 :])
             if keys:
                 return dict(zip(keys, (x, *rest), strict=False))
             return (x, *rest) if rest or self.found.tuples else x
@@ -416,7 +444,7 @@ class Host:
     @property
     def packs(self) -> bool:
         """Whether samples may be packed into one row: nothing but the features has an entry per token."""
-        return all(layer.bare for layer in self.layers) and not self.found.streams
+        return all(layer.bare and not layer.anew for layer in self.layers) and not self.found.streams
 
     def checkpoint(self, layer: int) -> Callable[..., Tensor] | None:
         """The block's gradient-checkpointing function, if that is on and this is training."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -128,9 +129,12 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
             f"the blocks of {name} are given {tuple(first.shape)} for {BATCH} samples: samples and tokens are folded "
             "into one another, so that no sample keeps a sequence of its own"
         )
-    kind = _kind(root, given, output)
+    kind = _kind(root, given, output, watch.seen)
     mask = _mask_name(watch.seen, given)
+    second = _second(watch.seen)
     layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens, mask, layout) for i, path in enumerate(paths))
+    if second is not None:
+        layers = tuple(replace(layer, steps=None) for layer in layers)  # which know of one sequence
     rotation, reads = None, None
     if kind == "decoder":
         layers, rotation = _turned(root, given, blocks, layers)
@@ -144,7 +148,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not causal:
         prefix, has_cls = 1, True
     patch = next((p for p, m in watch.maps if m.dim() == 4 and m.shape[-2] * m.shape[-1] == tokens - prefix), None)
-    streams = _streams(watch.seen, tokens, prefix, mask)
+    streams = _streams(watch.seen, tokens, prefix, {mask} if second is None else {mask, second[0]})
     norm = _norm_behind(watch, blocks)
     pooler = next((p for p, m, _, _ in watch.behind if isinstance(m, nn.MultiheadAttention)), None)
     out = next(iter(watch.seen.values())).out
@@ -154,7 +158,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
         features=features, causal=causal, dense=hasattr(root, "out_features"),
         inverted=_inverted(watch.seen, mask), layout=layout, keys=tuple(out) if isinstance(out, dict) else (),
-        reads=reads or (),
+        second=second, reads=reads or (),
     )  # fmt: skip
 
 
@@ -169,12 +173,32 @@ def _layout(seen: Mapping[int, _Seen], given: Mapping[str, Any]) -> tuple[int, .
     return (0, 2, 1) if shape[0] == BATCH and shape[1] != LENGTH and shape[2] == LENGTH else ()
 
 
+def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
+    """A second sequence that each block makes anew and the next one is given: its argument, and which of the things
+    that a block gives it is."""
+    runs = list(seen.values())
+    given = [
+        {
+            (name, place)
+            for name, value in later.kwargs.items()
+            for place, made in enumerate(earlier.out if isinstance(earlier.out, tuple) else ())
+            if place and made is value and value is not earlier.kwargs.get(name) and _is_sequence(value, later.x)
+        }
+        for earlier, later in pairwise(runs)
+    ]
+    return min(set.intersection(*given), default=None) if given else None
+
+
+def _is_sequence(value: Any, x: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+
+
 def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:
     """A twin's run and what it gives; a cache too, where it has one but its config says to do without (as in training).
 
     Raises   HostError where it does not run.
     """
-    if getattr(root.config, "use_cache", None) is False and _takes_cache(root):
+    if not getattr(root.config, "use_cache", None) and _takes_cache(root):
         watch = _Watch(root, blocks)
         with suppress(Exception):  # an encoder built of a decoder's parts minds
             output = watch({**given, "use_cache": True})
@@ -204,13 +228,19 @@ def _takes_cache(root: nn.Module) -> bool:
     return any(n in inspect.signature(type(root).forward).parameters for n in CACHE_NAMES)
 
 
-def _kind(root: nn.Module, given: Mapping[str, Any], output: Any) -> str:
-    if cache_of(output) is not None:
+def _kind(root: nn.Module, given: Mapping[str, Any], output: Any, seen: Mapping[int, _Seen]) -> str:
+    if cache_of(output) is not None and not _beside_a_decoder(root, seen):
         return "decoder"
     main = str(getattr(root, "main_input_name", ""))
     if "pixel" in main or any("pixel" in n for n in given):
         return "vision"
     return "text" if "input_ids" in given or "inputs_embeds" in given else "sound"
+
+
+def _beside_a_decoder(root: nn.Module, seen: Mapping[int, _Seen]) -> bool:
+    """Whether blocks are those of an encoder whose root keeps the decoder's cache: they are not handed it."""
+    told = any(name in MEMORY for one in seen.values() for name in one.kwargs)
+    return bool(getattr(root.config, "is_encoder_decoder", False)) and not told
 
 
 def _turned(
@@ -420,8 +450,10 @@ def _mask_name(seen: Mapping[int, _Seen], given: Mapping[str, Any]) -> str | Non
 def _inverted(seen: Mapping[int, _Seen], mask: str | None) -> bool:
     """Whether a mask of bools hides where it is True: a query sees itself, if it is no padding."""
     value = next(iter(seen.values())).kwargs.get(mask or "")
-    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() < 3:
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() < 2:
         return False
+    if value.dim() == 2:
+        return not bool(value[-1, -1])
     return value.shape[-1] == value.shape[-2] and not bool(value[-1, ..., -1, -1].any())
 
 
@@ -434,12 +466,12 @@ def _tells(value: Tensor, gone: Tensor) -> bool:
     return bool((differs == gone).all())
 
 
-def _streams(seen: Mapping[int, _Seen], tokens: int, prefix: int, mask: str | None) -> tuple[Stream, ...]:
-    """The arguments that have an entry per token, over all blocks."""
+def _streams(seen: Mapping[int, _Seen], tokens: int, prefix: int, others: set[str | None]) -> tuple[Stream, ...]:
+    """The arguments that have an entry per token, over all blocks, without others that are known to be more."""
     found: dict[tuple[str, tuple[Any, ...]], Stream] = {}
     for one in seen.values():
         for name, value in without_cache(one.kwargs).items():
-            if name == mask:
+            if name in others:
                 continue
             for path, tensor in _tensors(value):
                 stream = _stream(name, path, tensor, tokens, prefix)

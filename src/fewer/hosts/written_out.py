@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fewer.core import Seen
 
-from .attention import Call, HostError, _dropped, _sum
+from .attention import Call, HostError, _dropped, summed
 
 PRODUCTS = {"matmul": ("input", "other"), "bmm": ("input", "mat2"), "baddbmm": ("input", "batch1", "batch2")}
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # the fused kernel's positional arguments
@@ -50,8 +50,9 @@ def entered(call: Call, batch: int | None = None, keys: int | None = None) -> It
     any. `batch` is what tells samples from heads where a model keeps both in one dimension.
 
     q and k are seen as they meet in the product: a model that scales its queries before has a scale of 1.
-    Afterwards `call.entered` says whether there was one such attention and no other; only then is there a `call.seen`,
-    if `call.watch`. A call that asks for nothing, or only watches, leaves the module's bits as they are, so it can be
+    Afterwards `call.entered` says whether there was such an attention and none of other sizes; only then is there a
+    `call.seen`, if `call.watch`. Of several over the same tokens, which all are acted on, it is the one with the widest
+    queries. A call that asks for nothing, or only watches, leaves the module's bits as they are, so it can be
     used to find out. Packed rows are computed twice, once in vain: as the model would, and sample by sample.
     Raises   HostError if there was no such attention for a bias, a policy or packed rows to act on.
     """
@@ -91,22 +92,23 @@ class _Entered(TorchFunctionMode):
         self.looks = call.watch or call.split is not None  # only then is it worth to know q, k, scale and bias
         self.learns = torch.is_grad_enabled()
         self.logits, self.probs = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-        self.sight: _Logits | None = None  # of the attention entered
         self.dropout = 0.0
         self.found = self.met = False  # its softmax, its values
+        self.waits = 0  # softmaxes whose values are still to come
+        self.wide = 0  # channels of the queries that were looked at
         self.others = 0  # attentions besides
         call.entered = False
 
     def close(self) -> None:
-        if self.met and not self.others:
+        if self.met and not (self.others or self.waits):
             self.call.entered = True
             return
         self.call.seen = None
         if not self.acts:
             return
         why = "there is no softmax of a product of queries and keys whose probabilities meet values"
-        if self.others:
-            why = f"there are {self.others} softmaxes of products besides, or none of the size looked for"
+        if others := self.others + self.waits * (self.met or self.waits > 1):
+            why = f"there are {others} softmaxes of products besides, or none of the size looked for"
         size = "" if self.keys is None else f" over {self.keys} keys"
         raise HostError(f"this module has no attention{size} that could be entered: {why}")
 
@@ -141,7 +143,7 @@ class _Entered(TorchFunctionMode):
         left, right, order = parts
         first = args[1] if name == "einsum" else left
         if isinstance(first, Tensor) and first in self.probs:
-            return self._meet(right, order, func, args, kwargs)
+            return self._meet(self.probs[first], right, order, func, args, kwargs)
         out = func(*args, **kwargs)
         straight = order is None or list(order) == sorted(order)
         if left.dim() == right.dim() == out.dim() >= 3 and straight and left.is_floating_point():
@@ -164,7 +166,7 @@ class _Entered(TorchFunctionMode):
         if not isinstance(out, Tensor) or out.shape[-2:] != source.shape[-2:] or out.numel() != source.numel():
             return
         if source in self.probs:
-            self.probs[out] = True
+            self.probs[out] = self.probs[source]
             if name == "dropout" and kwargs.get("training", True):
                 self.dropout = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
             return
@@ -204,16 +206,17 @@ class _Entered(TorchFunctionMode):
         if found is None:
             return func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if self.found or dim not in (-1, logits.dim() - 1) or not self._fits(logits.shape):
+        if dim not in (-1, logits.dim() - 1) or not self._fits(logits.shape):
             self.others += 1
             return func(*args, **kwargs)
-        self.found = True
+        self.found, sight = True, None
+        self.waits += 1
         if self.looks:
-            self.sight = self._seen(logits, found)
-            self._check(self.sight.bias)  # here: Python takes what is raised inside an `@` for a wrong type
+            sight = self._seen(logits, found)
+            self._check(sight.bias)  # here: Python takes what is raised inside an `@` for a wrong type
         kwargs = {n: value for n, value in kwargs.items() if n != "input"}
         probs = self._weigh(func, logits, args[1:], kwargs)
-        self.probs[probs] = True
+        self.probs[probs] = [sight]  # until they meet the values
         return probs
 
     def _weigh(self, func: Any, logits: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -259,17 +262,23 @@ class _Entered(TorchFunctionMode):
         return replace(found, bias=full.float() - plain)
 
     # -- from the softmax to the values --------------------------------------------------------------------------------
-    def _meet(self, v: Tensor, order: tuple[int, ...] | None, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        """The product of probabilities and values. v: (..., N, d); order: of the result's dimensions (..., Q, d)."""
-        call, full = self.call, self._heads(v)
-        first, self.met = not self.met, True
-        if not first or not self.looks or self.sight is None or full is None:
+    def _meet(
+        self, waiting: list[_Logits | None], v: Tensor, order: tuple[int, ...] | None, func: Any, args: tuple,
+        kwargs: dict,
+    ) -> Tensor:  # fmt: skip
+        """The product of probabilities and values. waiting: what is known of the logits, until this was called; v:
+        (..., N, d); order: of the result's dimensions (..., Q, d)."""
+        if not waiting or v in self.probs:
             return func(*args, **kwargs)
-        self._look(self.sight, full)
+        call, full, self.met, sight = self.call, self._heads(v), True, waiting.pop()
+        self.waits -= 1
+        if sight is None or full is None:
+            return func(*args, **kwargs)
+        self._look(sight, full)
         if call.split is None or call.policy is not None:
             return func(*args, **kwargs)
-        q, k, scale = self.sight.q, self.sight.k, self.sight.scale
-        out = call.split(q, k, full, scale, _sum(self.sight.bias, call.bias, full.dtype), self.dropout)
+        q, k, scale = sight.q, sight.k, sight.scale
+        out = call.split(q, k, full, scale, summed(sight.bias, call.bias, full.dtype), self.dropout)
         assert q is not None
         if order is not None:
             return out.permute(order)
@@ -277,13 +286,14 @@ class _Entered(TorchFunctionMode):
 
     def _look(self, sight: _Logits, v: Tensor, causal: bool = False) -> None:
         call = self.call
-        if not call.watch:
-            return
         assert sight.q is not None and sight.k is not None
+        if not call.watch or sight.q.shape[-1] <= self.wide:
+            return
+        self.wide = sight.q.shape[-1]
         shown = sight.bias
         if call.bias is not None or call.policy is not None:
-            shown = _sum(shown, call.bias, v.dtype)
-            shown = shown if call.policy is None else _sum(_dropped(call.policy), shown, v.dtype)
+            shown = summed(shown, call.bias, v.dtype)
+            shown = shown if call.policy is None else summed(_dropped(call.policy), shown, v.dtype)
         call.seen = Seen(sight.q, sight.k, v, sight.scale, shown, causal)
 
     def _check(self, mask: Tensor | None) -> None:

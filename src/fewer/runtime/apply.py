@@ -11,11 +11,11 @@ from torch import nn
 from .. import hosts
 from ..adapters.clip_guide import Guide
 from ..adapters.kvpress import Press, adapt
-from ..compat import virtual_tokens
 from ..core import Reducer, Site
 from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
 from . import saving, verify, verify_visual
+from .learned_rows import LearnedRows
 from .modules import UNTRAINED, ModulesError
 from .program import Execution, SessionError
 from .session import Session, start
@@ -59,13 +59,10 @@ def apply(
     reducers = [parse(adapt(item), **parameters) for item in items]
     if execution not in get_args(Execution):
         raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
-    if learned := virtual_tokens(model):
-        raise SessionError(
-            f"{type(model).__name__} puts {learned} learned rows in front of every input (prefix or prompt tuning), "
-            "which a method would drop as if they were words; tune the model with LoRA instead, or apply the method to "
-            "model.get_base_model() and call that"
-        )
     host = hosts.find(model)
+    host.learned = LearnedRows.of(model)
+    if host.learned is not None:
+        host.learned.check(host, reducers)
     opened = _open(model, host, reducers, execution, modules, guide, positions)
     try:
         if isinstance(modules, str | Path) and modules != UNTRAINED and not any(True for _ in opened.parameters()):

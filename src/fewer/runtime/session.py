@@ -118,6 +118,8 @@ class Session:
     def _attach(self) -> None:
         with ExitStack() as undo:  # if a later step fails, the earlier ones come off again
             self.host.enter(undo)
+            if self.host.learned is not None:
+                self.host.learned.attach(undo)
             for site in self._sites:
                 site.attach(undo)
             for bound in self.bounds:

@@ -219,8 +219,6 @@ class Trial:
         inside = [m for block in self.host.blocks for m in block.modules()]
         if any(isinstance(m, nn.modules.conv._ConvNd) and max(m.kernel_size) > 1 for m in inside):
             return "; convolutions in its blocks read neighbours, which are others once tokens have left"
-        if any(layer.anew for layer in self.host.layers):
-            return "; each block makes a bias between its tokens anew, as if those that are left stood side by side"
         return ""
 
     def _exactly(self, check: Callable[[Site], None], site: Site) -> bool:

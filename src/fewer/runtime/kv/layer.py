@@ -71,6 +71,7 @@ class ReducedLayer(DynamicLayer):
     def _clear(self) -> None:
         self.length = 0
         self.began = 0  # tokens seen before the pass under way
+        self.learned = 0  # rows in front that nobody wrote: no method sees them, and they stay
         self.waiting: Parked | None = None  # tokens that were dropped before they reached this layer
         self.shift: Tensor | None = None  # (B,) by how much later tokens stand nearer than their number says
         self.holes = False  # whether some rows of a view are padding, besides those of ragged heads
@@ -126,6 +127,12 @@ class ReducedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         offset = self._offset(self.length)
         return self.length - offset + query_length, offset
+
+    def front(self) -> Tensor:
+        """(B or 1, 1 or G, S) bool: the rows of a view that nobody wrote, and that are in sight of the next token."""
+        place = self.positions()
+        first = 0 if self.window is None else max(self.length - self.window + 1, 0)
+        return (place >= first) & (place < self.learned)
 
     def _offset(self, length: int) -> int:
         """First logical position a mask speaks of, before a pass, when `length` tokens were seen."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core import Hard, Masked, Plan, Reducer, Seen, Signals, Site, Soft, Tokens
+from ...core import Group, Hard, Masked, Plan, Reducer, Seen, Signals, Site, Soft, Tokens
 from ...core.attention import full_precision, size_bias
 from ...core.masks import hiding
 from ...core.place import Place
@@ -155,7 +155,9 @@ class BlockSite:
 
     def _open(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
         if self.host.text:
-            return self._kind(self, x, valid=None if mask is None else _seen_by_any(mask))
+            shown = self.host.upright(mask)
+            front = 0 if self.host.learned is None else self.host.learned.in_front()
+            return self._kind(self, x, valid=None if shown is None else _seen_by_any(shown), front=front)
         return self._kind(self, x, getattr(self._local, "grid", None))
 
     def _follow(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -256,16 +258,18 @@ class Pass:
     """One forward pass over the blocks. Implements the hosts' BlockRun.
 
     valid: (B, N) bool, which tokens of a text are no padding; None = all. Real rows need not come first: the first
-    plan that is executed moves them there.
+    plan that is executed moves them there. front: how many rows in front are learned ones, and stay.
     """
 
     def __init__(
-        self, site: BlockSite, x: Tensor, grid: tuple[int, int] | None = None, valid: Tensor | None = None
-    ) -> None:
+        self, site: BlockSite, x: Tensor, grid: tuple[int, int] | None = None, valid: Tensor | None = None,
+        front: int = 0,
+    ) -> None:  # fmt: skip
         host = site.host
         self.site, self.bound, self.host, self.program = site, site.bound, host, site.program
         b, n = x.shape[:2]
-        self.first = self.opening(Tokens.plain(b, n, host.prefix, has_cls=host.has_cls, device=x.device, valid=valid))
+        came = Tokens.plain(b, n, host.prefix, has_cls=host.has_cls, device=x.device, valid=valid)
+        self.first = self.opening(came.protect(Group(host.prefix, front)) if front > host.prefix else came)
         self.tokens = self.first
         grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
         self.trace = Trace(host, self.first, len(self.program.methods), x.element_size(), grid)
@@ -323,8 +327,9 @@ class Pass:
         policy = tokens.policy
         eps = self.bound.mask_eps if policy is not None and policy.requires_grad else 0.0
         split = None if self.packing is None else self.packing.attention
-        fit = self._fit if self.host.layers[layer].inside else None
-        return Call(bias, policy, eps, self.program.looks_on(layer), split, fit=fit)
+        known = self.host.layers[layer]
+        fit = self._fit if known.inside or known.anew else None
+        return Call(bias, policy, eps, self.program.looks_on(layer), split, fit=fit, came=self.first.n)
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
         """The model's own (B or 1, 1 or H, N0, N0) bias at the tokens that are left: each row keeps its

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ...core import Hard, Reducer, Seen, Site
 from ...core.attention import full_precision
 from ...core.cache import Attending, CacheReducer, CacheSignals, Ranker, Rereader, Rows, attended
+from ...core.cache.selectors import ragged
 from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
 from ...hosts import Call, DecoderHost, HostError, under
+from ...hosts.attention import BESIDE, summed, unsaid
 from ...hosts.decoder import Calls
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
@@ -58,7 +60,7 @@ class CacheRun:
     mask: the model's (B, logical) padding mask, or None; positions: (B or 1, Q) position ids of text, or None.
     """
 
-    def __init__(self, site: Owner, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
+    def __init__(self, site: Owner, cache: Any, mask: Tensor | None, positions: Tensor | None, front: int = 0) -> None:
         self.site, self.bound, self.host, self.program = site, site.bound, site.host, site.program
         self.cache, self.given, self.position_ids, self.calls = cache, mask, positions, Calls(self.host)
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
@@ -68,6 +70,7 @@ class CacheRun:
         self.context: VisualContext | None = None  # the visual rows among them
         self.given_none = False  # whether the cache was made here
         self.fresh = cache is not None and cache.get_seq_length() == 0
+        self.front = front  # how many of its tokens are learned rows
         self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
         self.memory: dict[int, dict[str, Any]] = {}  # of each method, where no cache keeps it
         self.attending: Attending | None = None  # the call under way, where a method wants it
@@ -105,7 +108,8 @@ class CacheRun:
                 self._count(layer, q.shape[0])
         call = LayerCall(self, index, layer, q, k, v, mask, kwargs)
         if heard is not None and heard.watch:
-            heard.seen = watched(q, k, v, call.scale, mask, heard.whole)
+            said = unsaid(module, q, k, kwargs) if mask is None and call.beside is not None else mask
+            heard.seen = watched(q, k, v, call.scale, summed(said, call.beside, q.dtype), heard.whole)
             heard.where = layer.positions() if heard.whole and layer is not None else None
         if heard is not None and heard.policy is not None:
             heard.no_maps(module)
@@ -178,7 +182,8 @@ class CacheRun:
             )
         k, v = layer.view()
         seen, given = heard.seen, {**given, "scaling": heard.seen.scale}
-        self._turns(LayerCall(self, index, layer, seen.q.to(k.dtype), k, v, seen.bias, given), layer)
+        told = {name: value for name, value in given.items() if name != BESIDE}  # what was seen has it already
+        self._turns(LayerCall(self, index, layer, seen.q.to(k.dtype), k, v, seen.bias, told), layer)
         return out
 
     def _turns(self, call: LayerCall, layer: ReducedLayer) -> None:
@@ -205,7 +210,7 @@ class CacheRun:
         """Whether one query reads all rows of a layer where a method acts, and some are gone: before that the model's
         own attention stays what it is, to the bit."""
         single = call.q.shape[2] == 1 and call.mask is None and call.layer is not None and call.layer.reduced
-        return single and bool(call.turns)
+        return single and bool(call.turns) and call.beside is None
 
     # -- what is padding ----------------------------------------------------------------------------------------------
     def real(self, n: int) -> Tensor | None:
@@ -238,10 +243,10 @@ class CacheRun:
             )
         if self._padded is None:
             real = given != 0
-            new = real[:, -queries:]
+            new = real[:, -queries:][:, self.front :]  # behind learned rows, padding is on the left still
             facts = [real.all(), (new[:, :-1] & ~new[:, 1:]).any()]
             if self.position_ids is not None and self.position_ids.shape[-1] == queries:
-                p = self.position_ids
+                p = self.position_ids[:, self.front :]
                 facts.append(((p[:, 1:] <= p[:, :-1]) & new[:, :-1] & new[:, 1:]).any())
             whole, right, backwards = [*torch.stack(facts).tolist(), False][:3]
             if right:
@@ -269,6 +274,8 @@ class CacheRun:
             if (method := self.method(turn)).gates:
                 self.site.acted()
                 gate = method.gate(call.signals(turn), call.rows)
+                if call.layer is not None and call.layer.learned:
+                    gate = gate.masked_fill(_per_head(call.layer.front(), gate.shape[1])[:, :, None], 0)
                 call.mask = added(gate, call.mask, call.q.shape[2], call.k.shape[2]).to(call.q.dtype)
 
     def _read(self, call: LayerCall) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -286,6 +293,7 @@ class CacheRun:
                 raise SessionError(
                     f"{text(method)} chose rows for a pass of {call.q.shape[2]} tokens; only one may choose"
                 )
+            plan = _with(plan, call.layer.front()) if call.layer.learned else plan
             lengths = plan.lengths
             call.layer.record.read = plan.m if lengths is None else lengths.float().mean()
             return _picked(plan, call.k, call.v, call.mask, call.q.shape[1])
@@ -320,7 +328,8 @@ class CacheRun:
             assert isinstance(plan, Hard)
             if rows.real is not None and plan.lengths is not None:  # a sample that lost nothing has no gap to close
                 gap = (rows.real.sum(-1) > plan.lengths)[..., None]
-            layer.keep(plan, *_held(layer, method, plan, call.k, call.v))
+            held = _held(layer, method, plan, call.k, call.v)
+            layer.keep(_with(plan, layer.front()) if layer.learned else plan, *held)
         if method.travelling:
             rotary = self.host.rotary(call.index)
             assert rotary is not None
@@ -334,10 +343,11 @@ class CacheRun:
             codec = self.method(turn).codec
             if codec is not None and layer.window is None:
                 self.site.acted()
-                layer.encode(codec, self.rows(layer, layer.keys).real)
+                layer.encode(codec, self.rows(layer, layer.keys, learned=True).real)
 
-    def rows(self, layer: ReducedLayer, k: Tensor) -> Rows:
-        """What a method must know of a layer's rows. k: (B, G, S, d), their keys."""
+    def rows(self, layer: ReducedLayer, k: Tensor, learned: bool = False) -> Rows:
+        """What a method must know of a layer's rows. k: (B, G, S, d), their keys. learned: whether rows that nobody
+        wrote are among them: for methods they are not there, so that none can choose or count them."""
         b, s = k.shape[0], k.shape[2]
         place = layer.positions()
         real: Tensor | None = None
@@ -353,6 +363,11 @@ class CacheRun:
             if s > layer.window - 1 or layer.reduced:  # by where they stood: rows that arrive are not the latest ones
                 alive = (place > layer.length - layer.window).expand(b, -1, -1)
                 real = alive if real is None else real & alive
+        if layer.learned and not learned:
+            behind = [max(layer.learned - (t - kept), 0) for t, kept in zip(layer.totals, totals, strict=True)]
+            totals = [kept - few for kept, few in zip(totals, behind, strict=True)]
+            words = ~layer.front().expand(b, -1, -1)
+            real = words if real is None else real & words
         age = layer.length - place
         return Rows(b, s, device=k.device, totals=tuple(totals), real=real, age=age, shuffled=layer.shuffled)
 
@@ -393,6 +408,11 @@ class LayerCall:
                 self._rows = Rows(b, s, device=self.k.device, totals=(s,) * b, age=age)
         return self._rows
 
+    @property
+    def beside(self) -> Tensor | None:
+        """What attention is given to add to its logits, besides the mask."""
+        return self.given.get(BESIDE)
+
     def place(self, turn: Turn) -> Place:
         if turn not in self._places:
             self._places[turn] = self.run.place(self.index, turn, max(self.rows.totals))
@@ -401,13 +421,13 @@ class LayerCall:
     def signals(self, turn: Turn) -> CacheSignals:
         """What the method of a turn may look at."""
         run, layer, rows, several = self.run, self.layer, self.rows, self.q.shape[2] > 1
-        method, asking = run.method(turn), None
+        method, asking, bias = run.method(turn), None, summed(self.mask, self.beside, self.q.dtype)
         if rows.real is not None and run.given is not None and several:
             left = run.prefill if run.prefill is not None and run.prefill.steps else None
             asking = run.real(self.q.shape[2]) if left is None else left.tokens.valid
         return CacheSignals(
             self.k, rows, self.place(turn),
-            Seen(self.q, self.k, self.v, self.scale, self.mask, causal=self.mask is None and several),
+            Seen(self.q, self.k, self.v, self.scale, bias, causal=self.mask is None and several),
             modules=run.bound.modules_of(turn.method, 0), asking=asking, entry=run.entry,
             attending=run.attending, weights=self.weights,
             at_rope=self.given.get("position_ids", run.position_ids),
@@ -462,6 +482,22 @@ def _picked(plan: Hard, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -
             mask = mask.masked_fill(~shown, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
     index = index.expand(b, g, -1)
     return take(k, index), take(v, index), mask
+
+
+def _per_head(shown: Tensor, heads: int) -> Tensor:
+    """(B, G, S) -> (B, 1 or H, S)."""
+    return shown if shown.shape[1] in (1, heads) else shown.repeat_interleave(heads // shown.shape[1], 1)
+
+
+def _with(plan: Hard, front: Tensor) -> Hard:
+    """A plan that keeps some rows besides. front: (B or 1, 1 or G, S) bool."""
+    index, n = plan.position, front.shape[-1]
+    if plan.lengths is not None:
+        index = torch.where(torch.arange(plan.m, device=index.device) < plan.lengths[..., None], index, n)
+    b, g = (max(pair) for pair in zip(index.shape[:2], front.shape[:2], strict=True))
+    keep = torch.zeros(b, g, n + 1, dtype=torch.bool, device=index.device)
+    keep = keep.scatter(-1, index.expand(b, g, -1), True)[..., :n] | front
+    return ragged(keep, n, min(plan.m + int(front.sum(-1).max()), n))
 
 
 def text_positions(ids: Tensor | None) -> Tensor | None:

@@ -99,7 +99,8 @@ class KVCacheSite:
     @property
     def headwise(self) -> bool:
         """Whether heads that keep different numbers may be read one by one."""
-        return self.program.steady and not (self.host.unasking or self.host.again) and self.plain
+        biased = any(layer.anew for layer in self.host.layers)
+        return self.program.steady and not (self.host.unasking or self.host.again or biased) and self.plain
 
     @property
     def unordered(self) -> bool:
@@ -172,10 +173,15 @@ class KVCacheSite:
             for layer, window in zip(cache.layers, self.host.windows, strict=False):
                 if window is not None and isinstance(layer, ReducedLayer):
                     layer.slide(window)  # a cache that was made without a config does not know
-        if cache is None or cache.get_seq_length() == 0:
+        held, learned = None if cache is None else cache.get_seq_length(), self.host.learned
+        front, kept = (0, 0) if learned is None else learned.in_pass(held)
+        if not held or kept:
             self._flops, self._notes = 0, []
             self.blocks.forget()
-        run = CacheRun(self, cache, given.get("attention_mask"), text_positions(given.get("position_ids")))
+        run = CacheRun(self, cache, given.get("attention_mask"), text_positions(given.get("position_ids")), front)
+        for layer in run.layers if kept else ():
+            layer.learned = kept
+        run.fresh |= bool(kept)
         self._records, self._seconds = {i: layer.record for i, layer in run.at.items()}, 0.0
         under.run, self.remembered = run, run.memory
         self._unread, run.given_none = "", own is None
@@ -259,7 +265,7 @@ class KVCacheSite:
             return told
         if x.shape[1] > 1:
             valid = None if mask is None else run.real(x.shape[1])
-            run.prefill = DecoderPrefill(self.blocks, x, run.at, valid, kwargs.get("position_ids"))
+            run.prefill = DecoderPrefill(self.blocks, x, run.at, valid, kwargs.get("position_ids"), run.front)
             return run.prefill
         if run.layers and self.program.revives:
             return TokenRevival(self.bound, x, run.layers, run.given)

@@ -26,9 +26,10 @@ class DecoderPrefill(Pass):
     one is predicted from it. Layers behind a plan store only the rows that reach them, at their own positions."""
 
     def __init__(
-        self, site: BlockSite, x: Tensor, at: Mapping[int, ReducedLayer], valid: Tensor | None, at_rope: Tensor | None
-    ) -> None:
-        super().__init__(site, x, valid=valid)
+        self, site: BlockSite, x: Tensor, at: Mapping[int, ReducedLayer], valid: Tensor | None, at_rope: Tensor | None,
+        front: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(site, x, valid=valid, front=front)
         self.at, self.at_rope = at, at_rope  # what blocks keep of keys and values; nothing without a cache
         self.start = next(iter(at.values())).length if at else 0
 
