@@ -17,7 +17,7 @@ from fewer.compat import unchecked
 from fewer.core import Site, Tokens
 
 from .anatomy import outward
-from .attention import Call, HostError, Table, entering, fused
+from .attention import Call, HostError, Table, entering, fused, under
 from .steps import stopping
 from .weights import multiplied
 from .written_out import entered
@@ -285,7 +285,7 @@ class Host:
         """While this is open, the call takes part in the block's attention. x: (B, N, C), what enters the block."""
         way = self.layers[layer].way
         if way == "table":
-            return entering(call)
+            return entering(call, under.run if self.kind == "decoder" else None)  # a decoder may run around others
         if way is None or not call.asks:
             return nullcontext()
         return fused(call) if way == "fused" else entered(call, batch=x.shape[0], keys=x.shape[1])

@@ -423,7 +423,7 @@ class Pass:
         for number, turn in enumerate(turns, 1):
             with full_precision(x):
                 x, beside = self._act(turn, layer, site, x, beside, watched=further or number < len(turns))
-        if self.program.execution == "packed" and self.tokens.valid is not None and len(x):
+        if self.program.execution == "packed" and self.steps and self.tokens.valid is not None and len(x):
             lengths = self.tokens.valid.sum(-1).tolist()
             self.packing = Packing(lengths, self.tokens.n, x.device)
             x = self.packing.pack(x)
@@ -463,16 +463,13 @@ class Pass:
         if not self.steps and tokens.valid is not None and self.live is None:
             x, beside = self._gathered(x, beside, tokens.valid, layer)
             tokens = self.tokens
-        hidden, seen = x, beside.seen
+        hidden, there = x, beside
         if self.live is not None:
-            hidden = take(x, self.live.anchor)
-            seen = None if seen is None else seen.gathered(self.live.anchor)
-            if seen is not None and tokens.valid is not None:
-                seen.bias = hiding(seen.bias, tokens.valid)
-        plan, hidden = self._planned(turn.method, hidden, tokens, place, seen, beside.branch)
+            hidden, there = take(x, self.live.anchor), beside.gathered(self.live, tokens.valid, watched=True)
+        plan, hidden = self._planned(turn.method, hidden, tokens, place, there.seen, there.branch)
         left = None
         if self.host.dense:
-            left = hidden if beside.entry is None else beside.entry
+            left = hidden if there.entry is None else there.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
         if plan.m == 0:
@@ -484,7 +481,7 @@ class Pass:
             return self._act_masked(x, hidden, plan, tokens), beside
         x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here
         self.tokens = tokens.after(plan)
-        return x, beside if isinstance(plan, Masked) else beside.gathered(plan, self.tokens.valid, watched=watched)
+        return x, there if isinstance(plan, Masked) else there.gathered(plan, self.tokens.valid, watched=watched)
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         """Whether a method drops nothing here, as far as shapes tell."""
