@@ -47,7 +47,8 @@ ON_TEXT = [
     "random:site=after_block,keep=0.8,layers=0", "random:site=before_block,keep=0.8,layers=2",
     "random:site=around_block,keep=0.6,layers=1", "cls_topk:r=1,layers=0+", "cls_topk:mass=0.8,layers=1",
     "evit:keep=0.7,layers=1+", "evit:fuse=false,keep=0.7,layers=1+", "evit:mass=0.8,layers=1+",
-    "power_bert:keep=0.7,layers=1+", "dpc_knn:keep=0.7,layers=1", "tome:r=2,layers=1+", "tome:threshold=0.5", "ltp:learned=false",
+    "power_bert:keep=0.7,layers=1+", "dpc_knn:keep=0.7,layers=1", "tome:r=2,layers=1+", "tome:threshold=0.5",
+    "ltp:learned=false",
     "length_adaptive:keep=0.8", "pyramid_bert:keep=0.8", "tofu:r=2", "tps:keep=0.7,layers=1,scorer=evit", "turbo:r=2",
     "kmedoids:keep=0.7,layers=2", "atc:keep=0.8,layers=1", "ats:tokens=6,layers=1", "ppt:keep=0.8,layers=1",
     "radial:keep=0.7,layers=1", "token_transforming:tokens=6,layers=1", "token_transforming:keep=0.7,layers=2",
@@ -57,7 +58,7 @@ ON_PROMPTS = [
     "divprune:tokens=6", "random:site=bridge,tokens=9", "fastv:keep=0.5,k=1", "fitprune:keep=0.6",
     "framefusion:keep=0.6", "vispruner:keep=0.5", "pyramiddrop:layers=0+1+2", "sparsevlm:layers=0+1+2", "vtw:k=2",
     "visionzip:tokens=8", "prumerge", "cdpruner:tokens=6", "tome:r=2,layers=0", "evit:keep=0.8,layers=1",
-    "lazyllm:keep=0.8,layers=1+", "random:keep=0.8,layers=1+", "snapkv:keep=0.5,window=4,kernel=3",
+    "cls_topk:mass=0.7,layers=1", "lazyllm:keep=0.8,layers=1+", "random:keep=0.8,layers=1+", "snapkv:keep=0.5,window=4,kernel=3",
     "streamingllm:tokens=20", "adakv:keep=0.5,window=4,kernel=3", "h2o:tokens=20",
 ]  # fmt: skip
 DECODERS = ("llama", "gemma3", "gpt2", "mistral-sliding", "qwen3")
@@ -241,7 +242,8 @@ class Texts:
     @property
     def croppable(self) -> int:
         """How many tokens may be taken back."""
-        assert self.together is not None and self.together.mask is not None
+        assert self.together is not None
+        assert self.together.mask is not None
         if any(layer.is_sliding for layer in self.together.cache.layers):
             return 0  # past its window such a layer cannot go back, here as in transformers
         last = min(r.steps[-1][1]["input_ids"].shape[1] if r.steps[-1][0] == "feed" else 0 for r in self.alone)

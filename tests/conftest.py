@@ -25,6 +25,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("fewer"), derandomize=False, max_examples=2000, print_blob=True
 )
+hypothesis.settings.register_profile(
+    "unshrunk", hypothesis.settings.get_profile("fewer"), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("fewer")
 
 

@@ -129,7 +129,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = share(1.2)
+TestConversation.settings = share(4)
 
 
 # -- one pass, in every execution --------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def unless_refused(kind: str, methods: list[str], **options: Any) -> None:
         assume(False)
 
 
-@share(1.6)
+@share(4)
 @given(passes(), st.sampled_from(["padded", "padded", "packed", "masked"]))
 def test_a_sample_alone_is_a_sample_in_a_batch(drawn: tuple[str, list[str], Batch], execution: Any) -> None:
     kind, methods, batch = drawn
@@ -165,7 +165,7 @@ def test_a_sample_alone_is_a_sample_in_a_batch(drawn: tuple[str, list[str], Batc
     alone_is_together(kind, methods, batch, execution)
 
 
-@share(0.5)
+@share(1)
 @given(passes((*ENCODERS, *VISION)))
 def test_packed_is_padded(drawn: tuple[str, list[str], Batch]) -> None:
     kind, methods, batch = drawn
@@ -175,7 +175,7 @@ def test_packed_is_padded(drawn: tuple[str, list[str], Batch]) -> None:
         assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
 
 
-@share(0.8)
+@share(2)
 @given(passes((*ENCODERS, *VISION)))
 def test_masked_is_dropped(drawn: tuple[str, list[str], Batch]) -> None:
     """Hiding what goes gives what dropping it gives: of images the answer, of texts the rows that stay."""
@@ -191,6 +191,21 @@ def test_masked_is_dropped(drawn: tuple[str, list[str], Batch]) -> None:
             continue
         kept = rows[i][rows[i] >= 0]
         assert_close(got[i, kept], wanted[i, kept], **CLOSE)
+
+
+@share(1.5)
+@given(passes(), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["padded", "masked"]))
+def test_a_method_that_keeps_all_changes_no_stack(
+    drawn: tuple[str, list[str], Batch], place: int, layer: int, execution: Any
+) -> None:
+    """Wherever it stands among the others."""
+    kind, methods, batch = drawn
+    layer = min(layer, len(fewer.hosts.find(network(kind)).blocks) - 1)
+    more = [*methods[:place], f"random:keep=1.0,layers={layer}", *methods[place:]]
+    unless_refused(kind, more, execution=execution)
+    wanted, got = (passed(kind, forms, batch.together, execution=execution) for forms in (methods, more))
+    for i in range(len(batch.sizes)):
+        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
 
 
 # -- ways of running ---------------------------------------------------------------------------------------------------
@@ -212,8 +227,8 @@ def trained(kind: str, methods: list[str], batch: Batch, checkpoints: bool) -> d
         model.eval()
 
 
-@share(0.4)
-@given(passes(("bert", "llama-encoder", "vit", "siglip")))
+@share(1)
+@given(passes(("bert", "llama-encoder", "vit", "siglip", "llava")))
 def test_checkpointing_changes_no_gradient(drawn: tuple[str, list[str], Batch]) -> None:
     kind, methods, batch = drawn
     unless_refused(kind, methods)
@@ -224,7 +239,7 @@ def test_checkpointing_changes_no_gradient(drawn: tuple[str, list[str], Batch]) 
         assert error <= 1e-3 * gradient.norm() + 1e-5, f"gradient of {name} is off by {error} of {gradient.norm()}"
 
 
-@share(0.4)
+@share(1)
 @given(passes(), st.sampled_from(["padded", "packed", "masked"]))
 def test_autocast_runs(drawn: tuple[str, list[str], Batch], execution: Any) -> None:
     kind, methods, batch = drawn
