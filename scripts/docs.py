@@ -84,6 +84,7 @@ BRIEFLY = {  # a reason, as an expression -> in a few words
     "those of another layer": "layers share keys and values",
     "cannot be entered|could be entered": "attention cannot be entered",
     "do not hand on one sequence": "no single sequence through its blocks",
+    "in lists of their own": "attention and MLPs in lists of their own, no blocks",
     "no run of blocks": "no run of blocks with attention",
     "does not run": "blocks do not run one after the other",
     "folded into one another": "samples and tokens are folded into one another, or tokens come first",
@@ -113,6 +114,8 @@ NOT_OVER_ALL = {  # types of text encoders without attention over all their toke
     "yoso": "an approximation",
     "reformer": "buckets",
     "perceiver": "latents that read the input once",
+    "rwkv": "a recurrence",
+    "recurrent_gemma": "a recurrence",
 }
 KINDS_NEAR = {
     "causal-lm": "Llama, Qwen3, Gemma 3, Mistral",
@@ -417,16 +420,19 @@ def encoders(rows: Rows) -> str:
     }
     full = [row for row in of.values() if row["type"] not in NOT_OVER_ALL]
     good, whole = (sum(bool(row.get("verified")) for row in some) for some in (full, of.values()))
+    heads = [row for row in full if row["kind"] == "masked-lm"]
+    alone = f"{sum(bool(row.get('verified')) for row in heads)} of {len(heads)}"
     others: dict[str, list[str]] = {}
     for name, what in NOT_OVER_ALL.items():
         if count := sum(row["type"] == name for row in of.values()):
             others.setdefault(what, []).append(f"{name} ({count})")
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in others.items())
     return (
-        "Text encoders, masked language models and those without a head that are no decoders, are counted twice. Of "
-        f"all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of them "
-        f"do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, {good} "
-        f"({percent(good, len(full))}) are verified; the others stand in the table of the refused.\n"
+        "Text encoders, masked language models and those without a head that are no decoders, are counted twice. "
+        f"Of all {len(of)}, {whole} ({percent(whole, len(of))}) are verified in some place. {len(of) - len(full)} of "
+        f"them do not attend over all their tokens, by design, and are refused ({said}). Of the {len(full)} that do, "
+        f"{good} ({percent(good, len(full))}) are verified, of masked language models alone {alone}; the "
+        "others stand in the table of the refused.\n"
     )
 
 
@@ -536,8 +542,9 @@ def passport(made: dict[str, Any], rows: Rows, apart: int) -> str:
         f"Every class of transformers {made['transformers']} that an auto class of these kinds maps to, with the "
         f"default config of its type; of timm {made['timm']} one model of each design. Made by `scripts/coverage.py` "
         f"with torch {made['torch']} at commit {made['commit']}, {made['when']}; each class has a line in "
-        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core and with two "
-        f"layers of each kind; deeper models take longer. Left out: {apart} classes without attention (convolutional "
+        f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core of a "
+        "machine with other work, with two layers of each kind; deeper models take longer. "
+        f"Left out: {apart} classes without attention (convolutional "
         "networks), or that need other libraries or another model's cache.\n"
     )
 

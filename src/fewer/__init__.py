@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     )
     from .registry import UnknownMethod, lookup, names, registered
     from .runtime.apply import apply
+    from .runtime.loading import load
     from .runtime.program import SessionError
-    from .runtime.saving import load, session_of
+    from .runtime.saving import session_of
     from .runtime.session import Session
     from .spec import SpecError, parse, text
 
@@ -51,7 +52,8 @@ _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not
     "Session": "runtime.session",
     "SessionError": "runtime.program",
     "apply": "runtime.apply",
-    **dict.fromkeys(("load", "session_of"), "runtime.saving"),
+    "load": "runtime.loading",
+    "session_of": "runtime.saving",
     "Guide": "adapters.clip_guide",
     **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
 }

@@ -4,9 +4,11 @@ counts, no token stands twice, as many stay as were granted, and rows come in or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -128,6 +130,16 @@ def inputs(draw) -> tuple[Tensor, Tokens]:
     return metric, tokens
 
 
+@contextmanager
+def as_long() -> Iterator[None]:
+    """Every form that long sequences take, on short ones."""
+    with ExitStack() as stack:
+        for room, name, value in ((cluster, "NEAR", 2), (cluster, "CHUNK", 7), (cluster, "WHOLE", 3),
+                                  (select, "NEAR", 2), (match, "CHUNK", 7)):  # fmt: skip
+            stack.enter_context(patch.object(room, name, value))
+        yield
+
+
 def holds(plan: Plan, tokens: Tokens, maker: Maker, budget: Budget) -> None:
     """Raises AssertionError for whatever the plan does that no plan may do."""
     assert isinstance(plan, Hard)
@@ -158,13 +170,15 @@ def holds(plan: Plan, tokens: Tokens, maker: Maker, budget: Budget) -> None:
             assert fixed <= count <= fixed + free
 
 
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=max(40, settings.default.max_examples))
 @given(inputs(), st.data())
-def test_no_input_breaks_the_algebra(name, given_, data) -> None:
+def test_no_input_breaks_the_algebra(name, long, given_, data) -> None:
     (metric, tokens), maker = given_, MAKERS[name]
     budget = data.draw(st.sampled_from((*COUNTED, *maker.adaptive)))
-    holds(maker.make(metric, budget, tokens), tokens, maker, budget)
+    with as_long() if long else nullcontext():
+        holds(maker.make(metric, budget, tokens), tokens, maker, budget)
 
 
 def _edit(plan: Hard, **change: Callable[[Tensor], Tensor]) -> Hard:
@@ -264,3 +278,54 @@ def test_a_padded_matching_is_as_wide_as_its_fullest_sample_can_be(seed, ns, bud
     valid = torch.arange(n) < torch.tensor(ns)[:, None]
     plan = MAKERS[name].make(normal(seed, len(ns), n, 4), budget, Tokens.plain(len(ns), n, valid=valid))
     assert plan.m == max(MAKERS[name].left(k, budget) for k in range(n + 1))
+
+
+# Long sequences.
+LONG = [name for name in MAKERS if not name.endswith("linkage")]
+
+
+@pytest.mark.parametrize("name", LONG)
+@given(seeds, st.lists(st.integers(2, 20), min_size=1, max_size=3), st.sampled_from([Capacity(4), KeepRatio(0.5)]))
+def test_distances_that_are_computed_again_change_no_plan(name, seed, ns, budget) -> None:
+    n = max(ns)
+    valid = None if len(set(ns)) == 1 else torch.arange(n) < torch.tensor(ns)[:, None]
+    metric, tokens = tied(seed, len(ns), n), Tokens.plain(len(ns), n, valid=valid)
+    torch.manual_seed(0)  # of the random partition
+    plan = MAKERS[name].make(metric, budget, tokens)
+    torch.manual_seed(0)
+    with as_long():
+        assert torch.equal(MAKERS[name].make(metric, budget, tokens).row, plan.row)
+
+
+@given(seeds, st.integers(4, 24))
+def test_long_sequences_are_clustered_in_runs_and_say_so(seed, n) -> None:
+    """Each run by itself, with its share of the merges; below two clusters per run as a whole."""
+    said: list[str] = []
+    metric, at = normal(seed, 1, n, 4), Place(layer=5, note=said.append)
+    runs, k = -(-n // 3), max(1, n * 3 // 4)
+    with as_long():
+        plan = cluster.agglomerative(metric, Capacity(k), Tokens.plain(1, n), at=at)
+    assert plan.m == k
+    if k < 2 * runs:
+        assert not said
+        return
+    assert said == [
+        f"layer 5: {n} tokens are clustered in {runs} runs, because the distances of more than 3 are not kept"
+    ]
+    for b in range(runs):
+        start, stop = b * n // runs, (b + 1) * n // runs
+        left = stop - start - ((b + 1) * (n - k) // runs - b * (n - k) // runs)
+        own = cluster.agglomerative(metric[:, start:stop], Capacity(left), Tokens.plain(1, stop - start), at=AT)
+        rows = plan.row[0, start:stop]
+        assert (rows - rows.min()).tolist() == own.row[0].tolist()
+
+
+@given(seeds, st.lists(st.integers(2, 20), min_size=2, max_size=3))
+def test_runs_do_not_depend_on_the_batch(seed, ns) -> None:
+    metric, budget = normal(seed, len(ns), max(ns), 4), KeepRatio(0.8)
+    with as_long():
+        valid = torch.arange(max(ns)) < torch.tensor(ns)[:, None]
+        plan = cluster.agglomerative(metric, budget, Tokens.plain(len(ns), max(ns), valid=valid), at=AT)
+        for i, n in enumerate(ns):
+            own = cluster.agglomerative(metric[i : i + 1, :n], budget, Tokens.plain(1, n), at=AT)
+            assert plan.row[i, :n].tolist() == own.row[0].tolist()

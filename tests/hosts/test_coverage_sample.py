@@ -57,6 +57,7 @@ SAMPLE = [  # class, model type, kind, places
     ("BartForConditionalGeneration", "bart", "text", ENCODER),
     ("WhisperForConditionalGeneration", "whisper", "sound", ENCODER),
     ("Wav2Vec2ForCTC", "wav2vec2", "sound", ENCODER),
+    ("WavLMForCTC", "wavlm", "sound", ENCODER),  # blocks that are told their number
     ("ASTForAudioClassification", "audio-spectrogram-transformer", "vision", ENCODER),
     ("DINOv3ViTModel", "dinov3_vit", "vision", ENCODER),
     ("Siglip2VisionModel", "siglip2_vision_model", "vision", ENCODER),
@@ -96,6 +97,7 @@ def test_a_class_is_verified_where_its_design_allows(name, model_type, kind, pla
     [
         ("SwinModel", "swin", "do not hand on one sequence"),
         ("VideoPrismForVideoClassification", "videoprism_vision_model", "folded into one another"),
+        ("XLMModel", "xlm", "in lists of their own"),
         ("xLSTMForCausalLM", "xlstm", "no run of blocks with attention"),
         ("PerceiverForMaskedLM", "perceiver", "does not run"),
     ],

@@ -84,6 +84,22 @@ def test_pruning_before_a_block_is_giving_the_plain_block_fewer_tokens(kind: str
     assert_close(reduced, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_passes_a_block_by_comes_out_as_it_went_in(kind: str) -> None:
+    model, x = tiny_vit(kind), images(2)
+    seen: list[Tensor] = []
+    with fewer.apply(model, "random:site=around_block,keep=0.5,layers=1") as session:
+        block = session.host.blocks[1]
+        hook = block.register_forward_hook(
+            lambda _, args, out: seen.extend((args[0], out[0] if isinstance(out, tuple) else out))
+        )
+        run(model, x)
+        hook.remove()
+    same = (seen[0] == seen[1]).all(-1).sum(-1)
+    assert same.tolist() == [session.last.first.free_count // 2] * 2
+    assert session.counts == [session.last.first.n] * 4
+
+
 def between(bias: Tensor, index: Tensor) -> Tensor:
     """A bias between all tokens, between the ones that stay. (1, H, N, N) -> (B, H, M, M)."""
     return taken(taken(bias, index, 2), index, 3)

@@ -27,6 +27,15 @@ OURS = {
     "AdaKVPress": "adakv", "PyramidKVPress": "pyramidkv", "KVzipPress": "kvzip", "ChunkKVPress": "chunkkv",
     "BlockPress": "keydiff", "KeyRerotationPress": "knorm:positions=cache", "MergingPress": "d2o",
 }  # fmt: skip
+#: Others, and what to do instead.
+INSTEAD = {
+    "ComposedPress": "give apply a list of methods", "PerLayerCompressionPress": "give apply a method with layers=",
+    "DecodingPress": "methods that act while decoding keep their budget at every step: streamingllm, h2o, tova",
+    "PrefillDecodingPress": "methods that act while decoding keep their budget at every step: streamingllm, h2o, tova",
+    "ThinKPress": "channels of keys are never pruned here; ott stores them in few bits",
+    "DMSPress": "tokenbutler and dynamic_context_pruning have learned scores",
+    "DuoAttentionPress": "heads with budgets of their own are adakv's",
+}  # fmt: skip
 
 
 class PressError(ValueError):
@@ -92,11 +101,26 @@ def adapt(item: Any) -> Any:
 
     Raises   PressError for a press that changes how rows are cut, naming what does so here, if anything does.
     """
-    if isinstance(item, (str, CacheReducer)) or not hasattr(item, "compression_ratio"):
+    if isinstance(item, (str, CacheReducer)) or not _is_press(item):
         return item
-    cuts = next((c.__name__ for c in type(item).__mro__ if "compress" in vars(c)), "ScorerPress")
-    if not isinstance(item, Press) or cuts != "ScorerPress":
+    line = type(item).__mro__
+    cuts = next((c.__name__ for c in line if "compress" in vars(c) or "forward_hook" in vars(c)), "ScorerPress")
+    try:
+        scores = isinstance(item, Press) and isinstance(item.compression_ratio, float | int)
+    except Exception:  # a press of several may have no ratio of its own, and say so by an error
+        scores = False
+    if not scores or cuts not in ("ScorerPress", "BasePress"):
         name = type(item).__name__
-        instead = f"; use the method {OURS[name]!r} of this package" if name in OURS else ""
+        ours = f"use the method {OURS[name]!r} of this package" if name in OURS else INSTEAD.get(name)
+        instead = "" if ours is None else f"; {ours}"
         raise PressError(f"{name} does not only score rows, it cuts them in its own way{instead}")
     return Pressed(item)
+
+
+def _is_press(item: Any) -> bool:
+    """Whether something is a press, whatever it can do."""
+    return (
+        hasattr(type(item), "compression_ratio")
+        or "compression_ratio" in getattr(item, "__dict__", {})
+        or any(c.__name__ == "BasePress" for c in type(item).__mro__)
+    )

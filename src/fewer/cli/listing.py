@@ -29,7 +29,7 @@ def command(json: Json = False) -> None:
 def where(cls: type[Reducer]) -> str:
     from fewer.core import Reducer, Site
 
-    if cls.site is Site.BRIDGE:
+    if isinstance(cls.site, Site) and not cls.site.in_blocks:
         return cls.site.value
     layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
     blocks = None if layers is None else layers.default

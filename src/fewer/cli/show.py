@@ -46,9 +46,9 @@ def command(
 
 def _sights(reducer: Reducer) -> list[tuple[str, str]]:
     """The blocks a method acts at; for methods on visual tokens, what its budget counts and what it looks at."""
-    from fewer.core import Site, VisualReducer
+    from fewer.core import VisualReducer
 
-    facts = [] if reducer.site is Site.BRIDGE else [("blocks", _blocks(reducer))]
+    facts = [] if not reducer.site.in_blocks else [("blocks", _blocks(reducer))]
     if isinstance(reducer, VisualReducer):
         facts.append(("budget of", "each image or video" if reducer.scope == "image" else "each prompt"))
         if reducer.looks_at:

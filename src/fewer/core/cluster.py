@@ -21,7 +21,7 @@ from torch import Tensor
 from .budgets import Budget
 from .match import unit
 from .place import Place
-from .plan import Hard, Plan, PlanError, take
+from .plan import Hard, Plan, PlanError, on_device, take
 from .tokens import Tokens
 
 Linkage = Literal["average", "single", "complete"]
@@ -52,9 +52,10 @@ def agglomerative(
     field = Field.of(metric, budget, tokens, at)
     if field.all_stay:
         return tokens.unchanged(metric.device)
-    runs = _runs(field.f) if all(k >= 2 * _runs(n) for n, k in field.table if n > WHOLE) else 1
-    merges = max(-(-(n - k) // min(runs, _runs(n))) for n, k in field.table)
-    f = -(-field.f // runs)
+    cut = [max(1, -(-n // WHOLE)) for n, _ in field.table]  # runs, of every length a sample can have
+    cut = [r if k >= 2 * r else 1 for r, (_, k) in zip(cut, field.table, strict=True)]
+    merges = max(-(-(n - k) // r) for r, (n, k) in zip(cut, field.table, strict=True))
+    runs, f = max(cut), max(-(-n // r) for r, (n, _) in zip(cut, field.table, strict=True))
     at.spend(runs * (pairs(f) * metric.shape[-1] + merges * f**2))
     with torch.no_grad():
         x = field.take(metric)
@@ -66,34 +67,34 @@ def agglomerative(
                 f"layer {at.layer}: {field.f} tokens are clustered in {runs} runs, because the distances of more than "
                 f"{WHOLE} are not kept"
             )
-            label = _in_runs(x, field, runs, merges, linkage)
+            own = torch.full((tokens.batch,), runs, device=x.device)
+            if field.real is not None:
+                own = on_device(cut, x.device)[field.number]
+            label = _in_runs(x, field, own, (runs, f, merges), linkage)
         return field.plan(label, tokens, weight)
 
 
-def _runs(n: int) -> int:
-    """Runs that n tokens are cut into for agglomerative clustering."""
-    return max(1, -(-n // WHOLE))
+def _in_runs(x: Tensor, field: Field, own: Tensor, most: tuple[int, int, int], linkage: Linkage) -> Tensor:
+    """Agglomerative clustering within even runs of the tokens, each with its share of the merges.
 
-
-def _in_runs(x: Tensor, field: Field, runs: int, most: int, linkage: Linkage) -> Tensor:
-    """Agglomerative clustering within even runs of the tokens, each with its share of the merges; a sample has as many
-    runs as it would have alone. x: (B, F, d); most: merges of any run. Returns labels (B, F)."""
-    b, f, c = x.shape
-    n = torch.full((b,), f, device=x.device) if field.count is None else field.number
-    k = torch.full_like(n, field.k) if field.count is None else field.count
-    own = (-(-n // WHOLE)).clamp(min=1)[:, None]
-    edge = torch.minimum(torch.arange(runs + 1, device=x.device), own)  # (B, runs + 1)
-    start, done = edge * n[:, None] // own, edge * (n - k)[:, None] // own
-    width = -(-f // runs) if field.count is None else min(f, WHOLE)
-    where = start[:, :-1, None] + torch.arange(width, device=x.device)
-    real = where < start[:, 1:, None]
-    where = where.clamp(max=f - 1)
-    part = take(x, where.flatten(1)).view(b * runs, width, c)
-    real, merges = real.flatten(0, 1), done.diff(dim=-1).flatten()
-    label = agglomerate(cosine_distance(part, real), most, linkage, merges)
-    label = (label.view(b, runs, width) + start[:, :-1, None]).flatten(1)
-    slot = where.flatten(1).masked_fill(~real.view(b, -1), f)
-    return slot.new_zeros(b, f + 1).scatter(1, slot, label.clamp(max=f - 1))[:, :f]
+    x: (B, F, d); own: (B,) runs of each sample; most: runs of any sample, and tokens and merges of any run. Returns
+    labels (B, F)."""
+    (b, f, c), (runs, width, merges) = x.shape, most
+    n = k = torch.full((b,), f, device=x.device)
+    k = k - f + field.k
+    line = torch.arange(f, device=x.device).expand(b, f)
+    if field.real is not None and field.count is not None:
+        n, k, line = field.number, field.count, (~field.real).to(torch.int8).argsort(dim=-1, stable=True)
+    edge = torch.minimum(torch.arange(runs + 1, device=x.device), own[:, None])
+    start, done = edge * n[:, None] // own[:, None], edge * (n - k)[:, None] // own[:, None]
+    rank = start[:, :-1, None] + torch.arange(width, device=x.device)  # (B, runs, width), places in line
+    real = (rank < start[:, 1:, None]).flatten(0, 1)
+    where = line.gather(1, rank.flatten(1).clamp(max=f - 1))
+    part = take(x, where).view(b * runs, width, c)
+    label = agglomerate(cosine_distance(part, real), merges, linkage, done.diff(dim=-1).flatten())
+    label = where.view(b * runs, width).gather(1, label).view(b, -1)
+    slot = where.masked_fill(~real.view(b, -1), f)
+    return slot.new_zeros(b, f + 1).scatter(1, slot, label)[:, :f]
 
 
 def dpc_knn(
@@ -299,22 +300,25 @@ class Distances:
     def f(self) -> int:
         return self.x.shape[1]
 
-    def _between(self, rows: slice, y: Tensor, norm: Tensor) -> Tensor:
+    def _between(self, rows: slice, y: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, R, K): from some rows to others. y: (B, K, d); norm: (B, K), their squared lengths."""
-        d = torch.baddbmm(norm[:, None], self.x[:, rows], y.transpose(-1, -2), alpha=-2)
+        d = torch.baddbmm(norm[:, None], self.x[:, rows], y.transpose(-1, -2), alpha=-2, out=out)
         d = d.add_(self.norm[:, rows, None]).clamp_(min=0)
         return d if self.scale == 1 else d.div_(self.scale)
 
     def rows(self, centre: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Some tokens at a time, and their distances to all tokens, (B, R, F), or to those at centre, (B, R, K)."""
+        """Some tokens at a time, and their distances to all tokens, (B, R, F), or to those at centre, (B, R, K).
+
+        Each part is gone when the next one comes: all are made in the same memory."""
         if self.kept is not None:
             yield slice(0, self.f), self.kept if centre is None else self.kept.gather(2, _each(centre, self.f))
             return
         y, norm = (self.x, self.norm) if centre is None else (take(self.x, centre), self.norm.gather(1, centre))
         step = max(1, CHUNK // max(1, y.shape[0] * y.shape[1]))
+        scratch = y.new_empty(y.shape[0], min(step, self.f), y.shape[1])
         for i in range(0, self.f, step):
             part = slice(i, min(i + step, self.f))
-            d = self._between(part, y, norm)
+            d = self._between(part, y, norm, scratch[:, : part.stop - i])
             own = torch.arange(part.start, part.stop, device=d.device)[:, None]
             which = torch.arange(self.f, device=d.device) if centre is None else centre[:, None]
             d.masked_fill_(own == which, 0)
@@ -322,6 +326,19 @@ class Distances:
                 there = self.real if centre is None else self.real.gather(1, centre)
                 d.masked_fill_(~(self.real[:, part, None] & there[:, None]), INF)
             yield part, d
+
+    def each(self, ask: Callable[[slice, Tensor], Tensor], centre: Tensor | None = None) -> Tensor:
+        """What is asked of every token's distances, (B, F, ...). ask: some rows (B, R, F or K) -> (B, R, ...)."""
+        out: Tensor | None = None
+        for part, some in self.rows(centre):
+            answer = ask(part, some)
+            if self.kept is not None:
+                return answer
+            if out is None:  # one memory for all answers: little ones kept between large ones would scatter both
+                out = answer.new_empty(answer.shape[0], self.f, *answer.shape[2:])
+            out[:, part] = answer
+        assert out is not None
+        return out
 
     def to(self, at: Tensor) -> Tensor:
         """(B, F): how far all tokens are from one of each sample. at: (B,) positions."""
@@ -422,7 +439,7 @@ def peaks(d: Distances, neighbours: int | Tensor, real: Tensor | None = None, mo
     """
     f = d.f
     nearby = min(neighbours if isinstance(neighbours, int) else f if most is None else most, f)
-    near = torch.cat([part.topk(nearby, dim=-1, largest=False).values for _, part in d.rows()], 1)
+    near = d.each(lambda _, some: some.topk(nearby, dim=-1, largest=False).values)
     if isinstance(neighbours, Tensor):
         beyond = torch.arange(nearby, device=near.device) >= neighbours[:, None, None]
         real = torch.ones(near.shape[:2], dtype=torch.bool, device=near.device) if real is None else real
@@ -433,11 +450,14 @@ def peaks(d: Distances, neighbours: int | Tensor, real: Tensor | None = None, mo
         there = near.isfinite()
         density = (-near.masked_fill(~there, 0).sum(-1) / there.sum(-1).clamp(min=1)).exp().masked_fill(~real, -1)
     rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    apart, far = [], []
-    for part, some in d.rows():
-        apart.append(some.masked_fill(rank[:, part, None] <= rank[:, None], INF).amin(-1))
-        far.append((some if real is None else some.masked_fill(some == INF, 0)).amax(dim=(-2, -1)))
-    separation = torch.minimum(torch.cat(apart, 1), torch.stack(far, 1).amax(-1, keepdim=True)).sqrt()
+
+    def ends(part: slice, some: Tensor) -> Tensor:
+        apart = some.masked_fill(rank[:, part, None] <= rank[:, None], INF).amin(-1)
+        far = (some if real is None else some.masked_fill(some == INF, 0)).amax(-1)
+        return torch.stack([apart, far], -1)
+
+    apart, far = d.each(ends).unbind(-1)
+    separation = torch.minimum(apart, far.amax(-1, keepdim=True)).sqrt()
     score = density * separation
     return score if real is None else score.masked_fill(~real, -1)
 
@@ -489,13 +509,15 @@ def medoids(
     centre = rank.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     if count is None:
         centre = centre.sort(-1).values
-    where = torch.arange(f, device=mass.device).expand(b, f)
+    where, weight = torch.arange(f, device=mass.device).expand(b, f), mass[..., None]
     label = nearest(d, centre, count)
     for _ in range(iterations):
         shut = label if real is None else label.masked_fill(~real, -1)
-        cost = torch.cat([
-            some.masked_fill(label[:, part, None] != shut[:, None], 0) @ mass[..., None] for part, some in d.rows()
-        ], 1)[..., 0]  # fmt: skip
+
+        def away(part: slice, some: Tensor, own: Tensor = label, shut: Tensor = shut) -> Tensor:
+            return (some.masked_fill(own[:, part, None] != shut[:, None], 0) @ weight)[..., 0]
+
+        cost = d.each(away)
         if real is not None:
             cost = cost.masked_fill(~real, INF)
         best = cost.new_full((b, k), INF).scatter_reduce(1, label, cost, "amin")
@@ -564,10 +586,11 @@ def nearest(d: Distances, centre: Tensor, count: Tensor | None = None) -> Tensor
     b, k = centre.shape
     own = torch.arange(k, device=centre.device)
     spare = None if count is None else own >= count[:, None]
-    label = []
-    for _, some in d.rows(centre):
-        label.append((some if spare is None else some.masked_fill(spare[:, None], INF)).argmin(-1))
-    return _put(torch.cat(label, 1), centre, own.expand(b, k), spare)
+
+    def closest(_: slice, some: Tensor) -> Tensor:
+        return (some if spare is None else some.masked_fill(spare[:, None], INF)).argmin(-1)
+
+    return _put(d.each(closest, centre), centre, own.expand(b, k), spare)
 
 
 def _put(label: Tensor, where: Tensor, own: Tensor, spare: Tensor | None) -> Tensor:

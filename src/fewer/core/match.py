@@ -323,21 +323,22 @@ def _fold(
             best = best - _part(penalty.detach().float().nan_to_num(0.0), parts[0])
         ranked = best.sort(dim=-1, descending=True, stable=True)
         first = ranked.indices[:, :r]
-        source, into = _at(parts[0], first), _at(parts[1], partner(first))
+        source = _at(parts[0], first)
         # How many sources go is known from the counts alone, unless a threshold decides or the partition was made
         # without regard to padding and guarded tokens.
         apart = isinstance(parts[0], Tensor) and parts[0].dim() == 2
         if cut is None and tokens.valid is None and (apart or tokens.guarded is None):
-            plan = Plan.merge(source, into, tokens.n, tokens.size)
-        else:
-            value, width = ranked.values[:, :r], tokens.n
-            goes = value > float("-inf")
-            if cut is not None:
-                goes = goes & (value >= cut)
-            elif tokens.valid is not None:
-                goes = goes & _own_share(budget, tokens, at, r, most)
-                width = _left(budget, tokens, at, most) if apart else width
-            plan = _merge_some(source, into, goes, tokens, width)
+            if order != "position":  # the rows are known without looking for them
+                return _halves(ranked.indices, r, partner(first), tokens, order)
+            return Plan.merge(source, _at(parts[1], partner(first)), tokens.n, tokens.size)
+        value, width = ranked.values[:, :r], tokens.n
+        goes = value > float("-inf")
+        if cut is not None:
+            goes = goes & (value >= cut)
+        elif tokens.valid is not None:
+            goes = goes & _own_share(budget, tokens, at, r, most)
+            width = _left(budget, tokens, at, most) if apart else width
+        plan = _merge_some(source, _at(parts[1], partner(first)), goes, tokens, width)
         return plan if order == "position" else _in_halves(plan, tokens, best if order == "ranked" else None)
 
 
@@ -419,6 +420,20 @@ def _merge_some(source: Tensor, into: Tensor, goes: Tensor, tokens: Tokens, widt
     row = stays.long().cumsum(-1) - 1
     to = row.gather(-1, into).masked_fill(~goes, -1)
     return Hard(n, anchor, source, to, length=stays.sum(-1)).averaged(tokens.size)
+
+
+def _halves(ranked: Tensor, r: int, partner: Tensor, tokens: Tokens, order: Order) -> Hard:
+    """A bipartite plan whose rows are the prefix, the even positions that stay, the odd ones.
+
+    ranked: (B, E), the even ones by falling similarity, of which the first r go; the prefix is last. partner: (B, r),
+    to which odd one each."""
+    n, p = tokens.n, tokens.prefix
+    stays, fixed = ranked[:, r:], (p + 1) // 2
+    stays = stays.sort(-1).values[:, fixed:] if order == "halves" else stays[:, : stays.shape[1] - fixed]
+    where = torch.arange(n, device=ranked.device)
+    odd = where[p // 2 * 2 + 1 :: 2]
+    anchor = torch.cat([part.expand(tokens.batch, -1) for part in (where[:p], 2 * stays, odd)], -1)
+    return Hard(n, anchor, 2 * ranked[:, :r], partner + (ranked.shape[1] - r)).averaged(tokens.size)
 
 
 def _in_halves(plan: Hard, tokens: Tokens, best: Tensor | None) -> Hard:

@@ -18,11 +18,19 @@ class Site(Enum):
     AFTER_BLOCK = "after a block"
     KV_CACHE = "the KV cache"
     BRIDGE = "between vision tower and language model"
+    TEXT = "the input text"
+    LOSS = "the training loss"
+    DENOISING = "over denoising steps"
 
     @property
     def sees_attention(self) -> bool:
         """Whether this block's queries and keys exist when the plan is made."""
-        return self not in (Site.BEFORE_BLOCK, Site.AROUND_BLOCK, Site.BRIDGE)
+        return self in (Site.MID_BLOCK, Site.AFTER_BLOCK, Site.KV_CACHE)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether there is one in every block; else there is one in the model."""
+        return self not in (Site.BRIDGE, Site.TEXT, Site.LOSS)
 
 
 def _ignore(_: int | str) -> None:

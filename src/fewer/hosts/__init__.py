@@ -14,7 +14,7 @@ from .attention import Call, HostError, Table, running, under
 from .base import BlockRun, Host, PlainRun
 from .decoder import DecoderHost
 from .discovery import anatomy
-from .stacks import Stack, stacks
+from .stacks import Stack, in_lists, stacks
 from .state_space import StateSpaceHost
 from .vision_language import LayoutError, VisionLanguageHost
 from .weights import PLAIN as MATRICES
@@ -71,7 +71,9 @@ def find(model: nn.Module) -> Host:
             host.reader = _reader(model, host)
             return host
     if not why:
-        why.append("no run of blocks with attention inside, in a model of transformers or timm")
+        lists = "its attention, norms and MLPs stand in lists of their own, so that there are no blocks; "
+        none = "no run of blocks with attention inside, in a model of transformers or timm"
+        why.append(f"{lists if in_lists(model) else ''}{none}")
     raise HostError(
         f"{type(model).__name__} is not a model fewer knows: {'; '.join(dict.fromkeys(why))}. `fewer doctor MODEL` "
         "shows what was found; an inner model (model.vision_model, model.encoder) may be one"

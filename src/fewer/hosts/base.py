@@ -249,7 +249,7 @@ class Host:
     def listen(self, hear: Callable[[Tensor], None], undo: ExitStack) -> None:
         """Until `undo` closes, `hear` is told of the features that leave each block, (B, N, C)."""
 
-        def heard(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def heard(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             hear(self._inward(out)[0])
             return out

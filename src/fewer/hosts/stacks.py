@@ -61,6 +61,12 @@ def stacks(model: nn.Module) -> list[Stack]:
     return found
 
 
+def in_lists(model: nn.Module) -> bool:
+    """Whether attention parts stand in a list of their own, without what else makes a block."""
+    lists = (list(m) for m in model.modules() if isinstance(m, nn.ModuleList))
+    return any(len(parts) > 1 and all(PART.search(type(m).__name__) for m in parts) for parts in lists)
+
+
 def _starts(model: Any) -> bool:
     """Whether a model can be called with what a user has, and not with features of another part of it."""
     parameters = inspect.signature(type(model).forward).parameters

@@ -25,7 +25,6 @@ VOCABULARY = 112
 WINDOW = 8  # tokens; an example of 24 goes past it
 SELECTED = 16  # keys a sparse attention picks
 SIDE = 4  # patches along a side of an image
-STAGED = 16  # the same in models that halve it from stage to stage
 POSITIONS = 512  # of a learned table; rotary positions cost nothing and are kept
 FRAMES = 64  # of a spectrogram, where the model is made for one length
 WIDTH = 64  # of a model whose head width does not follow from its width
@@ -236,7 +235,7 @@ WIDTHS = re.compile(
     r"|hidden_size_\w+|conv_channels|attention_channels|embed_dim|fpn_channels|share_expert_dim)$"
 )
 NO_WIDTH = re.compile(
-    r"head|rope|rotary|pos_emb|patch_dim|mel|(?<!projector_)input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
+    r"head|rope|rotary|pos_emb_(height|width)|patch_dim|mel|(?<!projector_)input_dim|time_step|codebook|state_dim|spatial|temporal|per_axis"
 )
 HEADS = re.compile(r"(^|_)(n|num|\w*attention|\w*attn|query|kv|mamba|mem)?_?(\w+_)?heads(_per_layer)?$")
 VOCABULARIES = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|group_vocab)$")
@@ -351,7 +350,7 @@ class _Shape:
         if name.endswith("groups") and value in self.known:
             return self.known[value]
         if name in EACH or re.search(r"head_?dim|dim_head", name):
-            return self.head(name, value)
+            return min(value, HEAD)
         if HEADS.search(name):
             return self.count(name, value)
         if VOCABULARIES.search(name):
@@ -404,9 +403,6 @@ class _Shape:
         if self.staged or not patch or not _number(patch):
             return 64
         return patch * SIDE
-
-    def head(self, name: str, value: int) -> int:
-        return min(value, HEAD)
 
     def count(self, name: str, value: int) -> int:
         """How many heads are left of some."""

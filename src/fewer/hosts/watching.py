@@ -68,7 +68,7 @@ class _Watch:
             undo.enter_context(torch.no_grad())
             return self.root(**given)
 
-    def _block(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _block(self, index: int, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         name, named = bound(self.blocks[index], args, kwargs)
         self.under = index
         seen = self.seen.setdefault(index, _Seen(named.pop(name), name, named))
@@ -259,12 +259,14 @@ def _keys(seen: _Seen | None, layer: Layer, cache: Any, index: int) -> Tensor | 
 def _reads(root: nn.Module, given: Mapping[str, Any], watch: _Watch, cache: Any) -> tuple[tuple[str, int], ...]:
     """Which cache layer each attention call of a pass reads, where that is not one call in each block for the layer of
     its number: blocks that are run in a loop, several attentions in a block, several calls over the same keys."""
-    held = getattr(cache, "layers", None)
+    from transformers import DynamicCache
+
+    held = getattr(cache, "layers", ())
     counts = [sum(_over_tokens(k) for _, _, k, _ in seen.calls) for seen in watch.seen.values()]
-    if held is None or (len(held) == len(watch.blocks) and max(counts) <= 1):
+    if type(cache) is not DynamicCache or (len(held) == len(watch.blocks) and max(counts) <= 1):
         return ()
     paths, calls, latest = {id(m): path for path, m in root.named_modules()}, [], -1
-    mine = type(cache)(config=root.config)
+    mine = DynamicCache(config=root.config)  # type: ignore[arg-type]
     update = mine.update
 
     def updating(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +278,7 @@ def _reads(root: nn.Module, given: Mapping[str, Any], watch: _Watch, cache: Any)
         if _over_tokens(k):
             calls.append((paths[id(module)], latest))
 
-    mine.update = updating
+    setattr(mine, "update", updating)  # noqa: B010
     _Watch(root, watch.blocks, asked)({**without_cache(given), **cached(root, mine), "use_cache": True})
     return tuple(calls)
 

@@ -69,7 +69,7 @@ def apply(
     try:
         if isinstance(modules, str | Path) and modules != UNTRAINED and not any(True for _ in opened.parameters()):
             raise ModulesError(f"{', '.join(map(text, reducers))}: no trained modules to load; leave modules= out")
-        saving.carry(opened, saving.Setup(tuple(reducers), execution, positions, guide))
+        saving.carry(opened, saving.Setup(tuple(reducers), execution, positions, guide), apply)
     except BaseException:
         opened.remove()
         raise

@@ -146,7 +146,7 @@ class Bound:
 def _layers(method: Reducer, host: Host) -> tuple[int, ...]:
     """The blocks where a method acts in a model. Raises SessionError, HostError where it cannot."""
     depth, said = host.depth(method.site), text(method)
-    layers = (0,) if method.site is Site.BRIDGE else method.acts_at(depth)
+    layers = method.acts_at(depth) if method.site.in_blocks else (0,)
     if method.needs_cls and not (host.tower_has_cls if acts_on_visual_rows(method) else host.has_cls):  # type: ignore[attr-defined]
         raise SessionError(
             f"{said} ranks tokens by the class token's attention, and {host.name} has none; "
@@ -189,6 +189,18 @@ def _scanned_rows(program: Program, host: Host) -> str | None:
             f"a state-space model reads every row it is given, so execution={program.execution!r} would change its "
             "answers; use execution='padded'"
         )
+    return None
+
+
+def _words_of_a_text(program: Program, host: Host) -> str | None:
+    """Methods on the input text drop whole words of a text, and of nothing else."""
+    for method in program.methods:
+        if method.site is not Site.TEXT:
+            continue
+        if host.kind not in ("text", "decoder", "scan") or hasattr(host, "bridge"):
+            return f"{text(method)} acts on the input text, and {host.name} reads no plain text of tokens"
+        if method.extra:
+            return f"{text(method)} melts tokens into one more, and a text holds words only; choose a form that prunes"
     return None
 
 
@@ -298,8 +310,8 @@ def _blind_towers(program: Program, host: Host) -> str | None:
 
 
 RULES: tuple[Callable[[Program, Host], str | None], ...] = (
-    _packed_rows, _scanned_rows, _rows_of_no_word, _sizes_in_a_cache, _one_evicts, _revival_beside_eviction,
-    _revival_unseen, _one_reads, _one_stores, _on_a_cache, _blind_towers,
+    _packed_rows, _scanned_rows, _words_of_a_text, _rows_of_no_word, _sizes_in_a_cache, _one_evicts,
+    _revival_beside_eviction, _revival_unseen, _one_reads, _one_stores, _on_a_cache, _blind_towers,
 )  # fmt: skip
 """Each says why a program cannot run in a host, or nothing."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,20 +11,22 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..adapters.clip_guide import Guide
-from ..core import Reducer
+from ..core import Reducer, Site
 from ..core.cache.quantised import rounded
 from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 from . import modules as trained
-from . import saving
 from .costs import CacheLedger, Ledger
 from .program import Bound, Execution, Program, SessionError, check_free
 from .sites import bridge
 from .sites.blocks import BlockSite
 from .sites.bridge import BridgeSite, Positions
+from .sites.denoising import DenoisingSite
 from .sites.kv_cache import KVCacheSite
+from .sites.loss import LossSite
 from .sites.scan import StateSpaceRun
+from .sites.text import TextSite
 from .sites.tower import TowerSite
 from .trace import CacheTrace, Readable, Trace
 
@@ -34,15 +36,14 @@ UNSEEN = "no forward pass yet: call the model first"
 class ActiveSite(Protocol):
     """A place where tokens leave, with methods on.
 
+    title   of it, in a report
     attach  takes part in the model's passes until `undo` closes; where it fails, what it did before is undone
+    trace   what its last pass left to be read; None where there is nothing
     """
 
+    title: str
+
     def attach(self, undo: ExitStack) -> None: ...
-
-
-class Shown(ActiveSite, Protocol):
-    """One whose passes a session shows; None before the first."""
-
     @property
     def trace(self) -> Readable | None: ...
 
@@ -61,12 +62,17 @@ class Session:
     """
 
     def __init__(
-        self, methods: Sequence[Reducer], bounds: Sequence[Bound], shown: Shown, beside: Sequence[ActiveSite] = ()
+        self, methods: Sequence[Reducer], bounds: Sequence[Bound], shown: ActiveSite, beside: Sequence[ActiveSite] = ()
     ) -> None:
         """bounds: the stacks of blocks with methods in them, which share these; the first is the one that is shown."""
         self.methods, self.bounds = tuple(methods), tuple(bounds)
         self._shown, self._sites = shown, (shown, *beside)
         self._undo = ExitStack()
+        self.carried: Any = None  # what the model carries of it, see `saving`
+
+    def beside(self, methods: Sequence[Reducer], bound: Bound, site: ActiveSite) -> Session:
+        """The same with one more site, whose passes are not shown. methods: all of them, in order."""
+        return Session(methods, [*self.bounds, bound], self._shown, [*self._sites[1:], site])
 
     @property
     def _bound(self) -> Bound:
@@ -127,6 +133,12 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def begin(self) -> None:
+        """A new call of a pipeline of many steps: what was kept over the steps of the one before is forgotten."""
+        for site in self._sites:
+            if (begin := getattr(site, "begin", None)) is not None:
+                begin()
+
     def save_modules(self, path: str | Path, card: Mapping[str, str] | None = None) -> list[Path]:
         """Write the methods' trained modules: into a folder, or as one .safetensors file. Returns the files.
 
@@ -138,7 +150,9 @@ class Session:
     def save(self, folder: str | Path) -> None:
         """Write model, methods and trained modules into a folder, from which `fewer.load(folder)` gives both back. Of a
         model of transformers `model.save_pretrained(folder)` does the same."""
-        saving.carried(self.model).save(folder)
+        if self.carried is None:
+            raise SessionError("only a session that fewer.apply has put on can be saved with its model")
+        self.carried.save(folder)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of the methods' trained modules alone. While the session is on, `model.parameters()` holds them too."""
@@ -202,7 +216,9 @@ class Session:
 
     def report(self) -> str:
         """The last pass in words: methods, tokens or rows, cost, the methods' own share, notes."""
-        return "\n".join([" ".join(map(text, self.methods)), *self.trace.lines()])
+        others = [(site.title, trace) for site in self._sites[1:] if (trace := site.trace) is not None]
+        told = [f"{title}: {line}" for title, trace in others for line in trace.lines()]
+        return "\n".join([" ".join(map(text, self.methods)), *self.trace.lines(), *told])
 
     # -- of a decoder --------------------------------------------------------------------------------------------------
     @property
@@ -295,12 +311,28 @@ def bind(
     return Bound(model, host, program, trained.prepare(model, host, program.methods, program.stages, modules))
 
 
+DOORS: dict[Site, Callable[[Bound], ActiveSite]] = {
+    Site.TEXT: TextSite, Site.LOSS: LossSite, Site.DENOISING: DenoisingSite,
+}  # fmt: skip
+"""Places that need no more than a program: what carries it out there."""
+
+
 def _composed(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
     host: Host, guide: Guide | None, positions: Positions,
 ) -> Session:  # fmt: skip
-    """The sites of a session, by what kind of host it has."""
-
+    """The sites of a session, by where its methods act and what kind of host it has."""
+    for door, opens in DOORS.items():
+        there = [method.site is door for method in methods]
+        if not any(there):
+            continue
+        mine, others = trained.divided(modules, there)
+        bound = bind(model, host, [m for m in methods if m.site is door], execution, mine)
+        if all(there):
+            return Session(methods, [bound], opens(bound))
+        rest = [m for m in methods if m.site is not door]
+        session = _composed(model, rest, execution, others, host, guide, positions)
+        return session.beside(methods, bound, opens(bound))
     if not isinstance(host, DecoderHost):
         bound = bind(model, host, methods, execution, modules)
         return Session(methods, [bound], BlockSite(bound, kind=StateSpaceRun if host.kind == "scan" else None))

@@ -241,7 +241,8 @@ class CacheTrace:
     def ledger(self) -> CacheLedger:
         """What the last cache holds, layer by layer."""
         if not self.records and self.prompt is None:
-            raise SessionError("no forward pass with a cache yet: call the model or generate() first")
+            why = "".join(f" ({note})" for note in self.notes)
+            raise SessionError(f"no forward pass with a cache yet{why}: call the model or generate() first")
         prefill = None if self.prompt is None else self.prompt.ledger
         notes = self.notes if prefill is None else [*self.notes, *prefill.notes]
         return CacheLedger(list(self.records.values()), self.flops, self.seconds, notes, prefill)
@@ -285,6 +286,8 @@ class CacheTrace:
 
     def lines(self) -> list[str]:
         """Rows, bytes, the methods' own share, notes; what reading the prompt cost, where methods act there."""
+        if not self.records and self.prompt is None and self.notes:
+            return list(self.notes)
         ledger, prefill = self.ledger, self.ledger.reading
         seen = [] if self.prompt is None else self.prompt.visual_line()
         words = [] if prefill is None else [

@@ -48,8 +48,9 @@ class Verdict:
         object.__setattr__(self, "places", {Site(site): why for site, why in self.places.items()})
 
     def of(self, site: Site) -> str:
-        """Why a place is not trusted; empty where it is. The bridge and what stands before it are not judged here."""
-        return self.places.get(site, "" if site is Site.BRIDGE else "there is no such place in it")
+        """Why a place is not trusted; empty where it is. Those that are in no block are not judged here."""
+        site = Site.AROUND_BLOCK if site is Site.DENOISING else site  # which sets rows aside in the same way
+        return self.places.get(site, "there is no such place in it" if site.in_blocks else "")
 
 
 class _Unlike(AssertionError):
@@ -195,7 +196,9 @@ class Trial:
         last = self.depth - 1
         _, kept = self._dropped(Site.BEFORE_BLOCK, last)
         with self._session(Random(KeepRatio(0.6, of="start"), (last,), site=Site.AROUND_BLOCK)):
-            got = self.run()
+            *_, came, got = self._features(self.given)[0]
+        by = torch.ones(*got.shape[:2], 1).scatter(1, kept.clamp(min=0)[..., None], 0)
+        _same(got * by, came * by, "tokens that pass a block by do not come out as they went in")
         if self.host.kind != "scan":
             want = _rows(self._hidden(kept, range(last, self.depth)), kept, True)
             _close(_rows(got, kept, True), want, "passing tokens by is not what hiding them is")
@@ -247,6 +250,11 @@ class Trial:
         return out
 
     def _forward(self, given: dict[str, Any]) -> tuple[Tensor, Any]:
+        caught, output = self._features(given)
+        return caught[-1], output
+
+    def _features(self, given: dict[str, Any]) -> tuple[list[Tensor], Any]:
+        """What each block gives, and the answer."""
         caught: list[Tensor] = []
 
         with ExitStack() as undo:
@@ -255,7 +263,7 @@ class Trial:
             undo.enter_context(torch.no_grad())
             torch.manual_seed(0)
             output = self.twin(**given)
-        return caught[-1], output
+        return caught, output
 
     # -- the KV cache --------------------------------------------------------------------------------------------------
     def _cache(self, site: Site) -> None:

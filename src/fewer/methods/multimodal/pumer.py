@@ -54,6 +54,9 @@ class _Left(Budget):
         assert self.own is not None
         return torch.minimum(self.own, real)
 
+    def most(self, free: int, at: Place, *, least: int = 0) -> int:
+        return super().most(free, at, least=least) if self.own is None else free  # the device alone knows
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:

@@ -19,6 +19,9 @@ class ATC(Reducer):
     proportional: later blocks add log(size) to their attention logits.
     fidelity: "paper", or "code": there, without proportional attention sizes are forgotten between layers, so that
     later averages are unweighted.
+
+    More than 3,072 free tokens are cut into even runs, each of which merges its share of the pairs by itself: an
+    approximation, which the ledger notes.
     """
 
     budget: Budget = KeepRatio(0.7, of="start")

@@ -30,6 +30,10 @@ from ...core.rope import Rotary
 from .state import SPARE, Access, Arrivals, CacheError, GrowthBuffer, Parked, Record
 
 
+def _nobody() -> None:
+    """The owner of a cache that was read from a file."""
+
+
 class ReducedLayer(DynamicLayer):
     """One layer's keys and values, some of them gone.
 
@@ -52,6 +56,16 @@ class ReducedLayer(DynamicLayer):
         self.arriving: Arrivals | None = None  # set by the session for one pass, where not all of its tokens come
         self.access: Access | None = None  # the same: it will see this layer's attention, and what it may do
         self._clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the session it was reduced by, which does not travel: what is read back belongs to nobody."""
+        return {**vars(self), "owner": _nobody, "access": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReducedLayer:
+        """A copy in the same process goes on with the same session."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def _clear(self) -> None:
         self.length = 0
@@ -194,12 +208,13 @@ class ReducedLayer(DynamicLayer):
         All samples are coded together, or one by one where more padding stands before some than before others: groups
         count from a sample's first token, so that it is coded as if it were alone.
         """
-        if self.packing is not None or self.holes:
+        b, _, s, _ = self.keys.shape
+        apart = self.holes and b > 1 and s - codec.window >= codec.group  # some groups would run over holes
+        if self.packing is not None or apart:
             raise CacheError(
                 "heads or samples that keep different numbers of rows cannot be stored in few bits; choose a method "
                 "that evicts evenly (snapkv, not adakv), and prompts of one length"
             )
-        b, _, s, _ = self.keys.shape
         if not self.codes:
             first = [0 if self.position is not None else self.length - t for t in self.totals]
             alike = len(set(first)) == 1

@@ -37,6 +37,8 @@ class BlockSite:
     pass of this kind.
     """
 
+    title = "blocks"
+
     def __init__(self, bound: Bound, opens: Opener | None = None, kind: type[Pass] | None = None) -> None:
         self.bound, self.host, self.program = bound, bound.host, bound.program
         self._opens, self._kind = opens or self._open, kind or Pass
@@ -60,16 +62,19 @@ class BlockSite:
     @property
     def trace(self) -> Trace | None:
         """Of this thread's last finished pass, else of the last of any thread."""
-        mine: Trace | None = getattr(self._local, "finished", None)
+        mine: Trace | None = getattr(self._local, "shown", None)
         return mine or self._latest
 
     def forget(self) -> None:
         """Nothing has been seen yet."""
-        self._local.finished = self._latest = None
+        self._local.finished = self._local.shown = self._latest = None
 
     def finished(self, trace: Trace) -> None:
-        """A forward pass came to its end: what the session shows from now on."""
-        self._local.finished = self._latest = trace
+        """A forward pass came to its end: what the session shows from now on. Behind a prompt that is the prompt still:
+        a step of one token has nothing that could leave."""
+        self._local.finished = trace
+        if trace.first.n > 1 or self.trace is None:
+            self._local.shown = self._latest = trace
 
     # -- called by the host --------------------------------------------------------------------------------------------
     def _block(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
@@ -106,7 +111,8 @@ class BlockSite:
 
     def _beside(self, visit: BlockRun) -> str | None:
         """What reaches later blocks or the output beside the features, and carries a gradient."""
-        steps = [step for step in visit.trace.steps if step.method >= 0] if isinstance(visit, Pass) else []
+        steps = visit.trace.steps if isinstance(visit, Pass) else []
+        steps = [step for step in steps if step.method >= 0 or step.plan.m < step.plan.n]  # else padding has moved
         if steps and self.host.text:
             return "tokens that are dropped and have a row in the output"
         return "the sizes of merged tokens" if any(isinstance(step.plan, Soft) for step in steps) else None
@@ -258,6 +264,7 @@ class Pass:
         self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
         self._start = time.perf_counter() if self._clock else 0.0
         self._own = 0.0
+        self._acted = False  # whether any method had its say
         self.counted = True  # False in a block's second run by gradient checkpointing
 
     @property
@@ -385,6 +392,8 @@ class Pass:
         if self._clock:
             trace.seconds, trace.own_seconds = time.perf_counter() - self._start, self._own
         trace.tokens, trace.live = self.tokens, self.live
+        if not self._acted and self.first.n > 1:
+            trace.notes.append(f"nothing left: the budgets asked for all {self.first.free_count} tokens")
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
@@ -466,9 +475,10 @@ class Pass:
         hidden, there = x, beside
         if self.live is not None:
             hidden, there = take(x, self.live.anchor), beside.gathered(self.live, tokens.valid, watched=True)
+        self._acted = True
         plan, hidden = self._planned(turn.method, hidden, tokens, place, there.seen, there.branch)
         left = None
-        if self.host.dense:
+        if self.host.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
             left = hidden if there.entry is None else there.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)

@@ -23,6 +23,7 @@ from ...hosts.twin_visual import shapes_of
 from ...hosts.vision_language import Encoding, LayoutError, coordinates
 from ...spec import text
 from ..program import Bound, SessionError
+from ..trace import Trace
 from .blocks import BlockSite
 from .cache_run import CacheRun, text_positions
 from .compact_positions import CompactPositions
@@ -44,6 +45,8 @@ class BridgeSite:
     note       called with what the ledger should say
     """
 
+    title = "vision tower"
+
     def __init__(
         self, bound: Bound, tower: TowerSite | None, guide: Guide | None, positions: Positions,
     ) -> None:  # fmt: skip
@@ -61,6 +64,11 @@ class BridgeSite:
         wanted = {layer for m in looking for layer in m.looks_at}
         self._looks_at = {self.host.used if layer is None else layer for layer in wanted}
         self._local = threading.local()
+
+    @property
+    def trace(self) -> Trace | None:
+        """Of the tower's last pass, where methods act inside it."""
+        return None if self.tower is None else self.tower.blocks.trace
 
     # -- on ------------------------------------------------------------------------------------------------------------
     def attach(self, undo: ExitStack) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...core.cache import Attending, CacheReducer, CacheSignals, Ranker, Rereade
 from ...core.masks import added
 from ...core.place import Place
 from ...core.plan import take
-from ...hosts import Call, HostError, under
+from ...hosts import Call, DecoderHost, HostError, under
 from ...hosts.decoder import Calls
 from ...hosts.logical import Unbanded, at_rows
 from ...hosts.written_out import entered
@@ -23,12 +23,32 @@ from ...spec import text
 from ..kv.attention import trained_attention, watched
 from ..kv.layer import ReducedLayer
 from ..kv.state import Access, CacheError
-from ..program import SessionError, Turn
+from ..program import Bound, Program, SessionError, Turn
 
 if TYPE_CHECKING:
-    from .kv_cache import KVCacheSite
     from .prefill import DecoderPrefill
     from .visual_context import VisualContext
+
+
+class Owner(Protocol):
+    """The site a pass is of."""
+
+    bound: Bound
+    host: DecoderHost
+    program: Program
+    between_blocks: bool
+
+    @property
+    def headwise(self) -> bool: ...
+    @property
+    def unordered(self) -> bool: ...
+    @property
+    def weighs(self) -> bool: ...
+    def clock(self) -> AbstractContextManager[None]: ...
+    def spend(self, flops: int) -> None: ...
+    def note(self, line: str) -> None: ...
+    def acted(self) -> None: ...
+    def inner(self, run: Any, root: nn.Module, **given: Any) -> None: ...
 
 
 class CacheRun:
@@ -37,7 +57,7 @@ class CacheRun:
     mask: the model's (B, logical) padding mask, or None; positions: (B or 1, Q) position ids of text, or None.
     """
 
-    def __init__(self, site: KVCacheSite, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
+    def __init__(self, site: Owner, cache: Any, mask: Tensor | None, positions: Tensor | None) -> None:
         self.site, self.bound, self.host, self.program = site, site.bound, site.host, site.program
         self.cache, self.given, self.position_ids, self.calls = cache, mask, positions, Calls(self.host)
         held = enumerate([] if cache is None else cache.layers)  # states of blocks without attention stand between
@@ -45,6 +65,7 @@ class CacheRun:
         self.layers = list(self.at.values())
         self.prefill: DecoderPrefill | None = None  # the tokens' way through the blocks, where methods act there
         self.context: VisualContext | None = None  # the visual rows among them
+        self.given_none = False  # whether the cache was made here
         self.fresh = cache is not None and cache.get_seq_length() == 0
         self.entry: Tensor | None = None  # (B, Q, C), what entered the first block, where a method wants it
         self.memory: dict[int, dict[str, Any]] = {}  # of each method, where no cache keeps it
@@ -230,6 +251,7 @@ class CacheRun:
             return
         for turn in call.turns:
             if (method := self.method(turn)).gates:
+                self.site.acted()
                 gate = method.gate(call.signals(turn), call.rows)
                 call.mask = added(gate, call.mask, call.q.shape[2], call.k.shape[2]).to(call.q.dtype)
 
@@ -244,6 +266,7 @@ class CacheRun:
             plan = method.read(call.signals(turn), call.rows) if method.reads else None
             if plan is None:
                 continue
+            self.site.acted()
             if call.q.shape[2] > 1:
                 raise SessionError(
                     f"{text(method)} chose rows for a pass of {call.q.shape[2]} tokens; only one may choose"
@@ -274,6 +297,7 @@ class CacheRun:
         if not evicts or everything:
             return
         gap: Tensor | None = None
+        self.site.acted()
         if isinstance(method, Ranker) and counts[0] == rows.n - 1 and rows.even and layer.replaces(call.k):
             layer.replace(method.leaver(signals, rows))
         else:
@@ -294,6 +318,7 @@ class CacheRun:
         for turn in self.program.at(Site.KV_CACHE, index):
             codec = self.method(turn).codec
             if codec is not None and layer.window is None:
+                self.site.acted()
                 layer.encode(codec, self.rows(layer, layer.keys).real)
 
     def rows(self, layer: ReducedLayer, k: Tensor) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class KVCacheSite:
     next turn) ends with the cache at its budget; methods that act while decoding keep it there at every step.
     """
 
+    title = "KV cache"
     host: DecoderHost
 
     def __init__(self, bound: Bound, beside: Beside | None = None) -> None:
@@ -57,6 +59,9 @@ class KVCacheSite:
         self._local = threading.local()
         self._records: dict[int, Record] = {}  # by block
         self._notes: list[str] = []
+        self._warned: set[str] = set()
+        self._idle = ""  # why the methods on the cache have done nothing since it was new,
+        self._unread = ""  # or whose scores are not those of what is left
         self._flops = 0
         self._seconds = 0.0
         self.remembered: dict[int, dict[str, Any]] = {}  # what methods noted in the last pass without a cache
@@ -84,8 +89,8 @@ class KVCacheSite:
     @property
     def trace(self) -> CacheTrace:
         """Of the last cache, and of the last prompt."""
-        depth = self.host.depth(Site.KV_CACHE)
-        return CacheTrace(self._records, depth, self._flops, self._seconds, self._notes, self.blocks.trace)
+        depth, notes = self.host.depth(Site.KV_CACHE), [*self._notes, *filter(None, [self._idle, self._unread])]
+        return CacheTrace(self._records, depth, self._flops, self._seconds, notes, self.blocks.trace)
 
     # -- how rows may be read and kept ---------------------------------------------------------------------------------
     @property
@@ -116,6 +121,16 @@ class KVCacheSite:
         if line not in self._notes:
             self._notes.append(line)
 
+    def warn(self, line: str) -> None:
+        """Say something once where the user looks."""
+        if line not in self._warned:
+            self._warned.add(line)
+            warnings.warn(line, stacklevel=2)
+
+    def acted(self) -> None:
+        """A method on the cache has done something."""
+        self._idle = ""
+
     @contextmanager
     def clock(self) -> Iterator[None]:
         """What is done here is the methods' own work."""
@@ -143,7 +158,15 @@ class KVCacheSite:
         if under.run is not None:  # a pass of our own
             return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        own = given_cache(given)
         cache, taken = self._cache(root, given)
+        if cache is None and (silent := [m for m in self.program.on_cache if not m.gates]):
+            line = (
+                f"{', '.join(map(text, silent))} did nothing: a pass with use_cache=False, or a training step, keeps "
+                "no cache; call the model with use_cache=True"
+            )
+            self._records, self._idle, self._unread = {}, line, ""
+            self.warn(line)
         if not taken:
             return (), given
         if cache is not None:
@@ -157,6 +180,9 @@ class KVCacheSite:
         run = CacheRun(self, cache, given.get("attention_mask"), text_positions(given.get("position_ids")))
         self._records, self._seconds = {i: layer.record for i, layer in run.at.items()}, 0.0
         under.run, self.remembered = run, run.memory
+        self._unread, run.given_none = "", own is None
+        if run.fresh and self.program.on_cache:
+            self._idle = "nothing left the cache: what it holds is within the budget"
         if self.beside is not None:
             self.beside.enter(run, given)
         return (), given
@@ -207,6 +233,7 @@ class KVCacheSite:
         under.run, under.call = self._passes.pop() if self._passes else (None, None)
         if output is None or not isinstance(run, CacheRun) or not run.layers:
             return
+        self._records = {i: layer.record for i, layer in run.at.items()}  # a hook may have had a cache of its own
         for which, method in enumerate(self.program.methods):
             if not isinstance(method, Rereader):
                 continue
@@ -214,7 +241,16 @@ class KVCacheSite:
                 if run.fresh:
                     reread(run, which, root, kwargs)
                 elif run.layers[0].length - run.layers[0].began > 1:
-                    self.note(f"{text(method)} compresses what an empty cache reads first; later passes are kept whole")
+                    line = f"{text(method)} compresses what an empty cache reads first; later passes are kept whole"
+                    self.note(line)
+                    self.warn(line)
+        if run.fresh and not self._idle and run.layers[0].length > 1 and any(m.evicts for m in self.program.on_cache):
+            self._unread = (
+                "the scores of this pass are the unreduced model's: rows left the cache behind it; go on from its "
+                "cache to see what is left"
+            )
+            if run.given_none:  # generate() comes with a cache, and goes on
+                self.warn(self._unread)
 
     def _begin(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> BlockRun | None:
         """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""

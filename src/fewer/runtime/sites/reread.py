@@ -99,6 +99,7 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
         run.site.spend(2 * weights * length)
         votes.append(visit.votes)
     plans = method.choose([torch.cat(parts, -1) for parts in zip(*votes, strict=True)], rows, places)
+    run.site.acted()
     for (index, _), plan in zip(turns, plans, strict=True):
         layers[index].keep(plan, layers[index].keys, layers[index].values)
     for index, layer in enumerate(layers):
