@@ -157,6 +157,13 @@ def alone_is_together(kind: str, methods: Sequence[str], batch: Batch, execution
         assert_close(mine, theirs, **CLOSE, msg=lambda m, i=i: f"sample {i} depends on its batch: {m}")  # type: ignore[misc]
 
 
+def hiding_is_dropping(kind: str, methods: Sequence[str], batch: Batch) -> None:
+    """Masked execution answers what the padded one does."""
+    wanted, got = (passed(kind, methods, batch.together, execution=way) for way in ("padded", "masked"))
+    for i in range(len(batch.sizes)):
+        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
+
+
 # -- one cache, several passes -----------------------------------------------------------------------------------------
 class Reading:
     """Texts in one cache of a model with a session on."""

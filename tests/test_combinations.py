@@ -37,6 +37,7 @@ from combinations import (
     Texts,
     alone_is_together,
     answer,
+    hiding_is_dropping,
     network,
     passed,
 )
@@ -178,19 +179,10 @@ def test_packed_is_padded(drawn: tuple[str, list[str], Batch]) -> None:
 @share(2)
 @given(passes((*ENCODERS, *VISION)))
 def test_masked_is_dropped(drawn: tuple[str, list[str], Batch]) -> None:
-    """Hiding what goes gives what dropping it gives: of images the answer, of texts the rows that stay."""
+    """Hiding what goes gives what dropping it gives, of texts also in the rows of words that went."""
     kind, methods, batch = drawn
     unless_refused(kind, methods, execution="masked")
-    wanted = passed(kind, methods, batch.together)
-    with torch.no_grad(), fewer.apply(network(kind), methods, execution="masked") as session:
-        got = answer(kind, network(kind), batch.together)
-        rows = session.kept(-1)
-    for i in range(len(batch.sizes)):
-        if kind in KINDS:
-            assert_close(got[i], wanted[i], **CLOSE)
-            continue
-        kept = rows[i][rows[i] >= 0]
-        assert_close(got[i, kept], wanted[i, kept], **CLOSE)
+    hiding_is_dropping(kind, methods, batch)
 
 
 @share(1.5)

@@ -283,11 +283,15 @@ class Pass:
         x, _ = self._at(Site.BRIDGE, layer, x, Beside())
         x, _ = self._at(Site.BEFORE_BLOCK, layer, x, Beside())
         if self.program.at(Site.AROUND_BLOCK, layer):
-            self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
+            self.surround(x)
             x, _ = self._at(Site.AROUND_BLOCK, layer, x, Beside())
         self._entry = x if self.host.dense else None
         self._count(layer, ATTENTION)
         return x
+
+    def surround(self, x: Tensor) -> None:
+        """What methods do from here on is undone behind the block. x: (B, N, C), its input."""
+        self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
 
     def call(self, layer: int) -> Call:
         """What this block's attention must add, and whether it is watched."""
@@ -375,13 +379,14 @@ class Pass:
         if self.packing is not None:
             x, self.packing = self.packing.pad(x), None
         before, tokens, live, compact, entered = self._around.pop()
-        if self.live is not None and len(self.steps) > before:
+        acted = len(self.steps) > before
+        if self.live is not None and acted:
             x = take(x, self.live.anchor)
         while len(self.steps) > before:
             step = self.steps.pop()
             plan = step.plan.pruned() if isinstance(step.plan, Hard) and step.plan.front else step.plan
             x = plan.restore(x, 0.0 if step.left is None else step.left)
-        if live is not None and self.live is not live:  # masked before too: those rows return to their places
+        if live is not None and acted:  # masked before too: those rows return to their places
             slot = live.anchor if compact.valid is None else _slots(live.anchor, compact.valid, entered)
             x = _placed(entered, slot, x)
         self.tokens, self.live, self.compact = tokens, live, compact
@@ -404,10 +409,10 @@ class Pass:
         return x
 
     def _spread(self, x: Tensor) -> Tensor:
-        """A row for each input token: those that were dropped keep their last value."""
+        """A row for each input token: those that were dropped keep their last value, in masked execution too."""
+        if self.live is not None:
+            x = take(x, self.live.anchor)
         for step in reversed(self.steps):
-            if self.live is not None and step.method >= 0:
-                continue  # masked rows are all there; where padding came first, it does so again
             if not isinstance(step.plan, Masked):
                 x = step.plan.restore(x, 0.0 if step.left is None else step.left)
         return x
