@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -18,9 +20,10 @@ from decoders import VOCAB, decoder
 from fewer.compat import cached
 from fewer.core.budgets import BudgetError
 from fewer.core.plan import PlanError
-from fewer.hosts import HostError
+from fewer.hosts import MATRICES, HostError
 from fewer.runtime.kv.state import CacheError
 from fewer.runtime.program import SessionError
+from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.models import KINDS, tiny_vit
 from fewer.testing.vision_language import alone, prompts, tiny_vlm
 
@@ -58,8 +61,8 @@ ON_PROMPTS = [
     "divprune:tokens=6", "random:site=bridge,tokens=9", "fastv:keep=0.5,k=1", "fitprune:keep=0.6",
     "framefusion:keep=0.6", "vispruner:keep=0.5", "pyramiddrop:layers=0+1+2", "sparsevlm:layers=0+1+2", "vtw:k=2",
     "visionzip:tokens=8", "prumerge", "cdpruner:tokens=6", "tome:r=2,layers=0", "evit:keep=0.8,layers=1",
-    "cls_topk:mass=0.7,layers=1", "lazyllm:keep=0.8,layers=1+", "random:keep=0.8,layers=1+", "snapkv:keep=0.5,window=4,kernel=3",
-    "streamingllm:tokens=20", "adakv:keep=0.5,window=4,kernel=3", "h2o:tokens=20",
+    "cls_topk:mass=0.7,layers=1", "lazyllm:keep=0.8,layers=1+", "random:keep=0.8,layers=1+",
+    "snapkv:keep=0.5,window=4,kernel=3", "streamingllm:tokens=20", "adakv:keep=0.5,window=4,kernel=3", "h2o:tokens=20",
 ]  # fmt: skip
 DECODERS = ("llama", "gemma3", "gpt2", "mistral-sliding", "qwen3")
 ENCODERS = ("bert", "modernbert", "llama-encoder")
@@ -72,14 +75,19 @@ def network(kind: str, copies: int = 0) -> nn.Module:
     if copies:
         return copy.deepcopy(network(kind))
     if kind == "llava":
-        return tiny_vlm(kind)
+        model = tiny_vlm(kind)
+        with torch.no_grad():
+            model(**prompts(model, [1]))  # transformers hooks into the tower at its first picture
+        return model
     if kind in DECODERS:
         return decoder(kind)
     return tiny_vit(kind.removesuffix("-encoder"), depth=4)
 
 
 def words(*shape: int, seed: int) -> Tensor:
-    return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(seed))
+    """No word twice, at most 47: to a causal model the same word twice at the start is one point twice, and whether
+    the first or the second stays is up to rounding."""
+    return 3 + torch.randperm(47, generator=torch.Generator().manual_seed(seed))[: math.prod(shape)].view(shape)
 
 
 def padded(texts: Sequence[Tensor], side: str = "left") -> dict[str, Tensor]:
@@ -140,9 +148,11 @@ def answer(kind: str, model: nn.Module, given: dict[str, Any]) -> Tensor:
     return out.logits if "logits" in out else out.last_hidden_state
 
 
-def passed(kind: str, methods: Sequence[str], given: dict[str, Any], **options: Any) -> Tensor:
+def passed(
+    kind: str, methods: Sequence[str], given: dict[str, Any], model: nn.Module | None = None, **options: Any
+) -> Tensor:
     """The answer of one pass with methods on."""
-    model = network(kind)
+    model = network(kind) if model is None else model
     with torch.no_grad(), fewer.apply(model, list(methods), **options):
         return answer(kind, model, given)
 
@@ -157,11 +167,180 @@ def alone_is_together(kind: str, methods: Sequence[str], batch: Batch, execution
         assert_close(mine, theirs, **CLOSE, msg=lambda m, i=i: f"sample {i} depends on its batch: {m}")  # type: ignore[misc]
 
 
+def same(batch: Batch, got: Tensor, wanted: Tensor) -> None:
+    """Two answers of a batch agree, padding left out."""
+    for i in range(len(batch.sizes)):
+        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE, msg=lambda m, i=i: f"sample {i}: {m}")  # type: ignore[misc]
+
+
 def hiding_is_dropping(kind: str, methods: Sequence[str], batch: Batch) -> None:
     """Masked execution answers what the padded one does."""
     wanted, got = (passed(kind, methods, batch.together, execution=way) for way in ("padded", "masked"))
-    for i in range(len(batch.sizes)):
-        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
+    same(batch, got, wanted)
+
+
+def matrices(block: nn.Module) -> list[nn.Module]:
+    """Of a block, in the order in which it holds them."""
+    return [part for part in block.modules() if type(part).__name__ in MATRICES]
+
+
+def rows_are_the_ledgers(kind: str, methods: Sequence[str], batch: Batch, execution: Any = "padded") -> None:
+    """The rows that reach each block's first and last matrix are those that the ledger says ran."""
+    model = network(kind)
+    with torch.no_grad(), ExitStack() as undo:
+        session = undo.enter_context(fewer.apply(model, list(methods), execution=execution))
+        ran: list[list[int]] = [[] for _ in session.host.blocks]
+        for rows, block in zip(ran, session.host.blocks, strict=True):
+            for part in matrices(block):
+                hook = part.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][..., 0].numel()))
+                undo.callback(hook.remove)
+        answer(kind, model, batch.together)
+        try:
+            ledger = session.ledger
+        except SessionError:  # methods on a cache, and there was none
+            return
+        entries = (getattr(ledger, "reading", None) or ledger).entries
+        for layer, (rows, entry) in enumerate(zip(ran, entries, strict=True)):
+            assert entry.ran is not None
+            said = entry.ran.attention, entry.ran.mlp
+            counted = rows[0] / len(batch.sizes), rows[-1] / len(batch.sizes)
+            assert_close(
+                said, counted, msg=f"block {layer}: {counted} rows a sample reach attention and MLP, {said} said"
+            )
+
+
+class Interrupted(RuntimeError):
+    """Raised inside a pass by a test."""
+
+
+def interrupted(model: nn.Module, blocks: Sequence[nn.Module], place: int, run: Callable[[], Any]) -> None:
+    """A pass that ends in an error, in front of one of the matrices of all blocks."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    parts = [part for block in blocks for part in matrices(block)]
+    handle = parts[place % len(parts)].register_forward_pre_hook(stop)
+    try:
+        run()
+    except Interrupted:
+        return
+    finally:
+        handle.remove()
+
+
+class Switched:
+    """One model on which stacks are put on and taken off, and some of whose passes end in an error."""
+
+    def __init__(self, kind: str, batch: Batch) -> None:
+        self.kind, self.model, self.batch = kind, network(kind), batch
+        self.plain = self._answer()
+        self.before = snapshot(self.model)
+        self.session: Any = None
+        self.wanted = self.plain
+
+    @torch.no_grad()
+    def _answer(self) -> Tensor:
+        return answer(self.kind, self.model, self.batch.together)
+
+    def on(self, methods: Sequence[str], execution: Any) -> None:
+        """In place of what was on."""
+        self.off()
+        self.wanted = passed(self.kind, methods, self.batch.together, network(self.kind, 1), execution=execution)
+        self.session = fewer.apply(self.model, list(methods), execution=execution)
+
+    def off(self) -> None:
+        """Nothing is left behind, and taking off twice is taking off once."""
+        if self.session is not None:
+            self.session.remove()
+            self.session.remove()
+        self.session, self.wanted = None, self.plain
+        same_snapshot(self.before, snapshot(self.model), self.kind)
+
+    def interrupt(self, place: int) -> None:
+        interrupted(self.model, fewer.hosts.find(self.model).blocks, place, self._answer)
+
+    def answers(self) -> None:
+        """To the bit, whatever was on before."""
+        assert torch.equal(self._answer(), self.wanted), "the answer depends on what happened before"
+
+
+def two_threads_at_once(kind: str, methods: Sequence[str], batch: Batch, block: int) -> None:
+    """Two passes through one model: the second comes as far as a block while the first waits in front of it, and goes
+    on when that has ended."""
+    model, got = network(kind), list[Tensor]()
+    came, ended = threading.Event(), threading.Event()
+
+    def second() -> None:
+        try:
+            with torch.no_grad():
+                got.append(answer(kind, model, batch.alone[0]))
+        finally:
+            came.set()
+
+    thread = threading.Thread(target=second)
+
+    def waits(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            came.set()
+            ended.wait(30)
+        elif thread.ident is None:
+            thread.start()
+            came.wait(30)
+
+    with torch.no_grad(), fewer.apply(model, list(methods)) as session:
+        blocks = session.host.blocks
+        handle = matrices(blocks[block % len(blocks)])[0].register_forward_pre_hook(waits)
+        try:
+            first = answer(kind, model, batch.together)
+        finally:
+            ended.set()
+            thread.join()
+            handle.remove()
+    same(batch, first, passed(kind, methods, batch.together))
+    assert got, "the second thread ended in an error"
+    assert_close(got[0], passed(kind, methods, batch.alone[0]), **CLOSE)
+
+
+def calling_inside(kind: str, methods: Sequence[str], batch: Batch, block: int) -> None:
+    """A hook calls the model anew while a pass is under way: both answer what they would alone."""
+    model, inner = network(kind), list[Tensor]()
+
+    def calls(*_: Any) -> None:
+        if not inner:
+            inner.append(torch.empty(0))
+            inner.append(answer(kind, model, batch.alone[0]))
+
+    with torch.no_grad(), fewer.apply(model, list(methods)) as session:
+        handle = session.host.blocks[block].register_forward_hook(calls)
+        try:
+            got = answer(kind, model, batch.together)
+        finally:
+            handle.remove()
+    same(batch, got, passed(kind, methods, batch.together))
+    assert_close(inner[1], passed(kind, methods, batch.alone[0]), **CLOSE)
+
+
+def gradients(kind: str, methods: Sequence[str], batch: Batch, checkpoints: bool) -> dict[str, Tensor]:
+    """Of a model that trains with methods on, by parameter."""
+    model = network(kind, 1)
+    model.train().zero_grad(set_to_none=True)
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    with fewer.apply(model, list(methods)), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of dropout
+        out = answer(kind, model, batch.together)
+        torch.stack([batch.own(out, i).square().sum() for i in range(len(batch.sizes))]).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def checkpoints_change_no_gradient(kind: str, methods: Sequence[str], batch: Batch) -> None:
+    """Blocks that run twice give the gradients of blocks that run once."""
+    wanted, got = (gradients(kind, methods, batch, checkpoints) for checkpoints in (False, True))
+    assert wanted.keys() == got.keys()
+    for name, gradient in wanted.items():
+        error = (got[name] - gradient).norm()
+        assert error <= 1e-3 * gradient.norm() + 1e-5, f"gradient of {name} is off by {error} of {gradient.norm()}"
 
 
 # -- one cache, several passes -----------------------------------------------------------------------------------------
@@ -215,6 +394,7 @@ class Texts:
         self.put_on()
 
     def put_on(self) -> None:
+        self.before = snapshot(self.models[0])
         try:
             for model in self.models:
                 self.undo.enter_context(fewer.apply(model, self.methods, **self.options))
@@ -268,8 +448,18 @@ class Texts:
         self.together.reorder(torch.tensor(order))
         self.alone = [self.alone[i].again() for i in order]
 
+    @torch.no_grad()
+    def interrupt(self, place: int) -> None:
+        """A pass over other words ends in an error: that is nothing to these texts."""
+        other = padded([words(7, seed=place), words(4, seed=place + 1)])
+        model = self.models[0]
+        if self.family != "llava":
+            interrupted(model, fewer.hosts.find(model).blocks, place, lambda: Reading(model).feed(other))
+
     def close(self) -> None:
+        """The methods come off, and leave nothing behind."""
         self.undo.close()
+        same_snapshot(self.before, snapshot(self.models[0]), self.family)
 
 
 assert VOCAB > 50

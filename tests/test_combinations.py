@@ -8,22 +8,27 @@ A fixed draw, so that it takes about a minute. Other and more draws, as many as 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, example, given, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor
-from torch.testing import assert_close
 
 import fewer
 from combinations import (
     BESIDE,
-    CLOSE,
     DECODERS,
     ENCODERS,
     INSIDE,
@@ -34,13 +39,24 @@ from combinations import (
     REFUSALS,
     VISION,
     Batch,
+    Switched,
     Texts,
     alone_is_together,
-    answer,
+    calling_inside,
+    checkpoints_change_no_gradient,
     hiding_is_dropping,
     network,
     passed,
+    rows_are_the_ledgers,
+    same,
+    two_threads_at_once,
 )
+from fewer.core import KeepRatio
+from fewer.core.ragged import Packing
+from fewer.hosts import attention
+from fewer.runtime.kv.layer import ReducedLayer
+from fewer.runtime.sites import blocks
+from fewer.runtime.sites.blocks import BlockSite, Pass
 from fewer.testing.models import KINDS
 
 
@@ -49,6 +65,38 @@ def share(parts: float) -> settings:
     calm = [HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large]
     most = max(1, int(settings.default.max_examples * parts))
     return settings(max_examples=most, suppress_health_check=calm, stateful_step_count=6)
+
+
+def unless_refused(kind: str, methods: list[str], **options: Any) -> None:
+    """Draw anew where methods cannot be put on."""
+    try:
+        fewer.apply(network(kind), methods, **options).remove()
+    except REFUSALS:
+        assume(False)
+
+
+Drawn = tuple[str, list[str], Batch]
+
+
+def law(parts: float, *strategies: Any) -> Callable[[Any], Any]:
+    """A test of what is drawn. Its `law` is the same for `draw`."""
+
+    def wrap(check: Any) -> Any:
+        test = share(parts)(given(*strategies)(check))
+        test.law = parts, strategies, check
+        return test
+
+    return wrap
+
+
+def draw(check: Any) -> None:
+    """The examples of a test or a machine, until one fails; no search for a smaller one."""
+    once = {"phases": [Phase.explicit, Phase.generate], "report_multiple_bugs": False, "database": None}
+    if not hasattr(check, "law"):
+        run_state_machine_as_test(check, settings=settings(check.TestCase.settings, **once))
+        return
+    parts, strategies, function = check.law
+    settings(share(parts), **once)(given(*strategies)(function))()
 
 
 # -- a cache, and what is done to it -----------------------------------------------------------------------------------
@@ -115,6 +163,10 @@ class Conversation(RuleBasedStateMachine):
         n = len(self.texts.alone)
         self.texts.reorder([i % n for i in order[:n]])
 
+    @rule(place=st.integers(0, 50))
+    def interrupt(self, place: int) -> None:
+        self.texts.interrupt(place)  # type: ignore[union-attr]
+
     @rule(data=st.data(), off=st.booleans())
     def another_prompt(self, data: st.DataObject, off: bool) -> None:
         """In a new cache; the methods taken off and put on again before, or not."""
@@ -129,6 +181,23 @@ class Conversation(RuleBasedStateMachine):
             self.texts.close()
 
 
+def beams_stay(patch: pytest.MonkeyPatch) -> None:
+    """A cache that beams reorder keeps the keys where they were."""
+    select = ReducedLayer._select
+
+    def forgetful(self: ReducedLayer, rows: Tensor) -> None:
+        keys = self.keys
+        select(self, rows)
+        if len(keys) == len(self.keys):
+            self.keys = keys
+
+    patch.setattr(ReducedLayer, "_select", forgetful)
+
+
+def crops_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReducedLayer, "crop", lambda self, tokens: None)
+
+
 TestConversation = Conversation.TestCase
 TestConversation.settings = share(4)
 
@@ -138,7 +207,7 @@ FORMS = {kind: ON_TEXT for kind in ENCODERS} | {kind: ON_IMAGES for kind in VISI
 
 
 @st.composite
-def passes(draw: st.DrawFn, kinds: Sequence[str] = (*ENCODERS, *VISION, "llava")) -> tuple[str, list[str], Batch]:
+def passes(draw: st.DrawFn, kinds: Sequence[str] = (*ENCODERS, *VISION, "llava")) -> Drawn:
     """A kind of model, methods for it, and a batch."""
     kind = draw(st.sampled_from(kinds))
     methods = draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=3, unique=True))
@@ -150,90 +219,98 @@ def passes(draw: st.DrawFn, kinds: Sequence[str] = (*ENCODERS, *VISION, "llava")
     return kind, methods, Batch(kind, draw(st.lists(st.integers(shortest, 20), min_size=2, max_size=3)), side, seed)
 
 
-def unless_refused(kind: str, methods: list[str], **options: Any) -> None:
-    """Draw anew where methods cannot be put on."""
-    try:
-        fewer.apply(network(kind), methods, **options).remove()
-    except REFUSALS:
-        assume(False)
+WAYS = st.sampled_from(["padded", "padded", "packed", "masked"])
 
 
-@share(4)
-@given(passes(), st.sampled_from(["padded", "padded", "packed", "masked"]))
-def test_a_sample_alone_is_a_sample_in_a_batch(drawn: tuple[str, list[str], Batch], execution: Any) -> None:
-    kind, methods, batch = drawn
-    unless_refused(kind, methods, execution=execution)
-    alone_is_together(kind, methods, batch, execution)
+@law(4, passes(), WAYS)
+def test_a_sample_alone_is_a_sample_in_a_batch(drawn: Drawn, execution: Any) -> None:
+    unless_refused(*drawn[:2], execution=execution)
+    alone_is_together(*drawn, execution)
 
 
-@share(1)
-@given(passes((*ENCODERS, *VISION)))
-def test_packed_is_padded(drawn: tuple[str, list[str], Batch]) -> None:
+@law(1, passes((*ENCODERS, *VISION)))
+def test_packed_is_padded(drawn: Drawn) -> None:
     kind, methods, batch = drawn
     unless_refused(kind, methods, execution="packed")
     wanted, got = (passed(kind, methods, batch.together, execution=way) for way in ("padded", "packed"))
-    for i in range(len(batch.sizes)):
-        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
+    same(batch, got, wanted)
 
 
-@share(2)
-@given(passes((*ENCODERS, *VISION)))
-def test_masked_is_dropped(drawn: tuple[str, list[str], Batch]) -> None:
+@law(2, passes((*ENCODERS, *VISION)))
+def test_masked_is_dropped(drawn: Drawn) -> None:
     """Hiding what goes gives what dropping it gives, of texts also in the rows of words that went."""
-    kind, methods, batch = drawn
-    unless_refused(kind, methods, execution="masked")
-    hiding_is_dropping(kind, methods, batch)
+    unless_refused(*drawn[:2], execution="masked")
+    hiding_is_dropping(*drawn)
 
 
-@share(1.5)
-@given(passes(), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["padded", "masked"]))
-def test_a_method_that_keeps_all_changes_no_stack(
-    drawn: tuple[str, list[str], Batch], place: int, layer: int, execution: Any
-) -> None:
+@law(1.5, passes(), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["padded", "masked"]))
+def test_a_method_that_keeps_all_changes_no_stack(drawn: Drawn, place: int, layer: int, execution: Any) -> None:
     """Wherever it stands among the others."""
     kind, methods, batch = drawn
     layer = min(layer, len(fewer.hosts.find(network(kind)).blocks) - 1)
     more = [*methods[:place], f"random:keep=1.0,layers={layer}", *methods[place:]]
     unless_refused(kind, more, execution=execution)
     wanted, got = (passed(kind, forms, batch.together, execution=execution) for forms in (methods, more))
-    for i in range(len(batch.sizes)):
-        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
+    same(batch, got, wanted)
+
+
+@law(1.5, passes(), WAYS)
+def test_the_rows_that_run_are_the_ledgers(drawn: Drawn, execution: Any) -> None:
+    unless_refused(*drawn[:2], execution=execution)
+    rows_are_the_ledgers(*drawn, execution)
+
+
+class Switching(RuleBasedStateMachine):
+    """Stacks are put on a model and taken off again, some passes end in an error: what it answers is what it would with
+    nothing of that before, to the bit, and what is off has left nothing behind."""
+
+    switched: Switched | None = None
+
+    @initialize(drawn=passes())
+    def begin(self, drawn: Drawn) -> None:
+        kind, _, batch = drawn
+        self.switched = Switched(kind, batch)
+
+    @rule(data=st.data(), execution=WAYS)
+    def on(self, data: st.DataObject, execution: Any) -> None:
+        assert self.switched is not None
+        kind = self.switched.kind
+        methods = data.draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=3, unique=True), "methods")
+        self.switched.off()
+        unless_refused(kind, methods, execution=execution)
+        self.switched.on(methods, execution)
+
+    @rule()
+    def off(self) -> None:
+        self.switched.off()  # type: ignore[union-attr]
+
+    @rule(place=st.integers(0, 50))
+    def interrupt(self, place: int) -> None:
+        self.switched.interrupt(place)  # type: ignore[union-attr]
+
+    @invariant()
+    def answers(self) -> None:
+        if self.switched is not None:
+            self.switched.answers()
+
+    def teardown(self) -> None:
+        if self.switched is not None:
+            self.switched.off()
+
+
+TestSwitching = Switching.TestCase
+TestSwitching.settings = share(0.6)
 
 
 # -- ways of running ---------------------------------------------------------------------------------------------------
-def trained(kind: str, methods: list[str], batch: Batch, checkpoints: bool) -> dict[str, Tensor]:
-    """Gradients of a model that trains with methods on, by parameter."""
-    model = network(kind, 1)
-    model.train().zero_grad(set_to_none=True)
-    if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        with fewer.apply(model, methods), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # of dropout
-            out = answer(kind, model, batch.together)
-            torch.stack([batch.own(out, i).square().sum() for i in range(len(batch.sizes))]).sum().backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    finally:
-        if checkpoints:
-            model.gradient_checkpointing_disable()
-        model.eval()
+@law(1, passes(("bert", "llama-encoder", "vit", "siglip", "llava")))
+def test_checkpointing_changes_no_gradient(drawn: Drawn) -> None:
+    unless_refused(*drawn[:2])
+    checkpoints_change_no_gradient(*drawn)
 
 
-@share(1)
-@given(passes(("bert", "llama-encoder", "vit", "siglip", "llava")))
-def test_checkpointing_changes_no_gradient(drawn: tuple[str, list[str], Batch]) -> None:
-    kind, methods, batch = drawn
-    unless_refused(kind, methods)
-    wanted, got = trained(kind, methods, batch, False), trained(kind, methods, batch, True)
-    assert wanted.keys() == got.keys()
-    for name, gradient in wanted.items():
-        error = (got[name] - gradient).norm()
-        assert error <= 1e-3 * gradient.norm() + 1e-5, f"gradient of {name} is off by {error} of {gradient.norm()}"
-
-
-@share(1)
-@given(passes(), st.sampled_from(["padded", "packed", "masked"]))
-def test_autocast_runs(drawn: tuple[str, list[str], Batch], execution: Any) -> None:
+@law(1, passes(), st.sampled_from(["padded", "packed", "masked"]))
+def test_autocast_runs(drawn: Drawn, execution: Any) -> None:
     kind, methods, batch = drawn
     unless_refused(kind, methods, execution=execution)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -241,50 +318,108 @@ def test_autocast_runs(drawn: tuple[str, list[str], Batch], execution: Any) -> N
     assert all(batch.own(out, i).isfinite().all() for i in range(len(batch.sizes)))
 
 
-@share(0.3)
-@given(passes(), seeds)
-def test_two_threads_give_what_one_gives(drawn: tuple[str, list[str], Batch], seed: int) -> None:
-    kind, methods, batch = drawn
-    unless_refused(kind, methods)
-    inputs = [batch.together, batch.alone[0]]
-    got: list[Any] = [None, None]
-    gate = threading.Barrier(2)
-    with fewer.apply(network(kind), methods):
-
-        def work(i: int) -> None:
-            gate.wait()
-            with torch.no_grad():
-                got[i] = answer(kind, network(kind), inputs[i])
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for i, mine in enumerate(got):
-        assert mine is not None
-        assert_close(mine, passed(kind, methods, inputs[i]), **CLOSE)
+@law(0.4, passes(), st.integers(0, 3))
+def test_two_threads_give_what_one_gives(drawn: Drawn, block: int) -> None:
+    unless_refused(*drawn[:2])
+    two_threads_at_once(*drawn, block)
 
 
-@share(0.3)
-@given(passes(), st.integers(0, 2))
-def test_a_hook_that_calls_the_same_model_changes_nothing(drawn: tuple[str, list[str], Batch], block: int) -> None:
-    kind, methods, batch = drawn
-    unless_refused(kind, methods)
-    wanted, model = passed(kind, methods, batch.together), network(kind)
-    inner: list[Tensor] = []
+@law(0.3, passes(), st.integers(0, 2))
+def test_a_hook_that_calls_the_same_model_changes_nothing(drawn: Drawn, block: int) -> None:
+    unless_refused(*drawn[:2])
+    calling_inside(*drawn, block)
 
-    def calls(*_: Any) -> None:
-        if not inner:
-            inner.append(torch.empty(0))
-            inner.append(answer(kind, model, batch.alone[0]))
 
-    with torch.no_grad(), fewer.apply(model, methods) as session:
-        handle = session.host.blocks[block].register_forward_hook(calls)
-        try:
-            got = answer(kind, model, batch.together)
-        finally:
-            handle.remove()
-    for i in range(len(batch.sizes)):
-        assert_close(batch.own(got, i), batch.own(wanted, i), **CLOSE)
-    assert_close(inner[1], passed(kind, methods, batch.alone[0]), **CLOSE)
+# -- the draws notice --------------------------------------------------------------------------------------------------
+def keeps_one_less(patch: pytest.MonkeyPatch) -> None:
+    """A share of everything is not everything."""
+    keep = KeepRatio.keep
+    patch.setattr(KeepRatio, "keep", lambda self, free, at, **rest: keep(self, free, at, **rest) - (self.ratio == 1.0))
+
+
+def shows_padding(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(blocks, "hiding", lambda bias, valid: bias)
+
+
+def packs_the_neighbour(patch: pytest.MonkeyPatch) -> None:
+    """Packed rows come out one sample further."""
+    pad = Packing.pad
+    patch.setattr(Packing, "pad", lambda self, x: pad(self, x).roll(1, 0))
+
+
+def hides_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "_dropped", lambda policy: torch.ones_like(policy, dtype=torch.bool)[:, None, None])
+
+
+def counts_one_less(patch: pytest.MonkeyPatch) -> None:
+    count = Pass._count
+
+    def flattering(self: Pass, layer: int, which: int) -> None:
+        count(self, layer, which)
+        self.trace.blocks[layer].computed[which] = [n - 1 for n in self.trace.blocks[layer].computed[which]]
+
+    patch.setattr(Pass, "_count", flattering)
+
+
+def leaves_a_hook(patch: pytest.MonkeyPatch) -> None:
+    attach = BlockSite.attach
+
+    def sticky(self: BlockSite, undo: Any) -> None:
+        attach(self, undo)
+        self.host.blocks[0].register_forward_hook(lambda *_: None)
+
+    patch.setattr(BlockSite, "attach", sticky)
+
+
+def goes_on_with_what_waits(patch: pytest.MonkeyPatch) -> None:
+    """A pass that did not come to its end goes on in the next."""
+    begin = BlockSite._open
+
+    def confused(self: BlockSite, *given: Any) -> Any:
+        waiting = self._local.__dict__.get("passes")
+        return waiting[-1][1] if waiting else begin(self, *given)
+
+    patch.setattr(BlockSite, "_open", confused)
+
+
+def forks_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A block's second run is in the first one's state."""
+    patch.setattr(Pass, "fork", lambda self: self)
+
+
+def divides_by_zero(patch: pytest.MonkeyPatch) -> None:
+    finish = Pass._finish
+    patch.setattr(Pass, "_finish", lambda self, x: finish(self, x) / 0)
+
+
+def shares_threads(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(blocks, "threading", SimpleNamespace(local=SimpleNamespace))
+
+
+PLANTED: list[tuple[Any, Callable[[pytest.MonkeyPatch], None]]] = [
+    (test_a_sample_alone_is_a_sample_in_a_batch, shows_padding),
+    (test_packed_is_padded, packs_the_neighbour),
+    (test_masked_is_dropped, hides_nothing),
+    (test_a_method_that_keeps_all_changes_no_stack, keeps_one_less),
+    (test_the_rows_that_run_are_the_ledgers, counts_one_less),
+    (Switching, leaves_a_hook),
+    (Switching, goes_on_with_what_waits),
+    (test_checkpointing_changes_no_gradient, forks_nothing),
+    (test_autocast_runs, divides_by_zero),
+    (test_two_threads_give_what_one_gives, shares_threads),
+    (test_a_hook_that_calls_the_same_model_changes_nothing, goes_on_with_what_waits),
+    (Conversation, beams_stay),
+    (Conversation, crops_nothing),
+]
+
+
+@pytest.mark.parametrize(("check", "fault"), PLANTED, ids=lambda x: x.__name__)
+def test_each_draw_notices_its_fault(check: Any, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        draw(check)
+
+
+def test_each_draw_has_a_fault() -> None:
+    names = {name for name in globals() if name.startswith("test_") and hasattr(globals()[name], "law")}
+    assert names == {check.__name__ for check, _ in PLANTED} - {"Switching", "Conversation"}
