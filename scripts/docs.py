@@ -177,6 +177,14 @@ GROUPS: dict[str, tuple[str, str]] = {
         "Decoders, once a prompt is read and while they write: fewer rows stored, fewer read, or fewer bits.",
     ),
     "state space": ("State-space models", "Mamba and Mamba-2."),
+    "text": (
+        "Texts",
+        "On a prompt before any model reads it: `fewer.Compressor`. A small model reads it first.",
+    ),
+    "loss": (
+        "Training losses",
+        "On which tokens teach, in training loops of any kind: `fewer.apply(model, ...)` and train as before.",
+    ),
     "own model": (
         "Models of their own",
         "Trained from scratch with the method inside; nothing is put into your model.",

@@ -62,6 +62,7 @@ def test_every_method_reads_what_it_writes(name: str) -> None:
         "mini_gemini": ("fine=2",),
         "vtw": ("k=2",),
         "dyvte": ("hidden=32",),
+        "rho1": ("keep=0.5",),
     }  # all, or a share only
     for form in forms.get(name, ("keep=0.5", "tokens=9", "r=3")):
         method = fewer.parse(f"{name}:{form}")

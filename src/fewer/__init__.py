@@ -16,6 +16,7 @@ from . import _moved
 if TYPE_CHECKING:
     from . import core
     from .adapters.clip_guide import Guide
+    from .compression import Compressor
     from .core import (
         Budget,
         Capacity,
@@ -42,9 +43,9 @@ __version__ = "0.1.0"
 sys.meta_path.append(_moved.Finder())
 
 __all__ = [
-    "Budget", "Capacity", "Guide", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session", "SessionError",
-    "Signals", "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "load", "lookup", "names",
-    "parse", "reducer", "registered", "session_of", "text",
+    "Budget", "Capacity", "Compressor", "Guide", "KeepRatio", "Mass", "Plan", "Reducer", "Remove", "Session",
+    "SessionError", "Signals", "Site", "SpecError", "Threshold", "Tokens", "UnknownMethod", "apply", "core", "load",
+    "lookup", "names", "parse", "reducer", "registered", "session_of", "text",
 ]  # fmt: skip
 
 _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not wait for torch
@@ -55,6 +56,7 @@ _ELSEWHERE = {  # imported when first asked for, so that `fewer --help` does not
     "load": "runtime.loading",
     "session_of": "runtime.saving",
     "Guide": "adapters.clip_guide",
+    "Compressor": "compression",
     **dict.fromkeys(("SpecError", "parse", "text"), "spec"),
 }
 

@@ -35,6 +35,7 @@ MOVED = {
     "texts": "datasets.texts",
     "trained": "runtime.modules",
     "training.masking": "recipes.masking",
+    "training.sparsity": "rewards.zipr1",
     "verify": "runtime.verify",
     "zoo": "models.zoo",
 }

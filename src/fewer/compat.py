@@ -13,7 +13,12 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 # Of a forward's argument and of an output's field, newest first.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -66,6 +71,11 @@ def virtual_tokens(model: Any) -> int:
     return int(config.num_virtual_tokens or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 
+def pretrained(model: nn.Module) -> PreTrainedModel:
+    """The same model, where it is asked for its config, its embeddings, or to be saved."""
+    return cast("PreTrainedModel", model)
+
+
 def cached(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a model, or its `generate`, a cache: `model(ids, **cached(model, cache))`.
 
@@ -88,9 +98,9 @@ def cache_of(output: Any) -> Any:
 def unchecked(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's bound forward without the gradient checkpointing that transformers wraps around it: who runs the block
     checkpoints it once, not twice."""
-    inner = getattr(forward, "__func__", None)
-    if inner is None or getattr(inner, "__code__", forward).co_name != "forward_with_checkpointing":  # type: ignore[union-attr]
+    inner: Any = getattr(forward, "__func__", None)
+    if getattr(getattr(inner, "__code__", None), "co_name", "") != "forward_with_checkpointing":
         return forward
     while inner.__code__.co_name == "forward_with_checkpointing":
         inner = inner.__wrapped__
-    return inner.__get__(forward.__self__)  # type: ignore[attr-defined, no-any-return]
+    return inner.__get__(cast(MethodType, forward).__self__)

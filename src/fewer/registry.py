@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import TypeGuard
 
 from .core import Reducer
 
@@ -92,7 +93,7 @@ def _key(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-def _declared(value: object) -> bool:
+def _declared(value: object) -> TypeGuard[type[Reducer]]:
     """Whether something is a class with a @reducer line of its own."""
     return isinstance(value, type) and issubclass(value, Reducer) and "card" in vars(value)
 
@@ -114,7 +115,7 @@ def _class(module: str, name: str) -> type[Reducer]:
         raise UnknownMethod(f"{module} has no {name}; its methods: {', '.join(classes) or 'none'}")
     if not _declared(value):
         raise UnknownMethod(f"{module}.{name} is no method: a class with a @fewer.reducer line of its own is one")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _imported(module: str) -> ModuleType:

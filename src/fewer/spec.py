@@ -56,7 +56,7 @@ def parse(method: str | Reducer, **parameters: Any) -> Reducer:
 def text(method: Reducer, *, defaults: bool = False) -> str:
     """The shortest text form that `parse` turns back into this method; with `defaults`, every parameter written."""
     parts = []
-    for f in fields(method):  # type: ignore[arg-type]
+    for f in fields(method):
         value = getattr(method, f.name)
         if value == f.default and not defaults:
             continue
@@ -73,7 +73,7 @@ def divided(form: str) -> tuple[str, str]:
 
 
 def _build(cls: type[Reducer], given: dict[str, Any], base: Reducer | None = None) -> Reducer:
-    names = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    names = {f.name: f for f in fields(cls)}
     own = {k: v for k, v in given.items() if k in names}
     rest = {k: v for k, v in given.items() if k not in names}
     unknown = [k for k in rest if k not in BUDGET_KEYS or "budget" not in names]
@@ -92,7 +92,7 @@ def _build(cls: type[Reducer], given: dict[str, Any], base: Reducer | None = Non
         default = own.get("budget", base.budget if base else names["budget"].default)
         own["budget"] = _budget(rest, default)
     try:
-        return replace(base, **own) if base else cls(**own)  # type: ignore[type-var]
+        return replace(base, **own) if base else cls(**own)
     except TypeError as error:
         raise SpecError(f"{cls.card.name}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from decoders import decoder, prompt
 from fewer.adapters.kvpress import Press, Pressed, PressError, adapt
 from fewer.compat import cache_of, cached
 from fewer.core.budgets import BudgetError
+from fewer.testing.checks import same_snapshot, snapshot
 from kvgoldens import golden, specs, stays
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -180,3 +182,50 @@ def test_presses_that_cut_in_their_own_way_are_refused():
     with pytest.raises(BudgetError, match=r"1\.5 is outside"):
         fewer.apply(decoder("llama"), press)
     assert adapt("snapkv") == "snapkv"
+
+
+class PerLayerCompressionPress:
+    """As kvpress has it: a list of ratios, and none of its own."""
+
+    compression_ratios: ClassVar[list[float]] = [0.5, 0.2]
+
+    @property
+    def compression_ratio(self):
+        raise NotImplementedError("one for each layer")
+
+    def forward_hook(self, *args): ...
+
+
+class DecodingPress:
+    """No scores, and a size instead of a ratio."""
+
+    def __init__(self):
+        self.compression_ratio = None
+
+    def compress(self, *args): ...
+
+
+class BasePress:
+    """Of which kvpress's are made."""
+
+
+class Bare(BasePress):
+    """Neither ratio nor scores."""
+
+
+@pytest.mark.parametrize(
+    ("press", "why"),
+    [
+        (PerLayerCompressionPress(), "PerLayerCompressionPress .* give apply a method with layers="),
+        (DecodingPress(), "DecodingPress .* methods that act while decoding"),
+        (Bare(), "Bare does not only score rows"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_presses_without_scores_are_refused_by_name(press, why):
+    model = decoder("llama")
+    before = snapshot(model)
+    for given in (press, [press], ["snapkv", press]):
+        with pytest.raises(PressError, match=why):
+            fewer.apply(model, given)
+    same_snapshot(before, snapshot(model), "a refused press")

@@ -69,7 +69,7 @@ class Pressed(CacheReducer):
     once: ClassVar[bool] = True
 
     @property
-    def budget(self) -> Budget:  # type: ignore[override]
+    def budget(self) -> Budget:
         """What the press leaves now: its ratio may be set between prompts."""
         return KeepRatio(1 - self.press.compression_ratio, rounding="trunc")
 

@@ -79,10 +79,10 @@ def _seen(network: Any, processor: Any) -> list[tuple[str, str]]:
         before = network(**given, use_cache=False).logits
         with fewer.apply(network, plain) as session:
             during = network(**given, use_cache=False).logits
-            layout = session.layout  # type: ignore[attr-defined]
+            layout = session.layout
         with fewer.apply(network, half) as session:
             network(**given, use_cache=False)
-            left = int(session.seen().sum())  # type: ignore[attr-defined]
+            left = int(session.seen().sum())
         after = network(**given, use_cache=False).logits
     rows, grid = sum(layout.counts), layout.grid
     shown = "" if grid is None else f", {grid[0]} x {grid[1]}"

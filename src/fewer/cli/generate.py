@@ -60,7 +60,7 @@ def command(
     if visual:
         from fewer.studio.seen import prompted
 
-        given, tokenizer = prompted(network, tokenizer, said, pictures, chat), tokenizer.tokenizer  # type: ignore[attr-defined]
+        given, tokenizer = prompted(network, tokenizer, said, pictures, chat), tokenizer.tokenizer
     else:
         given = prompt_ids(network, tokenizer, said, chat)
     forms = split_forms([method])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load(name: str) -> tuple[Any, Callable[..., Any]]:
+def load(name: str) -> tuple[Any, Any]:
     from fewer.models.zoo import load_model
 
     quiet()

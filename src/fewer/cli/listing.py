@@ -31,8 +31,7 @@ def where(cls: type[Reducer]) -> str:
 
     if isinstance(cls.site, Site) and not cls.site.in_blocks:
         return cls.site.value
-    layers = next((f for f in cls.__dataclass_fields__.values() if f.name == "layers"), None)  # type: ignore[attr-defined]
-    blocks = None if layers is None else layers.default
+    blocks = cls.layers if "layers" in cls.__dataclass_fields__ else None
     site = cls.site.value if hasattr(cls.site, "value") else "depends on the setting"
     every = "every block" if cls.acts_at is Reducer.acts_at else "blocks by depth"
     return f"{site}, {every}" if blocks is None else f"{site}, blocks {plus(blocks)}"

@@ -73,7 +73,7 @@ def _parameters(cls: type[Reducer]) -> list[tuple[str, str, str]]:
     from fewer.studio.explained import explained
 
     _, said = explained(cls)
-    return [(f.name, _typed(f.default), said.get(f.name, "")) for f in fields(cls)]  # type: ignore[arg-type]
+    return [(f.name, _typed(f.default), said.get(f.name, "")) for f in fields(cls)]
 
 
 def _typed(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,27 @@ class Learned(Budget):
 
     def keep(self, free: int, at: Place) -> int:
         return free
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ModuleListOf(nn.ModuleList, Generic[M]):
+    """An nn.ModuleList whose modules are all of one class, for those who read the types."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, modules: Iterable[M] | None = None) -> None: ...
+        def __iter__(self) -> Iterator[M]: ...
+        @overload
+        def __getitem__(self, idx: slice) -> ModuleListOf[M]: ...
+        @overload
+        def __getitem__(self, idx: int) -> M: ...
+        def __getitem__(self, idx: Any) -> Any: ...
+
+
+Modules = ModuleListOf[ModuleListOf[nn.ModuleDict]]
+"""Trained modules of some methods: for each a list with one nn.ModuleDict per stage."""
 
 
 class Whole(nn.Module):

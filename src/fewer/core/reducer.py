@@ -49,14 +49,20 @@ class Reducer(Settings):
     """
 
     card: ClassVar[Card]
-    budget: Budget
     layers: tuple[int, ...] | None = None
-    site: ClassVar[Site] = Site.MID_BLOCK
     proportional: bool = False
     needs_cls: ClassVar[bool] = False
     revives: ClassVar[bool] = False
     one_for_all: ClassVar[bool] = False
     across: ClassVar[bool] = False
+    if TYPE_CHECKING:  # a field, a constant of the class, or worked out from its fields: all can be read
+
+        @property
+        def budget(self) -> Budget: ...
+        @property
+        def site(self) -> Site: ...
+    else:
+        site = Site.MID_BLOCK
 
     def acts_at(self, depth: int) -> tuple[int, ...]:
         """The blocks where it acts in a model of this depth: `layers`, or all of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, ClassVar
 
 
@@ -18,6 +18,7 @@ class Settings:
 
     endless: ClassVar[frozenset[str]] = frozenset()
     refusal: ClassVar[type[ValueError]] = ValueError
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -31,7 +32,7 @@ class Settings:
             cls.__post_init__ = checked  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(self):
             for number in _numbers(getattr(self, field.name)):
                 if field.name not in self.endless and not math.isfinite(number):
                     raise self.refusal(f"{field.name}={number}: {type(self).__name__} takes a finite number here")

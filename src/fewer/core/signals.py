@@ -17,6 +17,7 @@ from .tokens import Group, Tokens
 
 if TYPE_CHECKING:
     from .visual.view import Visual
+    from .written import Written
 
 
 class lazy:
@@ -44,6 +45,8 @@ class Signals:
     training   whether the training form is wanted
     prefix     tokens in front of the patches in the model's input
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
+    text       tokens as words and sentences, and who reads them; read it as `written`
+    against    asks the model that losses are held against; read it as `reference`
     """
 
     hidden: Tensor
@@ -57,6 +60,28 @@ class Signals:
     prefix: int = 0
     branch: Tensor | None = None
     beside: Visual | None = None
+    text: Written | None = None
+    against: Callable[[], Tensor] | None = None
+
+    @lazy
+    def reference(self) -> Tensor:
+        """(B, N) float32: where a loss is chosen from, what these tokens cost the reference model."""
+        if self.against is None:
+            raise SignalError(
+                "losses are held against those of a reference model: give fewer.apply(model, ..., guide=reference), a "
+                "model with the same tokens that was trained on text of the wanted kind"
+            )
+        return self.against()
+
+    @property
+    def written(self) -> Written:
+        """The tokens as a text, and who reads it."""
+        if self.text is None:
+            raise SignalError(
+                "a text is read before a model is given it: fewer.Compressor does that, or fewer.apply with the method "
+                "alone on the model"
+            )
+        return self.text
 
     @property
     def visual(self) -> Visual:

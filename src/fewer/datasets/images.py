@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def load(name: str | os.PathLike[str], *, split: str = "test") -> ImageSet:
     if name == "embedded":
         return embedded()
     if name == "fashion":
-        return fashion_mnist(split)  # type: ignore[arg-type]
+        return fashion_mnist(split)
     if name == "tuxpaint":
         return tuxpaint()
     if Path(name).is_dir():
@@ -212,7 +212,7 @@ def embedded() -> ImageSet:
         return ImageSet("embedded", torch.from_numpy(arrays["labels"]).long(), FASHION_CLASSES, arrays["pictures"])
 
 
-def fashion_mnist(split: Literal["train", "test"] = "test") -> ImageSet:
+def fashion_mnist(split: str = "test") -> ImageSet:
     """Fashion-MNIST: 60,000 ("train") or 10,000 ("test") grey 28 x 28 pictures of clothes in 10 classes.
 
     `pictures` is one uint8 array (N, 28, 28). Looked for in the folder named by the environment variable

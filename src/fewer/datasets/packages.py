@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +114,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as whole:
             for name in whole.namelist():
-                yield name, lambda name=name: whole.read(name)  # type: ignore[misc]
+                yield name, partial(whole.read, name)
         return
     with tarfile.open(archive) as tar:
         for member in tar:

@@ -116,13 +116,9 @@ class Scene:
     pixels: np.ndarray
     patches: np.ndarray
 
-    def having(self, noun: str | None = None, colour: str | None = None, region: str | None = None) -> list[int]:
+    def having(self, noun: str, colour: str | None = None) -> list[int]:
         """Numbers of the things with these features: having(noun="bag", colour="red")."""
-        return [
-            i
-            for i, thing in enumerate(self.things)
-            if noun in (None, thing.noun) and colour in (None, thing.colour) and region in (None, thing.region)
-        ]
+        return [i for i, t in enumerate(self.things) if noun == t.noun and colour in (None, t.colour)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -153,8 +153,9 @@ def run(settings: EncoderSettings, out: Path, *, watch: Watch | None = None, pic
     Raises   ValueError for settings, ModelError, DataError, HostError, UnknownMethod, SpecError, JournalError: before
              anything runs.
     """
-    assert subject is not None or isinstance(settings, Settings), "texts need their subject"
-    subject = load(settings) if subject is None else subject  # type: ignore[arg-type]
+    if subject is None:
+        assert isinstance(settings, Settings), "texts need their subject"
+        subject = load(settings)
     return _Bench(settings, subject, watch, picture).run(with_control(_methods(settings, subject)), out)
 
 
@@ -189,8 +190,8 @@ class _Bench(Runner):
         self._reference: Tensor | None = None
 
     @property
-    def chosen(self) -> Common:
-        return replace(super().chosen, tokens=None, execution=self.execution)  # type: ignore[call-arg]
+    def chosen(self) -> EncoderSettings:
+        return replace(cast(EncoderSettings, super().chosen), tokens=None, execution=self.execution)
 
     @property
     def passport(self) -> Passport:

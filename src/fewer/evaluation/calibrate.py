@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def calibrate(
 
     def result(budget: Budget) -> float:
         if budget not in found:
-            ledger = _ledger(replace(reducer, budget=budget), model, grid, images)  # type: ignore[type-var]
+            ledger = _ledger(replace(reducer, budget=budget), model, grid, images)
             found[budget] = ledger.mean_tokens if unit == "tokens" else ledger.gflops
         return found[budget]
 
@@ -94,7 +95,7 @@ def calibrate(
     best = _bisect(lambda t: _budget(reducer.budget, t, free), result, target)
     if abs(result(best) - target) > FAR * target:
         raise BudgetError(f"{reducer.card.name} jumps over {target:.4g} {unit} here; the nearest is {result(best):.4g}")
-    return replace(reducer, budget=best)  # type: ignore[type-var]
+    return replace(reducer, budget=best)
 
 
 def _bisect(budget: Callable[[float], Budget], result: Callable[[Budget], float], target: float) -> Budget:
@@ -107,22 +108,25 @@ def _bisect(budget: Callable[[float], Budget], result: Callable[[Budget], float]
     return min((budget(low), budget(high)), key=lambda b: abs(result(b) - target))
 
 
+N = TypeVar("N", int, float)
+
+
 def _budget(like: Budget, t: float, free: int) -> Budget:
     """A budget of the same kind: t = 0 keeps all, t = 1 as little as it can. Listed values keep their proportions."""
 
-    def scaled(values: float | tuple, to: Callable[[float, float], float]) -> float | tuple:
+    def scaled(values: float | tuple[float, ...], to: Callable[[float, float], N]) -> N | tuple[N, ...]:
         if not isinstance(values, tuple):
             return to(values, 1.0)
         top = max(values) or 1
         return tuple(to(v, v / top) for v in values)
 
     if isinstance(like, Remove):
-        return replace(like, r=scaled(like.r, lambda _, part: round(t * free * part)))  # type: ignore[arg-type]
+        return replace(like, r=scaled(like.r, lambda _, part: round(t * free * part)))
     if isinstance(like, KeepRatio):
         gone = 1 - min(like.ratio) if isinstance(like.ratio, tuple) else 1.0
         return replace(like, ratio=scaled(like.ratio, lambda v, _: _kept(t, v, gone, isinstance(like.ratio, tuple))))
     if isinstance(like, Capacity):
-        return Capacity(scaled(like.tokens, lambda _, part: max(1, round(free ** (1 - t) * part**t))))  # type: ignore[arg-type]
+        return Capacity(scaled(like.tokens, lambda _, part: max(1, round(free ** (1 - t) * part**t))))
     if isinstance(like, Mass):
         return Mass(1 - t * (1 - LEAST))
     if isinstance(like, Threshold):

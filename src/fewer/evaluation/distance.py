@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ class _Look:
                kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         given = kwargs.get("scaling")
         scale = q.shape[-1] ** -0.5 if given is None else float(given)
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = cast(int, module.layer_idx)
         rotary = self.host.rotary(layer)
         assert rotary is not None
         slow = slow_pairs(rotary.frequencies, q.shape[2]).to(q.device)
@@ -171,7 +171,7 @@ def probe(model: nn.Module, ids: Tensor, reach: Reach | None = None) -> Distance
     sums: list[Tensor] = []
     for row in ids:
         look = _Look(host, reach, *reach.drawn(ids.shape[1], generator))
-        with host.watched(look):  # type: ignore[arg-type]
+        with host.watched(look):
             host.root(input_ids=row[None], use_cache=False)
         parts = [torch.stack(part).float().cpu() for part in zip(*look.found, strict=True)]
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
@@ -209,7 +209,7 @@ class Silence:
 def token_losses(model: nn.Module, ids: Tensor, heads: Sequence[tuple[int, int]] = ()) -> Tensor:
     """(W, N - 1) float32 cross-entropies in nats of tokens 1 to N - 1, with some heads silenced."""
     host, found = _host(model), []
-    with host.watched(Silence(tuple(heads))):  # type: ignore[arg-type]
+    with host.watched(Silence(tuple(heads))):
         for row in ids:
             logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
             found.append(F.cross_entropy(logits, row[1:].to(logits.device), reduction="none").cpu())

@@ -79,7 +79,7 @@ class TextSubject(Subject):
         return int(self.model.config.num_labels) if "ForSequenceClassification" in type(self.model).__name__ else 0
 
     @property
-    def grid(self) -> tuple[int, int]:  # type: ignore[override]
+    def grid(self) -> tuple[int, int]:
         """One row of the tokens a batch in the middle has, the class token left out: what `calibrate` counts on."""
         return 1, self.length(self.batches // 2) - self.host.prefix
 

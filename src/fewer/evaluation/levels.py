@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from fewer.runtime.modules import UNTRAINED
 
@@ -58,8 +59,8 @@ def levels(rows: Sequence[Row]) -> list[Level]:
         mine = [r for r in methods if rival(r, rows) is random]
         if mine:
             mine.sort(key=lambda r: (-_accuracy(r), -_speed(r)))
-            gains = tuple(against_random(r, rows, among=len(mine)) for r in mine)
-            found.append(Level(random, tuple(mine), gains))  # type: ignore[arg-type]
+            gains = (cast(Interval, against_random(r, rows, among=len(mine))) for r in mine)  # random is their rival
+            found.append(Level(random, tuple(mine), tuple(gains)))
     return found
 
 

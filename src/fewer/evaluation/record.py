@@ -193,14 +193,14 @@ def _built(kind: Any, value: Any, where: str) -> Any:
         return tuple(_built(part, item, where) for part, item in zip(parts, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {name: _built(parts[1], item, f"{where}: {name}") for name, item in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         types, known = _types(kind), {f.name: f for f in fields(kind)}
         if unknown := sorted(value.keys() - known.keys()):
             raise ValueError(f"{where} has {', '.join(unknown)}, which this version does not know")
         needed = (n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
         if missing := [name for name in needed if name not in value]:
             raise ValueError(f"{where} lacks {', '.join(missing)}")
-        return kind(**{name: _built(types[name], item, name) for name, item in value.items()})  # type: ignore[operator]
+        return kind(**{name: _built(types[name], item, name) for name, item in value.items()})
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise ValueError(f"{where} is {reprlib.repr(value)}, not of type {getattr(kind, '__name__', kind)}")

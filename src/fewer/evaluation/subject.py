@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -96,8 +96,10 @@ class Subject:
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Patches (height, width)."""
+        patch = self.host.patch
+        assert patch is not None
         with torch.inference_mode():
-            height, width = self.host.patch(self.pixels(0)[:1]).shape[-2:]  # type: ignore[misc]
+            height, width = patch(self.pixels(0)[:1]).shape[-2:]
         return int(height), int(width)
 
     def default_methods(self, *, all: bool = True) -> list[str]:
@@ -188,5 +190,5 @@ def twin_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _tensor(out: object) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]  # type: ignore[index]
+def _tensor(out: Tensor | Sequence[Tensor]) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]

@@ -265,8 +265,8 @@ class _Bench(Runner):
         """A session of a method, drawn anew where it draws; none for no method. row: told what the session is."""
         if method is None:
             return nullcontext()
-        if any(f.name == "seed" for f in fields(method)):  # type: ignore[arg-type]
-            method = replace(method, seed=draw)  # type: ignore[type-var]
+        if any(f.name == "seed" for f in fields(method)):
+            method = replace(method, seed=draw)
         row = Row("", "", self.passport) if row is None else row
         return self.applied(row, self.subject.model, method, guide=self.subject.guide)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from weakref import WeakSet
 
 import torch
@@ -98,6 +98,9 @@ class Host:
         self._same()
         self.prefix, self.has_cls = found.prefix, found.has_cls
         self.pools_from = found.prefix if found.pools_from is None else found.pools_from
+        #: What reads the rows behind the blocks wants: "some" = whichever are left; one for each that came in, behind
+        #: the "last" block or behind "each" of them, as maps of a backbone are made of.
+        self.reads: Literal["some", "last", "each"] = "each" if found.dense else "some"
         self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
         self.heads, self.head_dim = self._heads()
         self.width = self.heads * self.head_dim
@@ -139,7 +142,7 @@ class Host:
     @property
     def dense(self) -> bool:
         """Whether what reads the output wants a row for each token that came in."""
-        return (self.text or self.found.dense) and self.reader is None
+        return (self.text or self.reads != "some") and self.reader is None
 
     @property
     def acts(self) -> set[str]:
@@ -324,8 +327,7 @@ class Host:
 
     def _upright(self, mask: Tensor | None) -> Tensor | None:
         """A mask of bools as everybody else has it, True = visible; and back again."""
-        turned = self.found.inverted and mask is not None and mask.dtype == torch.bool
-        return ~mask if turned else mask  # type: ignore[operator]
+        return ~mask if self.found.inverted and mask is not None and mask.dtype == torch.bool else mask
 
     @staticmethod
     def _whole(part: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> Any:
@@ -420,7 +422,7 @@ class Host:
         """The block's gradient-checkpointing function, if that is on and this is training."""
         block = self.blocks[layer]
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
-            return block._gradient_checkpointing_func  # type: ignore[return-value]
+            return cast(Callable[..., Tensor], block._gradient_checkpointing_func)
         if getattr(self.root, "grad_checkpointing", False) and self.root.training and torch.is_grad_enabled():
             raise HostError("timm's gradient checkpointing hides recomputation; call set_grad_checkpointing(False)")
         return None

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from fewer.compat import pretrained
+
 from . import remembered
 from .anatomy import FACTS, Anatomy
 from .attention import HostError
@@ -24,7 +26,7 @@ _known: dict[tuple[Any, ...], Anatomy | HostError] = {}
 
 def key_of(root: nn.Module) -> str:
     """What decides a root's anatomy besides its classes' code, as text: its class and its config."""
-    config = dict(root.config.to_dict())  # type: ignore[union-attr, operator]
+    config = dict(pretrained(root).config.to_dict())
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label",
                  "label2id", "quantization_config", "_attn_implementation"):  # fmt: skip
         config.pop(name, None)

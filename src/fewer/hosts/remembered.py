@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fewer.folders import cache_folder
 
@@ -33,7 +34,7 @@ class _Unwritable(TypeError):
     """Something that has no written form."""
 
 
-def read(what: str, key: str, classes: Iterable[type], kinds: Iterable[type]) -> Any:
+def read(what: str, key: str, classes: Iterable[type[nn.Module]], kinds: Iterable[type]) -> Any:
     """What is remembered of a model's classes, of one of some kinds of facts; None where nothing is, or nothing that
     holds.
 
@@ -46,7 +47,7 @@ def read(what: str, key: str, classes: Iterable[type], kinds: Iterable[type]) ->
         return None
 
 
-def write(what: str, key: str, classes: Iterable[type], fact: Any) -> None:
+def write(what: str, key: str, classes: Iterable[type[nn.Module]], fact: Any) -> None:
     """Remember a fact. What cannot be written, or has no place to be, is found out again next time."""
     try:
         text = json.dumps({"key": key, "fact": _written(fact)})
@@ -59,9 +60,9 @@ def write(what: str, key: str, classes: Iterable[type], fact: Any) -> None:
         return
 
 
-def _file(what: str, key: str, classes: Iterable[type]) -> Path:
+def _file(what: str, key: str, classes: Iterable[type[nn.Module]]) -> Path:
     """Raises OSError where a class was written in no file, as in a notebook: it may be written anew at any time."""
-    sources = {inspect.unwrap(cls.forward).__code__.co_filename for cls in classes}  # type: ignore[attr-defined]
+    sources = {inspect.unwrap(cls.forward).__code__.co_filename for cls in classes}
     state = " ".join([what, key, _releases(), *sorted(_stamp(Path(source)) for source in sources)])
     return cache_folder() / "hosts" / f"{what}-{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewer.compat import pretrained
 from fewer.core.rope import Rotary
 
 from .attention import HostError
@@ -35,7 +36,7 @@ def embedding(root: nn.Module, layer: int) -> Rotary | None:
     kind, scale = getattr(module, "rope_type", "default"), "attention_scaling"
     frequencies = getattr(module, "inv_freq", None)
     if isinstance(kind, dict):  # sliding and full layers turn at different speeds
-        which = root.config.layer_types[layer]  # type: ignore[union-attr, index]
+        which = pretrained(root).config.layer_types[layer]
         if which not in kind:  # layers of this kind turn nothing
             return Rotary(torch.zeros_like(getattr(module, f"{next(iter(kind))}_inv_freq")).float())
         kind, frequencies, scale = kind[which], getattr(module, f"{which}_inv_freq", None), f"{which}_{scale}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.compat import given_cache
+from fewer.compat import given_cache, pretrained
 from fewer.core import Group, Tokens
 
 from .anatomy import Anatomy, Layer
@@ -55,7 +55,8 @@ class ViltHost(Host):
     def patches(self) -> int:
         """Words and patches at the most, without the class tokens."""
         embeddings: Any = self.root.embeddings
-        return int(self.root.config.max_position_embeddings) - 1 + int(embeddings.patch_embeddings.num_patches)  # type: ignore[union-attr, arg-type]
+        words = int(pretrained(self.root).config.max_position_embeddings) - 1
+        return words + int(embeddings.patch_embeddings.num_patches)
 
 
 # -- cross-attention ---------------------------------------------------------------------------------------------------

@@ -227,9 +227,9 @@ def _plain(value: Any) -> int | None:
 def _flat(twin: nn.Module) -> int | None:
     """Numbers in one patch, as what takes flat patches expects them."""
     for path, module in twin.named_modules():
-        fits = isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear)
-        if fits and "patch" in path and not re.search(r"merg|audio", path):
-            return int(module.weight.shape[1:].numel())  # type: ignore[union-attr, operator]
+        named = "patch" in path and not re.search(r"merg|audio", path)
+        if named and isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
+            return module.weight.shape[1:].numel()
     return None
 
 

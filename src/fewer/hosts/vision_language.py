@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewer.compat import pretrained
 from fewer.core import Seen, Shape
 from fewer.core.visual.layout import Item, Layout
 
@@ -183,14 +184,11 @@ def _ordered(host: VisionLanguageHost, call: Encoding, items: list[Item], first:
     if not located or call.made != call.rows // host.bridge.takes:
         return [replace(item, source=None) for item in items]
     order = windows(host.whole, call.given, f"{call.kind}_grid_thw") if host.bridge.order == "windows" else None
-    moved = []
+    moved, start = [], first
     for item in items:
         source = torch.arange(len(item)) + first
         first += len(item)
-        moved.append(replace(item, source=source))
-    if order is not None:
-        start = int(moved[0].source[0])  # type: ignore[index]
-        moved = [replace(item, source=order[item.source - start] + start) for item in moved]  # type: ignore[operator]
+        moved.append(replace(item, source=source if order is None else order[source - start] + start))
     return moved
 
 
@@ -289,16 +287,17 @@ class VisionLanguageHost(DecoderHost):
         linear = next(m for m in self.projector.modules() if isinstance(m, nn.Linear))
         return Shape(self.channels, self.heads, linear.in_features, self._depth, (side, side))
 
-    def placeholders(self, given: dict[str, Any], token: int | None) -> Tensor:
+    def placeholders(self, given: Mapping[str, Tensor], token: int | None) -> Tensor:
         """(B, S) bool on the CPU: the rows that stand for images, or videos. One read of the prompt."""
         if (where := given.get("image_embeds_position_mask")) is not None:
-            return where.bool().cpu()  # type: ignore[no-any-return]
+            return where.bool().cpu()
         ids = given.get("input_ids")
         if ids is not None:
-            return (ids == token).cpu()  # type: ignore[no-any-return]
+            assert token is not None, f"the config of {self.title} names no placeholder"
+            return (ids == token).cpu()
         embeds = given["inputs_embeds"]
-        own = self.whole.get_input_embeddings()(torch.full((), token or 0, dtype=torch.long, device=embeds.device))  # type: ignore[operator]
-        return (embeds == own).all(-1).cpu()  # type: ignore[no-any-return]
+        own = pretrained(self.whole).get_input_embeddings()(torch.full((), token or 0, device=embeds.device))
+        return (embeds == own).all(-1).cpu()
 
     def token(self, call: Encoding) -> int | None:
         """The placeholder of what was encoded."""

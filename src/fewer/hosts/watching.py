@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.compat import CACHE_NAMES, cache_of, cached, without_cache
+from fewer.compat import CACHE_NAMES, cache_of, cached, pretrained, without_cache
 
 from . import rotary
 from .anatomy import Anatomy, Layer, Stream, outward
@@ -266,7 +266,7 @@ def _reads(root: nn.Module, given: Mapping[str, Any], watch: _Watch, cache: Any)
     if type(cache) is not DynamicCache or (len(held) == len(watch.blocks) and max(counts) <= 1):
         return ()
     paths, calls, latest = {id(m): path for path, m in root.named_modules()}, [], -1
-    mine = DynamicCache(config=root.config)  # type: ignore[arg-type]
+    mine = DynamicCache(config=pretrained(root).config)
     update = mine.update
 
     def updating(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:

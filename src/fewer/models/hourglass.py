@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewer.core import Place, Plan, Signals, Tokens
+from fewer.core.learned import ModuleListOf
 from fewer.methods.language.dynamic_pooling import BoundaryPredictor, DynamicPooling, restored
 from fewer.spec import parse
 
@@ -177,7 +178,7 @@ class Hourglass(nn.Module):
         self.method = settings.pooling
         width, depth = settings.width, settings.depth
         self.embed = nn.Embedding(len(settings.alphabet), width)
-        self.blocks = nn.ModuleList(Block(width, settings.heads) for _ in range(depth))
+        self.blocks = ModuleListOf(Block(width, settings.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, len(settings.alphabet), bias=False)
         self.predictor = nn.ModuleDict()
@@ -248,7 +249,7 @@ class Hourglass(nn.Module):
         for slot, i in enumerate(outer):
             if self.method is not None and i == self.middle.stop:
                 x = self._pool_step(x, ids, state)
-            x = self.blocks[i].step(x, state.outer, slot, everyone)  # type: ignore[operator]
+            x = self.blocks[i].step(x, state.outer, slot, everyone)
         if self.method is not None and self.middle.stop == len(self.blocks):
             x = self._pool_step(x, ids, state)
         state.outer.length += 1
@@ -271,7 +272,7 @@ class Hourglass(nn.Module):
     def _middle_step(self, row: Tensor, state: State, who: Tensor) -> Tensor:
         row = self.segment_norm(row)
         for slot, i in enumerate(self.middle):
-            row = self.blocks[i].step(row, state.inner, slot, who)  # type: ignore[operator]
+            row = self.blocks[i].step(row, state.inner, slot, who)
         state.inner.length[who] += 1
         return row
 

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewer.compat import pretrained
 from fewer.core import KeepRatio, Reducer
-from fewer.core.learned import Learned
+from fewer.core.learned import Learned, Modules
 from fewer.datasets.texts import Encoded, load
 from fewer.evaluation.stats import paired_difference, share
 from fewer.hosts import find
@@ -242,7 +243,7 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # -- what each method does --------------------------------------------------------------------------------------------
-def _power_bert(run: _Run) -> tuple[Reducer, nn.Module | None]:
+def _power_bert(run: _Run) -> tuple[Reducer, Modules | None]:
     """Search with soft extraction, then fine-tune with the configuration found."""
     from fewer.methods.language.power_bert import PowerBert, Retention, found
 
@@ -268,12 +269,12 @@ def _power_bert(run: _Run) -> tuple[Reducer, nn.Module | None]:
         run.fit(recipe.steps - later, loss, session.modules, clip)
         modules = session.modules
     if later:
-        with apply(run.net, found(modules[0], method.layers)):  # type: ignore[arg-type]
+        with apply(run.net, found(modules[0], method.layers)):
             run.fit(later, run.plain)
     return method, modules
 
 
-def _ltp(run: _Run) -> tuple[Reducer, nn.Module | None]:
+def _ltp(run: _Run) -> tuple[Reducer, Modules | None]:
     """Soft thresholds that pay for what stays; then hard ones, fixed."""
     from fewer.methods.language.ltp import LTP
 
@@ -308,7 +309,7 @@ def _ltp(run: _Run) -> tuple[Reducer, nn.Module | None]:
     return method, modules
 
 
-def _tuned(run: _Run, method: Reducer) -> tuple[Reducer, nn.Module | None]:
+def _tuned(run: _Run, method: Reducer) -> tuple[Reducer, Modules | None]:
     """Fine-tuning with the reduction on (Pyramid-BERT, and configurations that are given)."""
     if not run.recipe.backbone:
         raise ValueError(f"{text(method)} has nothing to learn but the model itself: set backbone, e.g. backbone=5e-5")
@@ -317,7 +318,7 @@ def _tuned(run: _Run, method: Reducer) -> tuple[Reducer, nn.Module | None]:
     return method, None
 
 
-def _length_adaptive(run: _Run) -> tuple[Reducer, nn.Module | None]:
+def _length_adaptive(run: _Run) -> tuple[Reducer, Modules | None]:
     """LengthDrop under the sandwich rule (where the model may learn), then the search."""
     recipe = run.recipe
     layers, full = run.depth, recipe.length - 1
@@ -360,10 +361,10 @@ def _length_adaptive(run: _Run) -> tuple[Reducer, nn.Module | None]:
 
 def configured(method: Reducer, gene: Gene, full: int) -> Reducer:
     """A method whose blocks keep these many tokens of a text of `full` free ones, and as large a share of others."""
-    return replace(method, budget=KeepRatio(tuple(round(g / full, 4) for g in gene), of="start", rounding="ceil"))  # type: ignore[call-arg, type-var]
+    return replace(method, budget=KeepRatio(tuple(round(g / full, 4) for g in gene), of="start", rounding="ceil"))
 
 
-def _trbert(run: _Run) -> tuple[Reducer, nn.Module | None]:
+def _trbert(run: _Run) -> tuple[Reducer, Modules | None]:
     """The policy gradient: reward is minus the task's loss and the price of what was selected."""
     from fewer.methods.language.trbert import Policy
 
@@ -396,7 +397,7 @@ def _trbert(run: _Run) -> tuple[Reducer, nn.Module | None]:
         return run.method, session.modules
 
 
-def _leap(run: _Run) -> tuple[Reducer, nn.Module | None]:
+def _leap(run: _Run) -> tuple[Reducer, Modules | None]:
     """Routers learn which tokens the teacher's gradient calls salient."""
     recipe = run.recipe
     with apply(run.net, run.method, modules="untrained") as session:
@@ -417,7 +418,7 @@ def _leap(run: _Run) -> tuple[Reducer, nn.Module | None]:
         return run.method, session.modules
 
 
-TRAINERS: dict[str, Callable[[_Run], tuple[Reducer, nn.Module | None]]] = {
+TRAINERS: dict[str, Callable[[_Run], tuple[Reducer, Modules | None]]] = {
     "power_bert": _power_bert, "ltp": _ltp, "length_adaptive": _length_adaptive,
     "pyramid_bert": lambda run: _tuned(run, run.method), "trbert": _trbert, "leap": _leap,
 }  # fmt: skip
@@ -593,7 +594,7 @@ def train(
             with apply(net, final, modules=modules) as session:
                 session.save_modules(out, card)
         if recipe.backbone:
-            net.save_pretrained(out)  # type: ignore[operator]
+            pretrained(net).save_pretrained(out)
             tokenizer.save_pretrained(out)
         folder.finish(report)
     for name, value in report.scores.items():
@@ -601,11 +602,11 @@ def train(
     return report
 
 
-def _found(method: Reducer, modules: nn.Module | None) -> str | None:
+def _found(method: Reducer, modules: Modules | None) -> str | None:
     from fewer.methods.language.power_bert import PowerBert, found
 
     if isinstance(method, PowerBert) and isinstance(method.budget, Learned) and modules is not None:
-        return text(found(modules[0], method.layers))  # type: ignore[index]
+        return text(found(modules[0], method.layers))
     return None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fewer import hosts
 from fewer.core.attention import grouped_product
+from fewer.core.learned import ModuleListOf
 from fewer.datasets.texts import book
 from fewer.hosts.decoder import DecoderHost
 from fewer.methods.language.tokenbutler import Butler
@@ -142,7 +143,7 @@ def train(
         "recipe": json.dumps(asdict(prediction)),
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "passages"},
     }
-    trained.save(out, [method], nn.ModuleList([kept]), host, {k: v for k, v in card.items() if k != "method"})
+    trained.save(out, [method], ModuleListOf([kept]), host, {k: v for k, v in card.items() if k != "method"})
     folder.finish(report)
     for name, row in report.results.items():
         log(f"{name:>12}  " + "  ".join(f"{guess} {value:.3f}" for guess, value in row.items()))

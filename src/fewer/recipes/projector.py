@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewer.compat import pretrained
 from fewer.core import Budget, Capacity, KeepRatio, VisualReducer
 from fewer.datasets.scenes import KINDS, Batch, Question, Split, ask, batch, scene
 from fewer.hosts import VisionLanguageHost, find
@@ -145,7 +146,7 @@ def train(
         with apply(model, method, modules=modules) as session:
             session.save_modules(out, {"recipe": json.dumps(asdict(recipe)), "accuracy": json.dumps(found.accuracy)})
     if recipe.projector or recipe.language:
-        model.save_pretrained(out)  # type: ignore[operator]
+        pretrained(model).save_pretrained(out)
     folder.finish(report, method.card.name)
     model.train(before[0])
     for name, parameter in model.named_parameters():
@@ -180,7 +181,7 @@ def _bridge(recipe: Projecting, model: nn.Module) -> tuple[VisualReducer, Vision
 def _forms(recipe: Projecting, method: VisualReducer) -> list[VisualReducer]:
     """The method with each of the budgets it learns at."""
     scales: tuple[Budget, ...] = tuple(map(Capacity, recipe.scales)) or getattr(method, "scales", ())
-    return [replace(method, budget=budget) for budget in scales] or [method]  # type: ignore[type-var]
+    return [replace(method, budget=budget) for budget in scales] or [method]
 
 
 def _own(modules: nn.Module) -> bool:
@@ -190,7 +191,7 @@ def _own(modules: nn.Module) -> bool:
 
 def _groups(recipe: Projecting, model: nn.Module, host: VisionLanguageHost, modules: nn.Module) -> list[dict[str, Any]]:
     """What learns, at which rate. Vectors are not decayed."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = pretrained(model).get_output_embeddings()
     assert host.projector is not None
     learning = (
         (1.0, modules.parameters()),
@@ -263,7 +264,7 @@ def _label(form: VisualReducer) -> str:
     """Which count, or share, this is."""
     budget = form.budget
     if isinstance(budget, KeepRatio):
-        return f"{100 * budget.ratio:g}%"  # type: ignore[operator]
+        return f"{100 * budget.ratio:g}%"
     return str(budget.tokens) if isinstance(budget, Capacity) else repr(budget)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer import hosts
-from fewer.compat import cached
+from fewer.compat import cached, pretrained
 from fewer.datasets.texts import book
 from fewer.models.zoo import load_model
 from fewer.recipes.loop import At, Folder, Loop
@@ -124,7 +124,7 @@ def train(
         student.eval()
         modules = session.modules.half().float()
         passages, rows = _measured(recipe, teacher, student, session, ids[cut:])
-        spearman = _correlations(recipe, teacher, session, student, ids[cut:])
+        spearman = _correlations(recipe, teacher, session, ids[cut:])
     with apply(student, recipe.method, modules=first) as session:
         found = _losses(student, session, _passages(recipe, ids[cut:]), recipe)
         passages["untrained"], rows["untrained"] = found
@@ -185,7 +185,7 @@ def saliency(model: nn.Module, passage: Tensor, layers: tuple[int, ...], bfloat1
     with ExitStack() as undo, torch.enable_grad():
         for layer in layers:
             undo.callback(blocks[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
-        embedded = model.get_input_embeddings()(passage).detach().requires_grad_(True)  # type: ignore[operator]
+        embedded = pretrained(model).get_input_embeddings()(passage).detach().requires_grad_(True)
         with torch.autocast(passage.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(inputs_embeds=embedded, use_cache=False).logits
         loss = F.cross_entropy(logits[0, :-1].float(), passage[0, 1:], reduction="sum")
@@ -208,7 +208,7 @@ def continuation_loss(model: nn.Module, passage: Tensor, context: int) -> float:
     """Mean next-token loss, in nats, of what follows the context, fed one token at a time. passage: (1, L)."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = DynamicCache(config=pretrained(model).config)
     out = model(passage[:, :context], **cached(model, cache), logits_to_keep=1).logits[:, -1]
     nats = []
     for i in range(context, passage.shape[1]):
@@ -255,7 +255,7 @@ def _measured(
     return passages, rows
 
 
-def _correlations(recipe: Prompting, teacher: nn.Module, session: Any, student: nn.Module, ids: Tensor) -> dict:
+def _correlations(recipe: Prompting, teacher: nn.Module, session: Any, ids: Tensor) -> dict:
     """Rank correlation between scores and saliency, mean over stages and passages; {} where nothing is ranked so."""
     if not session.inside:
         return {}

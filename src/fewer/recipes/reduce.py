@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewer.compat import pretrained
 from fewer.core import Reducer
 from fewer.datasets.images import ImageSet, load
-from fewer.models.zoo import load_model
+from fewer.models.zoo import Processor, load_model
 from fewer.recipes.loop import At, Folder, Loop, Row, decayed, hardware, shuffled
 from fewer.runtime.apply import apply
 from fewer.runtime.costs import Ledger
@@ -119,7 +120,7 @@ def train(
     reduction: Reduction,
     out: str | Path,
     *,
-    model: tuple[nn.Module, Callable] | None = None,
+    model: tuple[nn.Module, Processor] | None = None,
     data: tuple[ImageSet, ImageSet] | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
@@ -184,8 +185,8 @@ def train(
     }
     session.save_modules(out, card)
     if reduction.backbone:
-        net.save_pretrained(out)  # type: ignore[operator]
-        processor.save(out)  # type: ignore
+        pretrained(net).save_pretrained(out)
+        processor.save(out)
     folder.finish(report)
     for name, value in report.accuracy.items():
         log(f"{name:>10}  accuracy {value:.4f}  KL {report.kl.get(name, 0.0):.5f}")
@@ -277,14 +278,14 @@ def _found(session: Session) -> Reducer | None:
     from fewer.methods.vision.diffrate import Count, found
 
     pairs, left = [], session.host.patches
-    for modules in session.modules[0]:  # type: ignore
-        prune, merge = (dict(modules.items()).get(name) for name in ("prune", "merge"))  # type: ignore[operator]
+    for modules in session.modules[0]:
+        prune, merge = (dict(modules.items()).get(name) for name in ("prune", "merge"))
         if not (isinstance(prune, Count) and isinstance(merge, Count)):
             return None
         after = min(left, prune.number)
         left = min(after, merge.number)
         pairs.append((after, left))
-    return replace(found(pairs), layers=session.methods[0].layers)  # type: ignore[type-var]
+    return replace(found(pairs), layers=session.methods[0].layers)
 
 
 def _same_counts(name: str, method: Reducer) -> Reducer:

@@ -114,8 +114,9 @@ def train(
     if isinstance(recipe, Search):
         return _found(recipe, network, processor, Path(out))
     learnt = samples(processor, LEARNT_FROM, seed=recipe.seed)
-    run = exits.train_gates if isinstance(recipe, Gates) else exits.train_predictor
-    return run(network, learnt, out, recipe, log)  # type: ignore[arg-type]
+    if isinstance(recipe, Gates):
+        return exits.train_gates(network, learnt, out, recipe, log)
+    return exits.train_predictor(network, learnt, out, recipe, log)
 
 
 def _found(recipe: Search, network: nn.Module, processor: Any, out: Path) -> Found:

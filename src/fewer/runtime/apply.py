@@ -28,7 +28,7 @@ def apply(
     *,
     execution: Execution = "padded",
     modules: nn.Module | str | Path | None = None,
-    guide: Guide | None = None,
+    guide: Guide | nn.Module | None = None,
     positions: Positions = "kept",
     **parameters: Any,
 ) -> Session:
@@ -41,7 +41,8 @@ def apply(
     modules     trained modules of the method: `session.modules` of an earlier session (moved to the model's device
                 and dtype), a file or folder written by `save_modules`, a packaged model's name, or "untrained" for
                 random ones. By default those the package has for the packaged model at hand.
-    guide       for vision-language models: how well patches fit a question, where a method asks (see `fewer.Guide`)
+    guide       who knows more about which tokens matter, where a method asks: for vision-language models how well
+                patches fit a question (see `fewer.Guide`); for methods on the training loss a reference model
     positions   for vision-language models: "kept", or "compact" to number rows anew where visual ones have left
 
     Raises   UnknownMethod, SpecError, BudgetError for the method; HostError for the model; ModulesError for missing
@@ -78,7 +79,7 @@ def apply(
 
 def _open(
     model: nn.Module, host: hosts.Host, reducers: list[Reducer], execution: Execution,
-    modules: nn.Module | str | Path | None, guide: Guide | None, positions: Positions,
+    modules: nn.Module | str | Path | None, guide: Guide | nn.Module | None, positions: Positions,
 ) -> Session:  # fmt: skip
     """The session of the place where the methods act."""
     if isinstance(host, hosts.VisionLanguageHost):
@@ -88,8 +89,11 @@ def _open(
         if host.tower is not None:
             verify.check(host.tower, [r for r in reducers if in_tower(r)], text)
         return start(model, reducers, execution, modules, host, guide, positions)
-    if guide is not None or positions != "kept":
-        raise SessionError(f"guide= and positions= are for vision-language models, and {host.name} is none")
+    if (guide is not None and not any(r.site is Site.LOSS for r in reducers)) or positions != "kept":
+        raise SessionError(
+            f"guide= and positions= are for vision-language models, and {host.name} is none; "
+            "beside these, methods on the training loss take a reference model as guide="
+        )
     if visual := [text(reducer) for reducer in reducers if acts_on_visual_rows(reducer)]:
         raise hosts.HostError(
             f"{', '.join(visual)} acts on the visual tokens of a vision-language model, and {host.name} is "
@@ -102,4 +106,12 @@ def _open(
             "language model inside (AutoModelForCausalLM, AutoModelForImageTextToText) does"
         )
     verify.check(host, reducers, text)
-    return start(model, reducers, execution, modules, host)
+    if any(reducer.site.in_blocks for reducer in reducers):
+        read = verify.reading(model, host)
+        if read.why:
+            raise hosts.HostError(
+                f"what stands behind the blocks of {host.name} in {type(model).__name__} cannot do with fewer rows "
+                f"({read.why}); apply the method to the model inside, and put rows back with session.restore"
+            )
+        host.reads = read.rows
+    return start(model, reducers, execution, modules, host, guide)

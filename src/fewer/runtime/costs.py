@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor
 
 from ..hosts import Host
 from .kv.state import Record
@@ -46,9 +49,9 @@ class Ledger:
 
     @classmethod
     def of(cls, host: Host, entries: list[Entry], full: int, itemsize: int) -> Ledger:
-        cut = 0 if host.patch is None else (full - host.prefix) * host.patch.weight.numel()  # type: ignore[operator]
+        cut = 0 if host.patch is None else (full - host.prefix) * cast(Tensor, host.patch.weight).numel()
         linear = [host.linear_weights(i) for i in range(len(host.blocks))]
-        return cls(entries, full, cut, linear, host.width, itemsize, host.pair_width)  # type: ignore[arg-type]
+        return cls(entries, full, cut, linear, host.width, itemsize, host.pair_width)
 
     def _macs(self, entries: list[Entry]) -> float:
         total = float(self.patch_macs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    folder: str | Path, model: nn.Module | type | None = None, *, guide: Guide | None = None, **options: Any
+    folder: str | Path, model: nn.Module | type | None = None, *, guide: Guide | nn.Module | None = None, **options: Any
 ) -> tuple[nn.Module, Session]:
     """A model with its methods on, as `model.save_pretrained` or `session.save` wrote them.
 

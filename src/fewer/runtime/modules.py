@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..core import Reducer, VisualReducer
 from ..core.cache import CacheReducer
+from ..core.learned import ModuleListOf, Modules
 from ..hosts import DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 
 ASSETS = Path(__file__).parents[1] / "assets"
 UNTRAINED = "untrained"
 SUFFIX = ".safetensors"
-
 
 ALSO = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-q4")}
 """Folders of the package whose models are not in it: their hub names, and those of the folders `load_model` keeps."""
@@ -31,20 +31,20 @@ class ModulesError(ValueError):
     """A method's trained modules are missing, or do not fit the method or the model."""
 
 
-def build(method: Reducer, host: Host, stages: int) -> nn.ModuleList:
+def build(method: Reducer, host: Host, stages: int) -> ModuleListOf[nn.ModuleDict]:
     """Fresh modules of a method: one nn.ModuleDict per stage, or one for all of them or for a whole cache; empty where
     it has none."""
     if isinstance(method, CacheReducer):
         assert isinstance(host, DecoderHost)
         whole = nn.ModuleDict(method.predictors(host.channels, host.heads, host.kv_heads, len(host.blocks)))
-        return nn.ModuleList([whole] if len(whole) else [])
+        return ModuleListOf([whole] if len(whole) else [])
     sets = min(stages, 1) if method.one_for_all else stages
     if isinstance(method, VisualReducer):
         assert isinstance(host, VisionLanguageHost)
         own = [method.parts(host.shape()) for _ in range(stages)] if _has_parts(method) else []
-        return nn.ModuleList(map(nn.ModuleDict, own) if any(own) else [])
+        return ModuleListOf(map(nn.ModuleDict, own) if any(own) else [])
     made = [nn.ModuleDict(method.modules(host.channels, host.heads, stages, host.patches)) for _ in range(sets)]
-    return nn.ModuleList(made if any(map(len, made)) else [])
+    return ModuleListOf(made if any(map(len, made)) else [])
 
 
 def _has_parts(method: VisualReducer) -> bool:
@@ -55,38 +55,40 @@ def _has_parts(method: VisualReducer) -> bool:
 def prepare(
     model: nn.Module, host: Host, methods: Sequence[Reducer], stages: Sequence[int],
     source: nn.Module | str | Path | None,
-) -> nn.ModuleList:  # fmt: skip
+) -> Modules:  # fmt: skip
     """The modules of all methods, one nn.ModuleList per method, on the model's device and in its dtype.
 
     source: see `fewer.apply`. Raises ModulesError where a method's modules are missing or do not fit.
     """
-    fresh = nn.ModuleList(build(method, host, count) for method, count in zip(methods, stages, strict=True))
+    fresh = ModuleListOf(build(method, host, count) for method, count in zip(methods, stages, strict=True))
     if isinstance(source, nn.Module):
         fresh = _given(source, fresh, methods)
     elif source != UNTRAINED:
         taken: list[Path] = []
         for method, own in zip(methods, fresh, strict=True):
-            if len(own):  # type: ignore[arg-type]
-                assert isinstance(own, nn.ModuleList)
+            if len(own):
                 files = _find(method, _packaged(model, method) if source is None else source)
                 taken.append(_load(own, method, files, taken))
     parameter = next(host.root.parameters())
     return fresh.to(parameter.device, parameter.dtype)
 
 
-def _given(source: nn.Module, fresh: nn.ModuleList, methods: Sequence[Reducer]) -> nn.ModuleList:
+def _given(source: nn.Module, fresh: Modules, methods: Sequence[Reducer]) -> Modules:
     """Modules handed over as they are: what `session.modules` of an earlier session was, or one method's stages."""
     modules = source if isinstance(source, nn.ModuleList) else nn.ModuleList([source])
     if modules and isinstance(modules[0], nn.ModuleDict):
         modules = nn.ModuleList([modules])
-    wanted = [[sorted(stage) for stage in own] for own in fresh]  # type: ignore
-    found = [[sorted(stage) for stage in own] for own in modules if isinstance(own, nn.ModuleList)]  # type: ignore
+    wanted = [[sorted(stage) for stage in own] for own in fresh]
+    found = [
+        [sorted(stage) if isinstance(stage, nn.ModuleDict) else type(stage).__name__ for stage in own]
+        for own in modules if isinstance(own, nn.ModuleList)
+    ]  # fmt: skip
     if wanted != found:
         raise ModulesError(
             f"modules= holds {found}, but {' and '.join(map(text, methods))} needs {wanted} "
             "(methods, stages, module names); give session.modules of a session with the same methods"
         )
-    return modules
+    return cast(Modules, modules)
 
 
 def _packaged(model: nn.Module, method: Reducer) -> str | None:
@@ -187,7 +189,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def save(
-    path: str | Path, methods: Sequence[Reducer], modules: nn.ModuleList, host: Host, card: Mapping[str, str],
+    path: str | Path, methods: Sequence[Reducer], modules: Modules, host: Host, card: Mapping[str, str],
     state: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write every method's modules as safetensors. Returns the files.
@@ -198,7 +200,7 @@ def save(
     from safetensors.torch import save_file
 
     path, files = Path(path), list[Path]()
-    trained = [(i, method) for i, method in enumerate(methods) if len(modules[i])]  # type: ignore[arg-type]
+    trained = [(i, method) for i, method in enumerate(methods) if len(modules[i])]
     if not trained:
         raise ModulesError(f"{', '.join(map(text, methods))}: no trained modules to save")
     single = path.suffix == SUFFIX

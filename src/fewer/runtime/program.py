@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core import Reducer, Site
 from ..core.cache import CacheReducer, Ranker, Rereader
+from ..core.learned import Modules
 from ..core.visual import VisualReducer, acts_on_visual_rows
-from ..hosts import DecoderHost, Host, HostError
+from ..hosts import DecoderHost, Host, HostError, VisionLanguageHost
 from ..spec import text
 
 Execution = Literal["padded", "packed", "masked"]
@@ -114,14 +115,16 @@ class Bound:
     """A program and the model it acts in: what all sites of a session share.
 
     modules   the methods' trained modules, one nn.ModuleList each
+    guide     a model that knows more about which tokens matter, for methods that ask; not a part of the model
     mask_eps  what a learned mask leaves of hidden tokens, see `masked_attention`
     """
 
     model: nn.Module
     host: Host
     program: Program
-    modules: nn.ModuleList
+    modules: Modules
     mask_eps: float = 1e-6
+    guide: Any = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SessionError(
@@ -136,10 +139,10 @@ class Bound:
 
     def modules_of(self, method: int, stage: int) -> nn.ModuleDict:
         """The trained modules of a method at a stage."""
-        own: nn.ModuleList = self.modules[method]  # type: ignore[assignment]
+        own = self.modules[method]
         if not len(own):
             return nn.ModuleDict()
-        mine: nn.ModuleDict = own[stage % len(own)]  # type: ignore[assignment]
+        mine = own[stage % len(own)]
         return mine if mine.training == self.training else mine.train(self.training)
 
 
@@ -147,7 +150,8 @@ def _layers(method: Reducer, host: Host) -> tuple[int, ...]:
     """The blocks where a method acts in a model. Raises SessionError, HostError where it cannot."""
     depth, said = host.depth(method.site), text(method)
     layers = method.acts_at(depth) if method.site.in_blocks else (0,)
-    if method.needs_cls and not (host.tower_has_cls if acts_on_visual_rows(method) else host.has_cls):  # type: ignore[attr-defined]
+    whole = host if isinstance(host, VisionLanguageHost) and acts_on_visual_rows(method) else None
+    if method.needs_cls and not (host.has_cls if whole is None else whole.tower_has_cls):
         raise SessionError(
             f"{said} ranks tokens by the class token's attention, and {host.name} has none; "
             "choose a method that does without, such as tome or evit"
@@ -293,12 +297,14 @@ def _on_a_cache(program: Program, host: Host) -> str | None:
 
 def _blind_towers(program: Program, host: Host) -> str | None:
     """Methods that look into a vision tower whose blocks cannot be entered, or at one it has not."""
+    if not isinstance(host, VisionLanguageHost):
+        return None
     looking = [m for m in program.methods if isinstance(m, VisualReducer)]
-    tower: Host | None = getattr(host, "tower", None)
+    tower = host.tower
     if tower is None:
         curious = [m for m in looking if m.looks_at or m.taps(1)]
         return None if not curious else (
-            f"{text(curious[0])} needs to look into the vision tower of {host.title}, whose blocks cannot be entered; "  # type: ignore[attr-defined]
+            f"{text(curious[0])} needs to look into the vision tower of {host.title}, whose blocks cannot be entered; "
             "choose a method that looks at the projected tokens alone, such as divprune"
         )  # fmt: skip
     depth = len(tower.blocks)

@@ -45,7 +45,7 @@ class Setup:
     methods: tuple[Reducer, ...]
     execution: Execution = "padded"
     positions: Literal["kept", "compact"] = "kept"
-    guide: Guide | None = None
+    guide: Guide | nn.Module | None = None
 
 
 class Carried:

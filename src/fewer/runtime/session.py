@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.clip_guide import Guide
 from ..core import Reducer, Site
 from ..core.cache.quantised import rounded
+from ..core.learned import ModuleListOf, Modules
 from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
@@ -91,12 +92,12 @@ class Session:
         return self._bound.program.execution
 
     @cached_property
-    def modules(self) -> nn.ModuleList:
+    def modules(self) -> Modules:
         if len(self.bounds) == 1:
             return self._bound.modules
         left = [pair for b in self.bounds for pair in zip(b.program.methods, b.modules, strict=True)]
         found = (next(i for i, (m, _) in enumerate(left) if m is method) for method in self.methods)
-        return nn.ModuleList(left.pop(i)[1] for i in found)
+        return ModuleListOf(left.pop(i)[1] for i in found)
 
     @property
     def training(self) -> bool:
@@ -144,7 +145,7 @@ class Session:
 
         card: what to say about them besides their method and shape, kept in the files' metadata.
         """
-        holding = [b for b in self.bounds if any(map(len, b.modules))] or [self._bound]  # type: ignore[arg-type]
+        holding = [b for b in self.bounds if any(map(len, b.modules))] or [self._bound]
         return [f for b in holding for f in trained.save(path, b.program.methods, b.modules, b.host, card or {})]
 
     def save(self, folder: str | Path) -> None:
@@ -293,7 +294,7 @@ def _rounded_input(bits: int, _module: nn.Module, args: tuple) -> tuple:
 
 def start(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
-    host: Host, guide: Guide | None = None, positions: Positions = "kept",
+    host: Host, guide: Guide | nn.Module | None = None, positions: Positions = "kept",
 ) -> Session:  # fmt: skip
     """Put methods into a model; `fewer.apply` says what the arguments are and what is raised."""
     check_free(host)
@@ -319,7 +320,7 @@ DOORS: dict[Site, Callable[[Bound], ActiveSite]] = {
 
 def _composed(
     model: nn.Module, methods: Sequence[Reducer], execution: Execution, modules: nn.Module | str | Path | None,
-    host: Host, guide: Guide | None, positions: Positions,
+    host: Host, guide: Guide | nn.Module | None, positions: Positions,
 ) -> Session:  # fmt: skip
     """The sites of a session, by where its methods act and what kind of host it has."""
     for door, opens in DOORS.items():
@@ -328,6 +329,7 @@ def _composed(
             continue
         mine, others = trained.divided(modules, there)
         bound = bind(model, host, [m for m in methods if m.site is door], execution, mine)
+        bound.guide = guide
         if all(there):
             return Session(methods, [bound], opens(bound))
         rest = [m for m in methods if m.site is not door]
@@ -348,7 +350,7 @@ def _composed(
     if inside:
         assert host.tower is not None and host.tower_module is not None, "the check above says so"
         tower = TowerSite(bind(host.tower_module, host.tower, inside, "padded", theirs), host)
-    site = BridgeSite(bound, tower, guide, positions)
+    site = BridgeSite(bound, tower, None if isinstance(guide, nn.Module) else guide, positions)
     cache = KVCacheSite(bound, site)
     site.note = cache.note
     return Session(methods, [bound] if tower is None else [bound, tower.bound], cache, [site])

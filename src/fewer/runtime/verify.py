@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,86 @@ def _tried(host: Host, paths: tuple[str, ...]) -> Verdict:
     places = {site: trial.why(site) for site in sites}
     first = trial.why_first() if bound.kind != "scan" and not places[Site.BEFORE_BLOCK] else ""
     return Verdict(places, first)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a head wants of the rows behind the blocks, see `Host.reads`; why: it can do with none of these."""
+
+    rows: Literal["some", "last", "each"] = "some"
+    why: str = ""
+
+
+_read: dict[tuple[Any, ...], Read] = {}
+
+
+def reading(model: nn.Module, host: Host) -> Read:
+    """What a vision model's head makes of fewer rows: tried on a twin of the whole model, once per class and config.
+
+    A head that pools takes any rows. One that lays them out as a map (a backbone's feature maps, a mask's decoder, a
+    reconstruction) must have all of them, behind the last block or behind each.
+    """
+    if host.kind != "vision" or not hasattr(model, "config") or host.reads == "each":
+        return Read(host.reads)
+    path = host.path
+    key = (key_of(model), code_of(model), path)
+    if key not in _read:
+        classes, fact = classes_of(model), f"{key[0]} {path}"
+        found = remembered.read("read", fact, classes, (Read,))
+        if found is None:
+            with one_thread():
+                found = _head(model)
+            remembered.write("read", fact, classes, found)
+        _read[key] = found
+    return _read[key]
+
+
+def _head(model: nn.Module) -> Read:
+    try:
+        twin = twin_of(model)
+        given = inputs_of(twin)
+        own = hosts.find(twin)
+        plain = _shapes(_answer(twin, given))
+    except Exception:  # no twin of the whole: its blocks are known, and its head is trusted
+        return Read()
+    said = ""
+    for rows in ("some", "last", "each"):
+        own.reads = rows
+        method = Random(Capacity(_prime(own.patches // 2)), (0,), site=Site.AFTER_BLOCK)
+        try:
+            with session.start(twin, [method], "padded", None, own) as on:
+                got = _shapes(_answer(twin, given))
+                left = on.last.tokens.n
+        except Exception as error:  # whatever a stranger's code raises
+            said = said or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            continue
+        if len(got) == len(plain) and all(_rows_apart(a, b, left) for a, b in zip(got, plain, strict=True)):
+            return Read(rows)
+        said = said or "what it makes of fewer rows is of another shape"
+    return Read(why=said)
+
+
+def _prime(n: int) -> int:
+    """The largest prime up to n, three at least: so many rows form no map."""
+    return next((p for p in range(n, 3, -1) if all(p % d for d in range(2, p))), 3)
+
+
+def _answer(twin: nn.Module, given: dict[str, Any]) -> Any:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return twin(**given)
+
+
+def _shapes(answer: Any) -> list[torch.Size]:
+    """Of all tensors of an answer, in order."""
+    if isinstance(answer, Tensor):
+        return [answer.shape]
+    parts = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, (tuple, list)) else ()
+    return [shape for part in parts for shape in _shapes(part)]
+
+
+def _rows_apart(got: torch.Size, want: torch.Size, left: int) -> bool:
+    """Whether a shape is as it was, or one of rows of which some have left."""
+    return got == want or (len(got) == len(want) == 3 and got[::2] == want[::2] and got[1] == left)
 
 
 class Trial:

@@ -150,7 +150,7 @@ class _Trial:
         if short.get("position_ids") is None and "position_ids" in taken:
             short["position_ids"] = rows[None]
         with torch.no_grad():
-            return self.host.root(**short, use_cache=False)[0][0]  # type: ignore[no-any-return]
+            return self.host.root(**short, use_cache=False)[0][0]
 
 
 def _cut(value: Any, batch: int, length: int, sample: int, rows: Tensor) -> Any:

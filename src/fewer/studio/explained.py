@@ -22,7 +22,7 @@ def explained(cls: type[Reducer]) -> tuple[list[str], dict[str, str]]:
     A meaning begins with `name: `, `name, other: ` or `name  `, at the beginning of a line, or with a colon behind a
     full stop or a semicolon. It ends where the next one begins, else at the next empty line.
     """
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(cls)}
     prose, meanings = [], {}
     paragraphs = re.split(r"\n{2,}", "\n".join(cleandoc(cls.__doc__ or "").splitlines()[1:]).strip("\n"))
     for paragraph in paragraphs:

@@ -90,10 +90,11 @@ def _longest(model: nn.Module) -> int | None:
 def as_seen(processor: Any, given: dict[str, Tensor], picture: Image.Image) -> Image.Image:
     """The picture as the tower gets it, cut and stretched; the picture itself where the tower gets several crops or
     patches of it."""
-    pixels, how = given.get("pixel_values"), getattr(processor, "image_processor", None)
+    pixels = given.get("pixel_values")
+    how: Any = getattr(processor, "image_processor", None)
     if pixels is None or pixels.shape[:2] != (1, 3) or pixels.dim() != 4 or getattr(how, "image_mean", None) is None:
         return picture
-    mean, std = (torch.tensor(x)[:, None, None] for x in (how.image_mean, how.image_std))  # type: ignore[union-attr]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (how.image_mean, how.image_std))
     shown = (pixels[0].float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(shown.round().to(torch.uint8).permute(1, 2, 0).numpy())
 

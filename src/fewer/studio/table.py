@@ -146,7 +146,7 @@ def _scored(row: Row, task: str, written: Callable[[Score], str]) -> str:
 
 def _wrote(cell: Callable[[Writing], str | float]) -> Callable[[Row], str]:
     """A cell of what only models that write have; what is zero was not measured."""
-    return lambda row: (row.writing and cell(row.writing)) or NONE  # type: ignore[return-value]
+    return lambda row: str((row.writing and cell(row.writing)) or NONE)
 
 
 def _speedup_help(rows: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import DynamicCache, TextStreamer
 
-from fewer.compat import cached
+from fewer.compat import cached, pretrained
 from fewer.evaluation.language.subject import Held
 
 from .style import count
@@ -57,7 +57,7 @@ class Pen:
         given = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
         ids = given["input_ids"]
         self.text = self.seen = self._line = ""
-        self.cache = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+        self.cache = DynamicCache(config=pretrained(self.model).config)
         self.prompt, self.written, self.first, self.last = ids.shape[1], 0, 0.0, 0.0
         with ExitStack() as stack:
             if self.console.is_terminal:

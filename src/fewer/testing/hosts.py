@@ -101,12 +101,12 @@ def fitted(method: type[Reducer] | Reducer) -> Reducer:
         changes["layers"] = LAYERS[: len(method.layers)]
     if hasattr(method, "sinks"):  # tokens it protects on its own are not counted by the checks
         changes["sinks"] = 0
-    return replace(method, **changes)  # type: ignore[type-var]
+    return replace(method, **changes)
 
 
 def keep_all(method: Reducer) -> Reducer:
     """The same method with a budget that keeps everything."""
-    return replace(method, budget=_everything(method.budget))  # type: ignore[type-var]
+    return replace(method, budget=_everything(method.budget))
 
 
 def _moderate(budget: Budget) -> Budget:

@@ -45,10 +45,13 @@ class CacheReducer(Reducer):
     rotates: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
     reads: ClassVar[bool] = False
-    gates: ClassVar[bool] = False
     enters: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     once: ClassVar[bool] = False
+
+    @property
+    def gates(self) -> bool:
+        return False
 
     @property
     def codec(self) -> Codec | None:

@@ -123,8 +123,8 @@ class Layout:
             streams["item"][where] = seen[sample]
             for name in ("tile", "time", "row", "column"):
                 streams[name][where] = getattr(item, name)[shown]
-            if located:
-                streams["source"][where] = item.source[shown]  # type: ignore[index]
+            if located and item.source is not None:
+                streams["source"][where] = item.source[shown]
             seen[sample] += 1
             samples.append(sample)
             counts.append(int(shown.sum()))

@@ -41,8 +41,11 @@ class VisualReducer(Reducer):
 
     site: ClassVar[Site] = Site.BRIDGE
     scope: ClassVar[Scope] = "image"
-    looks_at: ClassVar[tuple[int | None, ...]] = ()
     changes: ClassVar[bool] = False
+
+    @property
+    def looks_at(self) -> tuple[int | None, ...]:
+        return ()
 
     def acts_at(self, depth: int) -> tuple[int, ...]:
         return (0,) if self.site is Site.BRIDGE else super().acts_at(depth)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..budgets import Budget, BudgetError
 from ..errors import SignalError
+from ..learned import ModuleListOf
 from ..place import Place
 from ..signals import Signals
 from ..tokens import Tokens
@@ -176,7 +177,7 @@ class Block(nn.Module):
     def flops(self, queries: int, sources: int = 0) -> int:
         own = self.attention.flops(queries, queries)
         across = 0 if self.across is None else self.across.flops(queries, sources)
-        return own + across + 4 * queries * self.mlp[0].weight.numel()  # type: ignore[operator, union-attr]
+        return own + across + linear_flops(self.mlp, queries)
 
 
 class Wording(nn.Module):
@@ -189,7 +190,7 @@ class Wording(nn.Module):
     def __init__(self, channels: int, width: int, depth: int) -> None:
         super().__init__()
         self.enter, self.norm = nn.Linear(channels, width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, heads_of(width, 64)) for _ in range(depth))
+        self.blocks = ModuleListOf(Block(width, heads_of(width, 64)) for _ in range(depth))
 
     def forward(self, words: Tensor, real: Tensor) -> Tensor:
         """words: (R, T, d), real: (R, T) bool -> (R, T, width)."""
@@ -201,7 +202,7 @@ class Wording(nn.Module):
         return self.norm(x)
 
     def flops(self, words: int) -> int:
-        return 2 * words * self.enter.weight.numel() + sum(b.flops(words) for b in self.blocks)  # type: ignore[operator, misc]
+        return 2 * words * self.enter.weight.numel() + sum(b.flops(words) for b in self.blocks)
 
 
 def mean_of(x: Tensor, real: Tensor) -> Tensor:

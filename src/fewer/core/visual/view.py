@@ -179,9 +179,9 @@ class Visual:
         index = (~text).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
         return index, text.gather(-1, index)
 
-    def wording(self, behind: bool = True) -> tuple[Tensor, Tensor]:
+    def wording(self) -> tuple[Tensor, Tensor]:
         """The same tokens' features: (R, T, d), and (R, T) bool."""
-        index, valid = self.words(behind)
+        index, valid = self.words()
         return self.hidden[self.view.sample[:, None], index], valid
 
     @property

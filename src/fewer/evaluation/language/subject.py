@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fewer.compat import cached
+from fewer.compat import cached, pretrained
 from fewer.evaluation.subject import twin_of
 from fewer.runtime.program import SessionError
 
@@ -88,7 +88,7 @@ class LanguageSubject:
     # -- reading and asking --------------------------------------------------------------------------------------
     def read(self, model: nn.Module, ids: Ids) -> tuple[DynamicCache, Tensor]:
         """A new cache that has read some tokens, and the logits behind the last one, (1, vocabulary)."""
-        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        cache = DynamicCache(config=pretrained(model).config)
         return cache, self.go_on(model, cache, ids, 1)
 
     def go_on(

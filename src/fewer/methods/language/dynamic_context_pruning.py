@@ -35,7 +35,7 @@ class _Entmax(torch.autograd.Function):
         return p
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         inside = (p > 0) & (p < 1)
         s, t = (torch.where(inside, x.clamp_min(1e-12) ** (2 - ctx.alpha), 0) for x in (p, 1 - p))

@@ -58,7 +58,7 @@ class LTP(Reducer):
             raise ValueError(f"soft=true multiplies by how far a threshold is passed; {self.budget!r} has none")
 
     @property
-    def site(self) -> Site:  # type: ignore[override]
+    def site(self) -> Site:
         # A factor before the MLP would be undone by the norm behind it; dropped tokens need no MLP.
         return Site.AFTER_BLOCK if self.soft else Site.MID_BLOCK
 

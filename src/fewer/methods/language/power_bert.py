@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Hard, Plan, Reducer, Signals, Tokens, reducer, select
-from fewer.core.learned import Learned, Whole, remember, straight_through
+from fewer.core.learned import Learned, ModuleListOf, Whole, remember, straight_through
 
 
 class Retention(Whole):
@@ -82,10 +82,12 @@ def significance(signals: Signals) -> Tensor:
     return signals.attention_mass(own=False).mean(dim=1)
 
 
-def found(modules: nn.ModuleList, layers: tuple[int, ...] | None = None, prefix: int = 1) -> PowerBert:
+def found(modules: ModuleListOf[nn.ModuleDict], layers: tuple[int, ...] | None = None, prefix: int = 1) -> PowerBert:
     """The learned configuration as a method that needs no modules. modules: one nn.ModuleDict per block."""
     counts: list[int] = []
     for stage in modules:
-        count = max(1, stage["retention"].number - prefix)  # type: ignore[index]
+        retention = stage["retention"]
+        assert isinstance(retention, Whole)
+        count = max(1, retention.number - prefix)
         counts.append(min(count, counts[-1]) if counts else count)
     return PowerBert(budget=Capacity(tuple(counts)), layers=layers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, VisualReducer, reducer
+from fewer.core.learned import ModuleListOf
 from fewer.core.visual.convolution import PixelEncoder
 from fewer.core.visual.regions import evenly, granted, queries
 from fewer.core.visual.resampler import Block, heads_of, linear_flops
@@ -31,7 +32,7 @@ class MEQFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(rows, width) * 0.02)
         self.words = nn.Linear(words, width) if words else None
         heads = heads_of(width, max(1, width // heads))
-        self.blocks = nn.ModuleList(Block(width, heads, width) for _ in range(depth))
+        self.blocks = ModuleListOf(Block(width, heads, width) for _ in range(depth))
         self.norm, self.leave = nn.LayerNorm(width), nn.Linear(width, out)
 
     def forward(
@@ -72,7 +73,7 @@ class MEQFormer(nn.Module):
         enter = sum(linear_flops(layer, n) for layer, n in zip(self.enter, sources, strict=True))
         if self.words is not None:
             enter += linear_flops(self.words, words)
-        blocks = sum(block.flops(m + words, sum(sources)) for block in self.blocks)  # type: ignore[operator, misc]
+        blocks = sum(block.flops(m + words, sum(sources)) for block in self.blocks)
         return enter + blocks + linear_flops(self.leave, m)
 
 

@@ -70,7 +70,7 @@ class DynamicLLaVADecode(CacheReducer):
     attends: ClassVar[bool] = True
 
     @property
-    def gates(self) -> bool:  # type: ignore[override]
+    def gates(self) -> bool:
         """Only its training form adds to logits."""
         return self.learning
 

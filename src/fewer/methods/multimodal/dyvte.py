@@ -63,7 +63,7 @@ class DyVTE(VisualReducer):
 
     layers: tuple[int, ...] | None = None
     hidden: int = 2048
-    budget: ClassVar[Budget] = Learned()  # type: ignore[misc]
+    budget: ClassVar[Budget] = Learned()
     site: ClassVar[Site] = Site.AFTER_BLOCK
     scope: ClassVar[Scope] = "prompt"
 

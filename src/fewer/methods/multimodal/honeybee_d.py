@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Capacity, Plan, PlanError, Shape, Signals, Tokens, View, VisualReducer, reducer
+from fewer.core.learned import ModuleListOf
 from fewer.core.visual.convolution import Positions, as_maps
 from fewer.core.visual.regions import Regions, granted, queries
 from fewer.core.visual.resampler import heads_of, lattice, linear_flops, mlp
@@ -82,7 +83,7 @@ class DAbstractor(nn.Module):
         self.content = nn.Parameter(torch.randn(rows, width) * 0.02)
         self.place = nn.Parameter(torch.logit(middles(rows, grid)))
         heads = heads_of(width, max(1, width // heads))
-        self.layers = nn.ModuleList(Layer(width, heads, points) for _ in range(depth))
+        self.layers = ModuleListOf(Layer(width, heads, points) for _ in range(depth))
         self.leave = nn.Linear(width, out)
 
     def forward(self, x: Tensor, regions: Regions) -> Tensor:
@@ -96,7 +97,7 @@ class DAbstractor(nn.Module):
         return self.leave(content)
 
     def flops(self, n: int, m: int) -> int:
-        layers = sum(layer.attention.flops(n, m) + linear_flops(layer.mlp, m) for layer in self.layers)  # type: ignore
+        layers = sum(layer.attention.flops(n, m) + linear_flops(layer.mlp, m) for layer in self.layers)
         return linear_flops(self.enter, n) + layers + linear_flops(self.leave, m)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, BudgetError, Plan, Shape, Signals, Tokens, VisualReducer, reducer
+from fewer.core.learned import ModuleListOf
 from fewer.core.plan import on_device
 from fewer.core.visual.resampler import (
     Block,
@@ -32,7 +33,7 @@ class Asking(nn.Module):
     def __init__(self, queries: int, width: int, channels: int, depth: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads_of(width, 64), channels) for _ in range(depth))
+        self.blocks = ModuleListOf(Block(width, heads_of(width, 64), channels) for _ in range(depth))
 
     def forward(self, words: Tensor, real: Tensor, patches: Tensor) -> Tensor:
         """words: (R, T, width), real: (R, T) bool, patches: (R, P, C) -> (R, queries, width)."""
@@ -44,7 +45,7 @@ class Asking(nn.Module):
         return x[:, :n]
 
     def flops(self, words: int, patches: int) -> int:
-        return sum(b.flops(self.queries.shape[0] + words, patches) for b in self.blocks)  # type: ignore[operator, misc]
+        return sum(b.flops(self.queries.shape[0] + words, patches) for b in self.blocks)
 
 
 class Context(nn.Module):

@@ -52,7 +52,7 @@ class MiniGemini(VisualReducer):
     finer feature sees at first; a picture is resized to fit.
     """
 
-    budget: ClassVar[Budget] = KeepRatio(1.0)  # type: ignore[misc]
+    budget: ClassVar[Budget] = KeepRatio(1.0)
     fine: int = 4
     width: int = 64
     depth: int = 2

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, Plan, Shape, Signals, Tokens, VisualReducer, cluster, reducer
+from fewer.core.learned import ModuleListOf
 from fewer.core.visual.resampler import Block, Formed, channels_of, check_material, heads_of, material, sines
 
 
@@ -21,8 +22,8 @@ class Merger(nn.Module):
     def __init__(self, channels: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
         heads = heads_of(channels, max(1, channels // heads))
-        self.within = nn.ModuleList(Block(channels, heads) for _ in range(depth))
-        self.between = nn.ModuleList(Block(channels, heads) for _ in range(depth))
+        self.within = ModuleListOf(Block(channels, heads) for _ in range(depth))
+        self.between = ModuleListOf(Block(channels, heads) for _ in range(depth))
         self.leave = nn.Linear(channels, width)
 
     def forward(self, x: Tensor, place: Tensor, plan: Plan) -> Tensor:
@@ -41,7 +42,7 @@ class Merger(nn.Module):
 
     def flops(self, n: int, m: int) -> int:
         """Of N patches and M rows, padding counted, attention as if nothing were masked."""
-        within, between = (sum(b.flops(k) for b in part) for part, k in ((self.within, n), (self.between, m)))  # type: ignore[operator, misc]
+        within, between = (sum(b.flops(k) for b in part) for part, k in ((self.within, n), (self.between, m)))
         return within + between + 2 * m * self.leave.weight.numel()
 
 

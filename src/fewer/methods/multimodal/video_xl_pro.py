@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewer.core import Budget, Plan, Shape, Signals, Tokens, VisualReducer, reducer, select
 from fewer.core.budgets import Capacity
+from fewer.core.learned import ModuleListOf
 from fewer.core.plan import on_device, take
 from fewer.core.visual.resampler import (
     Attention,
@@ -85,7 +86,7 @@ class Synthesiser(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.time = nn.Parameter(torch.randn(FRAMES, channels) * 0.02)
-        self.stages = nn.ModuleList([Stage(channels, FRAMES), Stage(channels, FRAMES // 2)])
+        self.stages = ModuleListOf([Stage(channels, FRAMES), Stage(channels, FRAMES // 2)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, ceil(T / 4), H, W, C). A last group that is not full repeats its last frame."""
@@ -100,7 +101,7 @@ class Synthesiser(nn.Module):
 
     def flops(self, frames: int, cells: int) -> int:
         groups = -(-frames // FRAMES)
-        return groups * sum(s.flops(FRAMES >> i, cells) for i, s in enumerate(self.stages))  # type: ignore[operator, misc]
+        return groups * sum(s.flops(FRAMES >> i, cells) for i, s in enumerate(self.stages))
 
 
 @reducer("video_xl_pro", paper="arXiv:2503.18478", acts="distill+prune", on="multimodal", training="required")

@@ -44,7 +44,7 @@ class VScan(VisualReducer):
             raise ValueError(f"shallow={self.shallow}: blocks of the tower count from 0; the authors' is 5 of 24")
 
     @property
-    def looks_at(self) -> tuple[int | None, ...]:  # type: ignore[override]
+    def looks_at(self) -> tuple[int | None, ...]:
         return (self.shallow, None)
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:

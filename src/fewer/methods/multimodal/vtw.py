@@ -33,7 +33,7 @@ class VTW(VisualReducer):
     """
 
     k: int | None = None
-    budget: ClassVar[Budget] = Nothing()  # type: ignore[misc]
+    budget: ClassVar[Budget] = Nothing()
     site: ClassVar[Site] = Site.AFTER_BLOCK
     scope: ClassVar[Scope] = "prompt"
 

@@ -29,7 +29,7 @@ class Grid(Reducer):
 
     budget: Budget = KeepRatio(0.7, of="start")
     layers: tuple[int, ...] | None = (3, 6, 9)
-    site: Site = Site.MID_BLOCK  # type: ignore[misc]
+    site: Site = Site.MID_BLOCK
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell

@@ -31,7 +31,7 @@ class Pool(Reducer):
     budget: Budget = KeepRatio(0.7, of="start")
     layers: tuple[int, ...] | None = (3, 6, 9)
     proportional: bool = False
-    site: Site = Site.MID_BLOCK  # type: ignore[misc]
+    site: Site = Site.MID_BLOCK
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell

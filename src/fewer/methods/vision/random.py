@@ -23,7 +23,7 @@ class Random(Reducer):
     budget: Budget = KeepRatio(0.7, of="start")
     layers: tuple[int, ...] | None = (3, 6, 9)
     seed: int = 0
-    site: Site = Site.MID_BLOCK  # type: ignore[misc]
+    site: Site = Site.MID_BLOCK
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         return select.top(noise(tokens.ordinal(), self.seed, signals.at.layer), self.budget, tokens, at=signals.at)

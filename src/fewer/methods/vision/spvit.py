@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, reducer, select
-from fewer.core.learned import Predictor, keep_decision, present, training_policy
+from fewer.core.learned import ModuleListOf, Predictor, keep_decision, present, training_policy
 
 
 class Selector(nn.Module):
@@ -24,7 +24,7 @@ class Selector(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.predictors = nn.ModuleList(Predictor(width // heads) for _ in range(heads))
+        self.predictors = ModuleListOf(Predictor(width // heads) for _ in range(heads))
         squeezed = max(1, heads // 2)
         self.matter = nn.Sequential(nn.Linear(heads, squeezed), nn.GELU(), nn.Linear(squeezed, heads), nn.Sigmoid())
 
@@ -39,13 +39,12 @@ class Selector(nn.Module):
 
     def noise(self, logp: Tensor) -> Tensor:
         """What is added to the log-probabilities in training."""
-        first: Predictor = self.predictors[0]  # type: ignore[assignment]
-        return first.noise(logp)
+        return self.predictors[0].noise(logp)
 
     def flops(self, n: int) -> int:
         """The linear layers on n tokens."""
         own = 2 * n * sum(m.weight.numel() for m in self.matter.modules() if isinstance(m, nn.Linear))
-        return own + sum(head.flops(n) for head in self.predictors)  # type: ignore[operator]
+        return own + sum(head.flops(n) for head in self.predictors)
 
 
 @reducer("spvit", paper="arXiv:2112.13890", acts="prune+merge", on="vision", training="required",

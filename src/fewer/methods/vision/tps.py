@@ -43,7 +43,7 @@ class TPS(Reducer):
             raise ValueError(f"tau={self.tau}: a temperature must be above 0; the paper's is 1")
 
     @property
-    def site(self) -> Site:  # type: ignore[override]
+    def site(self) -> Site:
         return Site.MID_BLOCK if self.scorer == "evit" else Site.BEFORE_BLOCK
 
     def modules(self, width: int, heads: int, stages: int, free: int) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -183,10 +183,11 @@ class ReducedLayer(DynamicLayer):
         """
         assert self.packing is not None and self.packed is not None
         b, g = self.keys.shape[:2]
-        if mask is not None:
-            mask = self.mask(mask, g, 1).expand(b, g, 1, -1).flatten(0, 1)  # type: ignore[union-attr]
+        mapped = None if mask is None else self.mask(mask, g, 1)
+        if mapped is not None:
+            mapped = mapped.expand(b, g, 1, -1).flatten(0, 1)
         late = (self.keys.flatten(0, 1), self.values.flatten(0, 1))
-        out = self.packing.read(q.unflatten(1, (g, -1)).flatten(0, 1)[:, :, 0], self.packed, late, scale, mask)
+        out = self.packing.read(q.unflatten(1, (g, -1)).flatten(0, 1)[:, :, 0], self.packed, late, scale, mapped)
         return out.view(b, 1, q.shape[1], -1)
 
     def _arrive(self, new: Arrivals) -> None:
@@ -342,7 +343,8 @@ class ReducedLayer(DynamicLayer):
             if len(set(lengths)) == 1:
                 index, place, lengths = index[..., : lengths[0]], place[..., : lengths[0]], None
             else:
-                place = place.masked_fill(~plan.valid, -1)  # type: ignore[operator]
+                assert plan.valid is not None
+                place = place.masked_fill(~plan.valid, -1)
         if rotated_by is not None:
             self.rotated_by = take(rotated_by.expand(b, heads, -1), index)
         full = index.expand(b, g, -1)
@@ -358,7 +360,8 @@ class ReducedLayer(DynamicLayer):
             self.keys, self.values = keys, values
         else:
             self.packing = Packing(lengths, index.shape[-1], keys.device)
-            self.packed = tuple(self.packing.pack(x.flatten(0, 1))[0] for x in (keys, values))  # type: ignore[assignment]
+            k, v = (self.packing.pack(x.flatten(0, 1))[0] for x in (keys, values))
+            self.packed = k, v
             self.keys, self.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
 
     def replaces(self, keys: Tensor) -> bool:
@@ -374,9 +377,9 @@ class ReducedLayer(DynamicLayer):
         place = self.positions()
         heads = max(place.shape[1], gone.shape[1])
         place, own = place.expand(b, heads, -1), gone.expand(b, heads, 1)
-        if self.rotated_by is not None:
-            rotated_by = self._rotated_by(place.shape[-1])
-            self.rotated_by = rotated_by.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]  # type: ignore[union-attr]
+        rotated_by = self._rotated_by(place.shape[-1])
+        if rotated_by is not None:
+            self.rotated_by = rotated_by.expand(b, heads, -1).scatter(-1, own, 0)[..., :-1]
         self.position = place.to(torch.int32).scatter(-1, own, self.length - 1)[..., :-1]
         gone = gone.expand(b, g, 1)
         if self.received is not None:
@@ -479,7 +482,7 @@ class ReducedLayer(DynamicLayer):
         gone = min(-tokens_to_remove, self.length)
         self._decode()
         self._arrange()
-        if self.is_sliding and self.length >= self.window:  # type: ignore[operator]
+        if self.window is not None and self.length >= self.window:
             raise CacheError("a sliding-window layer past its window cannot be cropped: what stood before it is gone")
         tail = self.keys.shape[-2] - (0 if self.packing is not None else self.evicted_width)
         if self.position is not None and gone > tail:
@@ -538,7 +541,8 @@ class ReducedLayer(DynamicLayer):
                 assert self.packed is not None
                 lengths = self.packing.lengths
                 sizes = [sum(lengths[i : i + g]) for i in range(0, len(lengths), g)]
-                self.packed = tuple(torch.cat([x.split(sizes)[i] for i in chosen]) for x in self.packed)  # type: ignore[assignment]
+                k, v = (torch.cat([x.split(sizes)[i] for i in chosen]) for x in self.packed)
+                self.packed = k, v
                 lengths = [n for i in chosen for n in lengths[i * g : (i + 1) * g]]
                 self.packing = Packing(lengths, self.packing.width, self.keys.device)
         else:
@@ -568,7 +572,7 @@ class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return bool(ReducedLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self))  # type: ignore[attr-defined]
+        return not self.is_sliding and super().is_croppable
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Keys and values come by place, what a state needs by name."""
@@ -583,7 +587,7 @@ class LayerBesideState(LinearAttentionLayer, ReducedLayer):  # type: ignore[misc
         ReducedLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        LinearAttentionLayer.reorder_cache(self, cast(torch.LongTensor, beam_idx))
         ReducedLayer.reorder_cache(self, beam_idx)
 
 
@@ -623,7 +627,7 @@ def install(cache: Any, which: Sequence[bool], owner: object) -> None:
         elif index >= len(which) or not which[index]:  # the config may count more blocks than there are
             continue
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            cache.layers[index] = ReducedLayer.adopt(layer, owner)  # type: ignore[arg-type]
+            cache.layers[index] = ReducedLayer.adopt(cast(DynamicLayer, layer), owner)
         elif isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer):
             if layer.get_seq_length():
                 raise CacheError(

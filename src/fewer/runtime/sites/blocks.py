@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -58,6 +58,21 @@ class BlockSite:
             undo.callback(self.host.reader.register_forward_pre_hook(self._follow, with_kwargs=True).remove)
         if pooler is not None:
             undo.callback(pooler.register_forward_pre_hook(self._mask_pooler, with_kwargs=True).remove)
+        if (own := getattr(self.host.root, "forward_intermediates", None)) is not None:  # timm's maps of all blocks
+            vars(self.host.root)["forward_intermediates"] = wraps(own)(partial(self._mapped, own))
+            undo.callback(vars(self.host.root).pop, "forward_intermediates", None)
+
+    def _mapped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._local.mapped = True
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._local.mapped = False
+
+    @property
+    def mapped(self) -> bool:
+        """Whether maps are made of what each block gives, so that it must have all rows."""
+        return self.host.reads == "each" or getattr(self._local, "mapped", False)
 
     @property
     def trace(self) -> Trace | None:
@@ -198,7 +213,7 @@ class BlockSite:
     def _real(self, x: Tensor) -> Tensor | None:
         """(B, N) how much each final row is there, bool or the learned policy; None where all rows are."""
         trace: Trace | None = getattr(self._local, "finished", None)
-        if trace is None or x.dim() != 3:
+        if trace is None or x.dim() != 3 or x.shape[1] != trace.tokens.n:
             return None
         tokens = trace.tokens
         return tokens.policy if tokens.policy is not None else tokens.valid
@@ -252,6 +267,9 @@ class Pass:
         self.tokens = self.first
         grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
         self.trace = Trace(host, self.first, len(self.program.methods), x.element_size(), grid)
+        self.mapped = site.mapped
+        self.dense = host.dense or self.mapped
+        self._handed: tuple[Tensor, Tensor] | None = None  # mapped: all rows as handed on, and those that are left
         self._entry: Tensor | None = None  # text: the block's input, what tokens dropped inside it keep
         self._starts = None if valid is None else (valid.sum(-1) - n + self.first.free_count).clamp(min=0)
         # To undo behind a block: steps before its plans, and tokens, masked rows and features as they were.
@@ -280,12 +298,14 @@ class Pass:
 
     # -- the sites ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, x: Tensor) -> Tensor:
+        if self.mapped:
+            x = self._taken_up(x)
         x, _ = self._at(Site.BRIDGE, layer, x, Beside())
         x, _ = self._at(Site.BEFORE_BLOCK, layer, x, Beside())
         if self.program.at(Site.AROUND_BLOCK, layer):
             self.surround(x)
             x, _ = self._at(Site.AROUND_BLOCK, layer, x, Beside())
-        self._entry = x if self.host.dense else None
+        self._entry = x if self.dense else None
         self._count(layer, ATTENTION)
         return x
 
@@ -372,7 +392,26 @@ class Pass:
         if self.program.at(Site.AROUND_BLOCK, layer):
             x = self._undone(x)
         self._count(layer, BEHIND)
-        return x if layer + 1 < len(self.host.blocks) else self._finish(x)
+        if layer + 1 == len(self.host.blocks):
+            return self._finish(x)
+        return self._handed_on(x) if self.mapped else x
+
+    def _handed_on(self, x: Tensor) -> Tensor:
+        """All rows, for who makes a map of them; those that are left wait for the next block."""
+        if not self.steps or self.live is not None:
+            return x
+        full = self._spread(x if self.packing is None else self.packing.pad(x))
+        self._handed = full, x
+        return full
+
+    def _taken_up(self, x: Tensor) -> Tensor:
+        """Those that are left, of what was handed on, or made of it in between."""
+        if not self.steps or self.live is not None:
+            return x
+        if self._handed is not None and self._handed[0] is x:
+            return self._handed[1]
+        rows = take(x, self.tokens.place())
+        return rows if self.packing is None else self.packing.pack(rows)
 
     def _undone(self, x: Tensor) -> Tensor:
         """Behind a block that ran on fewer rows: all rows of before, those that stayed out as they were."""
@@ -402,7 +441,7 @@ class Pass:
         if self.packing is not None:
             x = self.packing.pad(x)
             self.packing = None
-        if self.host.dense:
+        if self.dense:
             x = self._spread(x)
         if self.counted:
             self.site.finished(self.trace)
@@ -483,7 +522,7 @@ class Pass:
         self._acted = True
         plan, hidden = self._planned(turn.method, hidden, tokens, place, there.seen, there.branch)
         left = None
-        if self.host.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
+        if self.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
             left = hidden if there.entry is None else there.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)

@@ -172,7 +172,7 @@ class BridgeSite:
             return
         calls = list(self._local.encoded.values())
         if not calls:
-            self._unseen(called, given)
+            self._unseen(called)
             return
         if None in calls:
             raise LayoutError(
@@ -191,9 +191,7 @@ class BridgeSite:
             run.context.deep = list(deep)
             run.context.deep_index = torch.where(marked, marked.reshape(-1).cumsum(0).view(shape) - 1, -1)
 
-    def prefill(
-        self, blocks: BlockSite, run: CacheRun, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> BlockRun | None:
+    def prefill(self, blocks: BlockSite, run: CacheRun, x: Tensor, kwargs: dict[str, Any]) -> BlockRun | None:
         """What runs in the decoder's blocks: a prompt with visual rows, or text behind one that was numbered anew; None
         for any other."""
         if x.shape[1] > 1 and run.context is not None:
@@ -206,7 +204,7 @@ class BridgeSite:
             return CompactPositions(self.host, run.layers)
         return None
 
-    def _unseen(self, given: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    def _unseen(self, given: dict[str, Any]) -> None:
         """A prompt none of whose rows came from pictures that were encoded here: text, or rows merged before.
 
         Raises   LayoutError where pictures were given."""

@@ -384,8 +384,8 @@ class LayerCall:
         run, layer, rows, several = self.run, self.layer, self.rows, self.q.shape[2] > 1
         method, asking = run.method(turn), None
         if rows.real is not None and run.given is not None and several:
-            left = run.prefill is not None and run.prefill.steps
-            asking = run.prefill.tokens.valid if left else run.real(self.q.shape[2])  # type: ignore[union-attr]
+            left = run.prefill if run.prefill is not None and run.prefill.steps else None
+            asking = run.real(self.q.shape[2]) if left is None else left.tokens.valid
         return CacheSignals(
             self.k, rows, self.place(turn),
             Seen(self.q, self.k, self.v, self.scale, self.mask, causal=self.mask is None and several),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.kvpress import Pressed
-from ...compat import CACHE_NAMES, cached, given_cache, without_cache
+from ...compat import CACHE_NAMES, cached, given_cache, pretrained, without_cache
 from ...core import Site
 from ...core.cache import Attending, Rereader
 from ...hosts import BlockRun, DecoderHost, Table, under
@@ -36,9 +36,7 @@ class Beside(Protocol):
     drops: bool  # whether rows it told of may be missing, though no method acts in the decoder
 
     def enter(self, run: CacheRun, given: dict[str, Any]) -> None: ...
-    def prefill(
-        self, blocks: BlockSite, run: CacheRun, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> BlockRun | None: ...
+    def prefill(self, blocks: BlockSite, run: CacheRun, x: Tensor, kwargs: dict[str, Any]) -> BlockRun | None: ...
 
 
 class KVCacheSite:
@@ -216,7 +214,7 @@ class KVCacheSite:
             return None, self.between_blocks or self.program.gates
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=root.config)  # type: ignore[arg-type]
+        cache = DynamicCache(config=pretrained(root).config)
         rest = without_cache(given) | cached(root, cache)
         given.clear()
         given.update(rest)
@@ -256,7 +254,7 @@ class KVCacheSite:
         """Tokens leave while a prompt is read; a step of one token runs through the blocks as they are."""
         run = under.run
         assert isinstance(run, CacheRun)
-        if self.beside is not None and (told := self.beside.prefill(self.blocks, run, x, mask, kwargs)) is not None:
+        if self.beside is not None and (told := self.beside.prefill(self.blocks, run, x, kwargs)) is not None:
             return told
         if x.shape[1] > 1:
             valid = None if mask is None else run.real(x.shape[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +38,13 @@ class LossSite:
 
     def _taught(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         labels = kwargs.get("labels")
-        if labels is None or getattr(output, "loss", None) is None:
+        if labels is None:
             return output
+        if getattr(output, "loss", None) is None:
+            raise SessionError(
+                f"{text(self.program.methods[0])} chooses which tokens teach, and {type(output).__name__} has no "
+                "loss to choose in: call the model with return_dict=True"
+            )
         logits = output.logits
         if self.host.kind in ("decoder", "scan"):  # each position says the next one
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -46,25 +53,51 @@ class LossSite:
                 f"{text(self.program.methods[0])} chooses which tokens teach, and the labels are of shape "
                 f"{tuple(labels.shape)}, not one for each of the {tuple(logits.shape[:2])} positions"
             )
+        valid = labels != IGNORED
+
+        def against() -> Tensor:
+            return self._asked(args, kwargs, labels, logits.shape[-1]).masked_fill(~valid, 0)
+
         each = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-        teaches = self._chosen(each.detach(), labels != IGNORED)
-        output.loss = (each * teaches).sum() / teaches.sum().clamp(min=1)
+        teaches, share, among = self._chosen(each.detach(), valid, against)
+        items = kwargs.get("num_items_in_batch")  # of all steps whose gradients are added up
+        output["loss"] = (each * teaches).sum() / ((among if items is None else items) * share).clamp(min=1)
         return output
 
-    def _chosen(self, each: Tensor, valid: Tensor) -> Tensor:
-        """(B, N) bool: the tokens that teach. each: (B, N), their losses; valid: (B, N) bool, those with a label."""
+    def _asked(self, args: tuple, kwargs: dict[str, Any], labels: Tensor, words: int) -> Tensor:
+        """(B, N) float32: the reference model's losses of the same labels."""
+        guide = self.bound.guide
+        if not isinstance(guide, nn.Module):
+            raise SessionError(f"guide={guide!r}: what losses are held against is a model, such as a smaller one")
+        given = {k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")}
+        with torch.no_grad():
+            answer: Any = guide(*args, **given)
+        logits = answer.logits[:, : labels.shape[1]]
+        if logits.shape[-1] != words:
+            raise SessionError(
+                f"the reference model knows {logits.shape[-1]} tokens and the model {words}: both must have the same"
+            )
+        return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+
+    def _chosen(self, each: Tensor, valid: Tensor, against: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N) bool: the tokens that teach; which share of those with a label that is, and of how many.
+
+        each: (B, N), their losses; valid: (B, N) bool, those with a label; against: what they cost the reference.
+        A method that chooses over all processes of a run says share and number itself, in its memory.
+        """
         b, n = each.shape
         tokens = Tokens.plain(b, n, 0, device=each.device, valid=valid)
         trace = self.trace = Trace(self.host, tokens, len(self.program.methods), each.element_size(), None)
         front = Plan.keep((~valid).to(torch.int8).argsort(dim=-1, stable=True), n, valid.sum(-1))
         trace.steps.append(Step(-1, -1, front))
-        x, tokens = front.gather(each[..., None]), tokens.after(front)
+        x, tokens, memory = front.gather(each[..., None]), tokens.after(front), {}
         for turn in self.program.at(Site.LOSS, 0):
             method = self.program.methods[turn.method]
             place = Place(0, 1, 0, 1, n, note=trace.notes.append, starts=valid.sum(-1))
             signals = Signals(
                 x, tokens, place, modules=self.bound.modules_of(turn.method, 0), training=self.bound.training,
-                memory=trace.memory[turn.method],
+                memory=(memory := trace.memory[turn.method]), 
+                against=None if self.bound.guide is None else partial(_rows, against, tokens),
             )  # fmt: skip
             with full_precision(x):
                 plan = method.plan(signals, tokens)
@@ -78,4 +111,11 @@ class LossSite:
             block.rows[BEHIND], block.lengths[BEHIND] = tokens.n, lengths
         trace.notes.append("all tokens are computed; those that are counted teach")
         chosen = torch.zeros(b, n + 1, dtype=torch.bool, device=each.device)
-        return chosen.scatter(1, torch.where(tokens.unpadded, tokens.place(), n), True)[:, :n]
+        chosen = chosen.scatter(1, torch.where(tokens.unpadded, tokens.place(), n), True)[:, :n]
+        among = memory.get("among", valid.sum())
+        return chosen, memory.get("share", chosen.sum() / among.clamp(min=1)), among
+
+
+def _rows(against: Callable[[], Tensor], tokens: Tokens) -> Tensor:
+    """What the tokens that are left cost the reference model, (B, N)."""
+    return against().gather(1, tokens.place())

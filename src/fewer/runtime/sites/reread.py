@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...compat import cached
+from ...compat import cached, pretrained
 from ...core import Site
 from ...core.attention import full_precision
 from ...core.cache import Rereader, Rows
@@ -71,7 +71,7 @@ def reread(run: CacheRun, which: int, root: nn.Module, given: dict[str, Any]) ->
     if all(rows.counts(method.budget, place, method.least) == list(rows.totals) for place in places):
         return
     cue = torch.tensor(method.instruction, dtype=torch.long, device=tokens.device).expand(len(tokens), -1)
-    head = cue if name == "input_ids" else root.get_input_embeddings()(cue)  # type: ignore[operator]
+    head = cue if name == "input_ids" else pretrained(root).get_input_embeddings()(cue)
     real = None if rows.real is None else rows.real[:, 0]
     totals = torch.tensor(rows.totals, device=tokens.device)[:, None]
     weights = sum(sum(run.host.linear_weights(i)) for i in range(len(run.host.blocks)))

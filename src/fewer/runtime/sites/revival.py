@@ -13,7 +13,7 @@ from ...core import Reducer, Seen, Signals, Site, Tokens
 from ...core.attention import full_precision
 from ...core.masks import only
 from ...core.place import Place
-from ...hosts import Call, PlainRun
+from ...hosts import Call, DecoderHost, PlainRun
 from ..kv.state import Arrivals, Parked
 from ..program import Bound
 
@@ -84,7 +84,9 @@ class TokenRevival(PlainRun):
         if (ids := kwargs.get("position_ids")) is not None:
             moved["position_ids"] = torch.cat([self.back.at_rope, ids.expand(b, -1)], 1)
         if (tables := kwargs.get("position_embeddings")) is not None:
-            rotary = self.bound.host.rotary(layer)  # type: ignore[attr-defined]
+            assert isinstance(self.bound.host, DecoderHost)
+            rotary = self.bound.host.rotary(layer)
+            assert rotary is not None
             mine = rotary.tables(self.back.at_rope, tables[0].dtype)
             moved["position_embeddings"] = tuple(
                 torch.cat([m, t.expand(b, -1, -1)], 1) for m, t in zip(mine, tables, strict=True)

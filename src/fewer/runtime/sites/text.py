@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compat import given_cache
+from ...compat import given_cache, pretrained
 from ...core import Hard, Plan, Signals, Site, Tokens
 from ...core.attention import full_precision
 from ...core.place import Place
@@ -71,7 +71,7 @@ class TextSite:
     def _kept(self, ids: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, M) long: the tokens that stay, padding in front; and (B, M) bool, which are none, or None."""
         host, (b, n) = self.host, ids.shape
-        x = self.bound.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        x = pretrained(self.bound.model).get_input_embeddings()(ids)
         first = Tokens.plain(b, n, 0 if host.kind == "decoder" else host.prefix, device=ids.device, valid=valid)
         first = tokens = host.opening(first) if host.kind == "text" else first.protect(first.last)
         trace = self.trace = Trace(host, first, len(self.program.methods), x.element_size(), None)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fewer.training.sparsity import advantages, objective, rewards, smallest
+from fewer.rewards import RewardError, ZipR1, grpo
+from fewer.rewards.zipr1 import kept_share, smallest, zipped
 
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 1.0)
 
@@ -28,52 +29,37 @@ def test_the_smallest_set_that_holds_the_share():
         smallest(attention, (0.5, 0.5))
 
 
+def test_the_share_is_counted_over_the_layers():
+    keeps = [torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), torch.tensor([[1, 0, 0, 0], [1, 0, 0, 1]]).bool()]
+    assert kept_share(keeps).tolist() == [3 / 8, 6 / 8]
+    valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    assert kept_share(keeps, valid).tolist() == [3 / 4, 6 / 8]
+    everything = smallest(torch.rand(2, 5), (1.0, 1.0))
+    assert kept_share([everything, everything]).tolist() == [1.0, 1.0]  # a share of 1 is dense
+    attention = torch.tensor([[0.91, 0.03, 0.03, 0.03], [0.25, 0.25, 0.25, 0.25]])
+    peaked, even = kept_share([smallest(attention, (0.9, 0.9))]).tolist()
+    assert (peaked, even) == (0.25, 1.0)
+
+
 def test_only_right_answers_earn_by_being_short():
     right, ratio = torch.tensor([1, 1, 0, 0]), torch.tensor([0.2, 1.0, 0.0, 1.0])
-    assert_close(rewards(right, ratio, 0.5), torch.tensor([1.4, 1.0, 0.0, 0.0]))
-    assert_close(rewards(right, ratio, 0.0, form=torch.full((4,), 0.1)), torch.tensor([1.1, 1.1, 0.1, 0.1]))
-    with pytest.raises(ValueError, match="weight=-1"):
-        rewards(right, ratio, -1.0)
+    assert_close(zipped(right, ratio, 0.5), torch.tensor([1.4, 1.0, 0.0, 0.0]))
+    assert_close(zipped(right, ratio, 0.0, form=torch.full((4,), 0.1)), torch.tensor([1.1, 1.1, 0.1, 0.1]))
+    with pytest.raises(RewardError, match="weight=-1"):
+        zipped(right, ratio, -1.0)
 
 
-def test_a_group_is_judged_by_itself():
-    a = advantages(torch.tensor([1.0, 3.0, 5.0, 0.3, 0.3, 0.3]), 3)
-    assert_close(a, torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
-    plain = advantages(torch.tensor([1.0, 3.0, 5.0]), 3, scaled=False)
-    assert_close(plain, torch.tensor([-2.0, 0.0, 2.0]))
-    with pytest.raises(ValueError, match="groups of 4"):
-        advantages(torch.zeros(6), 4)
-    with pytest.raises(ValueError, match="two answers"):
-        advantages(torch.zeros(6), 1)
-
-
-def test_equal_rewards_give_no_gradient_to_the_bit():
-    logp = torch.randn(6, requires_grad=True)
-    objective(logp, logp.detach(), advantages(torch.full((6,), 1 / 3), 6)).backward()
-    assert (logp.grad == 0).all()
-
-
-def test_the_objective_by_hand():
-    old = torch.zeros(4)
-    logp = torch.tensor([0.5, -0.5, 0.5, -0.5]).requires_grad_()
-    gain = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    up, down = logp[0].exp().item(), logp[1].exp().item()
-    loss = objective(logp, old, gain)
-    assert loss.item() == pytest.approx((-1.2 - down + up + 0.8) / 4)
-    loss.backward()
-    assert (logp.grad != 0).tolist() == [False, True, True, False]  # past the clip nothing pulls any further
-    at = torch.tensor([0.0, 0.3])
-    penalty = objective(at, at, torch.zeros(2), reference=torch.zeros(2), kl=2.0)
-    assert penalty.item() == pytest.approx(2 * (torch.tensor(-0.3).exp().item() + 0.3 - 1) / 2)
-
-
-def test_padding_and_length_of_an_answer_do_not_count():
-    logp = torch.tensor([[0.1, 0.2, 9.0], [0.3, 9.0, 9.0]])
-    old = torch.zeros(2, 3)
-    real = torch.tensor([[True, True, False], [True, False, False]])
-    found = objective(logp, old, torch.tensor([1.0, 2.0]), clip=5.0, real=real)
-    expected = -((logp[0, :2].exp().mean()) + 2 * logp[1, 0].exp()) / 2
-    assert_close(found, expected)
+def test_the_reward_of_a_trainer_says_the_same():
+    texts, answers = [r"\boxed{1}", r"\boxed{1}", r"\boxed{2}", r"\boxed{2}"], [1, 1, 1, None]
+    ratio = [0.2, 1.0, 0.0, 0.5]
+    found = ZipR1(0.5)(completions=texts, answer=answers, token_ratio=ratio)
+    assert found == [pytest.approx(1.4), 1.0, 0.0, None]
+    assert found[:3] == pytest.approx(zipped(torch.tensor([1, 1, 0]), torch.tensor(ratio[:3]), 0.5).tolist())
+    assert ZipR1(0.5, gated=False)(completions=texts, answer=answers, token_ratio=ratio)[2] == 0.5  # empty-handed, paid
+    with pytest.raises(RewardError, match=r"token_ratio\[1\]=1.5 is outside \[0, 1\]"):
+        ZipR1()(completions=texts, answer=answers, token_ratio=[1.0, 1.5, 1.0, 1.0])
+    with pytest.raises(RewardError, match="no column 'token_ratio'; there are: answer"):
+        ZipR1()(completions=texts, answer=answers)
 
 
 def scene(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +89,9 @@ def play(weight: float, shares: tuple[float, ...] = SHARES, steps: int = 40) -> 
         action = torch.multinomial(logits.detach().softmax(-1), len(attention), replacement=True)
         keep = smallest(attention, [shares[a] for a in action.tolist()])
         right, ratio = keep.gather(1, needed[:, None])[:, 0], keep.float().mean(-1)
-        gain = advantages(rewards(right, ratio, weight), 8)
-        logp = logits.log_softmax(-1)[action]
-        loss = objective(logp, logp.detach(), gain, reference=before[action], kl=0.01)
+        gain = grpo.advantages(zipped(right, ratio, weight), 8)
+        logp = logits.log_softmax(-1)[action][:, None]
+        loss = grpo.loss(logp, logp.detach(), gain, torch.ones_like(logp), reference=before[action][:, None], beta=0.01)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

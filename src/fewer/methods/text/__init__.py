@@ -1,0 +1,1 @@
+"""Methods on texts: words leave before a model reads them."""

@@ -1,0 +1,1 @@
+"""Methods on the training loss: which tokens teach."""
