@@ -174,18 +174,14 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "text": (
         "Texts: before a model reads them",
-        "Words leave a prompt, a document or a tool's output; the [guide](text.md) shows how. `random` acts here too with "
-        "`site=text`.",
+        "Words leave a prompt, a document or a tool's output; the [guide](text.md) shows how. `random` acts here too "
+        "with `site=text`.",
     ),
     "kv-cache": (
         "The KV cache",
         "Decoders, once a prompt is read and while they write: fewer rows stored, fewer read, or fewer bits.",
     ),
     "state space": ("State-space models", "Mamba and Mamba-2."),
-    "text": (
-        "Texts",
-        "On a prompt before any model reads it: `fewer.Compressor`. A small model reads it first.",
-    ),
     "loss": (
         "Training losses",
         "On which tokens teach, in training loops of any kind: `fewer.apply(model, ...)` and train as before.",

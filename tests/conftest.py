@@ -22,6 +22,12 @@ hypothesis.settings.register_profile(
     max_examples=int(os.environ.get("FEWER_EXAMPLES", 50)),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],  # machines are shared
 )
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("fewer"), derandomize=False, max_examples=2000, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "unshrunk", hypothesis.settings.get_profile("fewer"), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("fewer")
 
 

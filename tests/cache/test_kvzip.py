@@ -68,6 +68,21 @@ def test_padding_neither_votes_nor_is_voted_for():
     assert_close(got[..., 2:], alone)
 
 
+def test_each_chunk_is_read_behind_the_end_of_the_one_before(monkeypatch):
+    """40 tokens in chunks of 16 with 5 of overlap, behind an instruction of 2."""
+    seen, votes = [], type(parse("kvzip")).votes
+
+    def counted(self, signals, rows, first, last):
+        seen.append((signals.q.shape[2], first, last))
+        return votes(self, signals, rows, first, last)
+
+    monkeypatch.setattr(type(parse("kvzip")), "votes", counted)
+    model = decoder("llama")
+    with torch.no_grad(), fewer.apply(model, "kvzip:keep=0.5,chunk=16,overlap=5,instruction=7+8"):
+        read(model, prompt(40)[0])
+    assert seen[::3] == [(18, 0, 16), (23, 16, 32), (15, 32, 40)]
+
+
 @pytest.mark.parametrize("family", FULL)
 def test_a_second_reading_leaves_no_trace(family):
     """With everything kept but one row, the rows that are left are those of a plain prompt, to the bit."""

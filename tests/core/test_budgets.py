@@ -33,6 +33,13 @@ def test_counts_of_the_literature() -> None:
     assert Remove(8, inflect=-1).schedule(1) == [8]
 
 
+def test_noise_in_a_product_takes_no_token() -> None:
+    """In floating point 100 * 0.29 is 28.999999999999996, and 100 * 0.7 ** 2 is 48.99999999999999."""
+    assert KeepRatio(0.29).keep(100, Place()) == 29
+    assert stages(KeepRatio(0.7, of="start"), 100, 2) == [70, 49]
+    assert KeepRatio(0.55, rounding="ceil").keep(100, Place()) == 55  # 55.00000000000001
+
+
 def test_schedules_of_the_authors() -> None:
     z, config = golden("tome_schedules")
     for case in config["cases"]:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 import fewer
-from decoders import COMMON, VOCAB, decoder, prompt
+from decoders import COMMON, VOCAB, WINDOW, decoder, prompt
 from fewer.compat import cache_of, cached
 from fewer.core import KeepRatio, Place, Plan, Seen, Signals, Site, Tokens, select
 from fewer.methods.language.lazyllm import LazyLLM
@@ -250,6 +250,28 @@ def test_cropping_forgets_who_waits() -> None:
             held = [p for p in session.kept(layer)[0, 0].tolist() if p >= 0]
             assert held == sorted(set(held))
             assert held[-1] == 12
+
+
+def test_at_a_sliding_layer_the_rows_of_its_window_are_judged_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two texts, so that holes keep rows in the cache that have left the window."""
+    judged: list[Tensor] = []
+    plan = Returning.plan
+
+    def counts(self: Returning, signals: Signals, tokens: Tokens) -> Plan:
+        if signals.q.shape[-2] == 1:
+            judged.append(tokens.unpadded.sum(-1))
+        return plan(self, signals, tokens)
+
+    monkeypatch.setattr(Returning, "plan", counts)
+    model = decoder("mistral-sliding")
+    ids, mask = prompt(30, 22)
+    more, seen = with_words(ids, mask, 6)
+    with torch.no_grad(), fewer.apply(model, Returning(KeepRatio(0.7), layers=(0, 1), sinks=1)):
+        cache = DynamicCache(config=model.config)
+        read(model, ids, mask, cache)
+        for i in range(6):
+            read(model, more[:, : 31 + i], seen[:, : 31 + i], cache, 30 + i)
+    assert torch.stack(judged).amax() == WINDOW, "the new token and those it sees"
 
 
 def test_it_acts_behind_blocks() -> None:

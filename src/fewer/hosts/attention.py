@@ -208,13 +208,14 @@ under = _UnderWay()
 
 
 @contextmanager
-def entering(call: Call) -> Iterator[None]:
-    """While this is open, attention that asks the table hears the call."""
-    before, under.call = under.call, call
+def entering(call: Call | None, run: AttentionRun | None) -> Iterator[None]:
+    """While this is open, attention that asks the table hears the call, as a part of the run."""
+    before = under.call, under.run
+    under.call, under.run = call, run
     try:
         yield
     finally:
-        under.call = before
+        under.call, under.run = before
 
 
 @contextmanager

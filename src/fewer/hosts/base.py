@@ -17,7 +17,7 @@ from fewer.compat import unchecked
 from fewer.core import Site, Tokens
 
 from .anatomy import outward
-from .attention import Call, HostError, Table, counting, entering, fused
+from .attention import AttentionRun, Call, HostError, Table, counting, entering, fused, under
 from .steps import stopping
 from .weights import multiplied
 from .written_out import entered
@@ -304,16 +304,17 @@ class Host:
         known = self.layers[layer]
         way = known.way
         if way == "table":
-            return self._entering(call, x.shape[1]) if known.anew else entering(call)
+            run = under.run if self.kind == "decoder" else None  # a decoder may run around others
+            return self._entering(call, run, x.shape[1]) if known.anew else entering(call, run)
         if way is None or not call.asks:
             return nullcontext()
         return fused(call) if way == "fused" else entered(call, batch=x.shape[0], keys=x.shape[1])
 
     @staticmethod
     @contextmanager
-    def _entering(call: Call, rows: int) -> Iterator[None]:
+    def _entering(call: Call, run: AttentionRun | None, rows: int) -> Iterator[None]:
         """The same for a block that counts its rows."""
-        with entering(call), nullcontext() if call.came in (None, rows) else counting(rows, call.came):
+        with entering(call, run), nullcontext() if call.came in (None, rows) else counting(rows, call.came):
             yield
 
     def run(

@@ -38,7 +38,7 @@ class LearnedRows:
         count = virtual_tokens(model)
         if not count:
             return None
-        kind = getattr(model.active_peft_config, "peft_type", "")  # type: ignore[union-attr]
+        kind = getattr(model.active_peft_config, "peft_type", "")
         return cls(model, count, str(getattr(kind, "value", kind)) in ("PREFIX_TUNING", "CARTRIDGE"))
 
     def check(self, host: Host, methods: Sequence[Reducer]) -> None:

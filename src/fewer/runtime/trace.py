@@ -131,9 +131,8 @@ class Trace:
             if layer is None or step.layer <= layer:
                 row = torch.where(row < 0, -1, step.plan.row.gather(-1, row.clamp(min=0)))
         if layer is None and self.live is not None:  # masked execution: the rows of the output are all still there
-            row = torch.where(row < 0, -1, self.live.anchor.gather(-1, row.clamp(min=0)))
-            if self.steps and self.steps[0].method < 0:  # and where they were, wherever padding is
-                row = torch.where(row < 0, -1, self.steps[0].plan.position.gather(-1, row.clamp(min=0)))
+            where = self.kept(len(self.blocks) - 1) if self.host.dense else self.live.anchor
+            row = torch.where(row < 0, -1, where.gather(-1, row.clamp(min=0)))
         return row
 
     def kept(self, layer: int) -> Tensor:

@@ -36,7 +36,7 @@ class VisualReducer(Reducer):
     site       BRIDGE, between projector and language model; or before or behind its blocks
     scope      "image": its budget counts per image or video; "prompt": per prompt
     looks_at   blocks of the vision tower whose attention it looks at; None = the one whose output is used
-    changes    whether rows hold something else even where all of them stay
+    changes    whether it is asked even where all rows stay: they come to hold something else, or it remembers them
     """
 
     site: ClassVar[Site] = Site.BRIDGE

@@ -107,6 +107,7 @@ class Visual:
     hidden    (B, S, d), all rows of the sequence at this site
     embedded  (B, S, d), the same rows as they entered the language model
     text      (B, S) bool, True = a text token: neither visual, separator nor padding
+    origin    (B, S) long, which row of the prompts each of them was; None where all are there
     real      (B, S) bool, False = padding; None = no padding
     seen      this block's attention call over the sequence; None at the bridge
     tower     what the vision tower gave; None inside a video or where the tower shows nothing
@@ -124,6 +125,7 @@ class Visual:
     hidden: Tensor
     text: Tensor
     embedded: Tensor | None = None
+    origin: Tensor | None = field(default=None, kw_only=True)
     real: Tensor | None = None
     seen: Seen | None = None
     tower: Tower | None = None

@@ -107,6 +107,7 @@ class SparseVLM(VisualReducer):
     fidelity: Fidelity = "paper"
     site: ClassVar[Site] = Site.AFTER_BLOCK
     scope: ClassVar[Scope] = "prompt"
+    changes: ClassVar[bool] = True  # raters are chosen at the first stage, whoever leaves there
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -122,18 +123,21 @@ class SparseVLM(VisualReducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         visual = signals.visual
+        index, text = visual.words(behind=False)
+        origin = index if visual.origin is None else visual.origin[visual.view.sample].gather(-1, index)
         if "raters" not in signals.memory:
-            signals.memory["raters"] = raters(visual)
-        scores = self._scores(visual, signals.memory["raters"])
+            signals.memory["raters"] = origin.masked_fill(~raters(visual), -1)
+        rate = (origin[..., None] == signals.memory["raters"][:, None]).any(-1) & text  # other methods drop words
+        scores = self._scores(visual, rate)
         if not self.recycle:
             return select.top(scores, self.budget, tokens, at=signals.at)
         return recycled(signals.hidden, scores, self.budget, tokens, at=signals.at, fidelity=self.fidelity)
 
-    def _scores(self, visual: Visual, chosen: Tensor) -> Tensor:
-        """(R, N): attention of the raters, mean over them and over the heads that count."""
-        index, text = visual.words(behind=False)
-        width = min(index.shape[1], chosen.shape[1])  # text never leaves, so the raters are the same words as before
-        index, rate = index[:, :width], (chosen[:, :width] & text[:, :width]).float()
+    def _scores(self, visual: Visual, rating: Tensor) -> Tensor:
+        """(R, N): attention of the raters, mean over them and over the heads that count. rating: (R, T) bool, which of
+        the words that are left."""
+        index, _ = visual.words(behind=False)
+        rate = rating.float()
         paid = attended(visual, per_sample(visual, index), self.score)
         paid = (paid * rate[:, None, :, None]).sum(2) / rate.sum(-1).clamp_min(1)[:, None, None]  # (R, H, N)
         valid = visual.view.valid

@@ -309,11 +309,15 @@ class Pass:
         x, _ = self._at(Site.BRIDGE, layer, x, Beside())
         x, _ = self._at(Site.BEFORE_BLOCK, layer, x, Beside())
         if self.program.at(Site.AROUND_BLOCK, layer):
-            self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
+            self.surround(x)
             x, _ = self._at(Site.AROUND_BLOCK, layer, x, Beside())
         self._entry = x if self.dense else None
         self._count(layer, ATTENTION)
         return x
+
+    def surround(self, x: Tensor) -> None:
+        """What methods do from here on is undone behind the block. x: (B, N, C), its input."""
+        self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
 
     def call(self, layer: int) -> Call:
         """What this block's attention must add, and whether it is watched."""
@@ -421,13 +425,14 @@ class Pass:
         if self.packing is not None:
             x, self.packing = self.packing.pad(x), None
         before, tokens, live, compact, entered = self._around.pop()
-        if self.live is not None and len(self.steps) > before:
+        acted = len(self.steps) > before
+        if self.live is not None and acted:
             x = take(x, self.live.anchor)
         while len(self.steps) > before:
             step = self.steps.pop()
             plan = step.plan.pruned() if isinstance(step.plan, Hard) and step.plan.front else step.plan
             x = plan.restore(x, 0.0 if step.left is None else step.left)
-        if live is not None and self.live is not live:  # masked before too: those rows return to their places
+        if live is not None and acted:  # masked before too: those rows return to their places
             slot = live.anchor if compact.valid is None else _slots(live.anchor, compact.valid, entered)
             x = _placed(entered, slot, x)
         self.tokens, self.live, self.compact = tokens, live, compact
@@ -450,10 +455,10 @@ class Pass:
         return x
 
     def _spread(self, x: Tensor) -> Tensor:
-        """A row for each input token: those that were dropped keep their last value."""
+        """A row for each input token: those that were dropped keep their last value, in masked execution too."""
+        if self.live is not None:
+            x = take(x, self.live.anchor)
         for step in reversed(self.steps):
-            if self.live is not None and step.method >= 0:
-                continue  # masked rows are all there; where padding came first, it does so again
             if not isinstance(step.plan, Masked):
                 x = step.plan.restore(x, 0.0 if step.left is None else step.left)
         return x
@@ -478,7 +483,7 @@ class Pass:
         for number, turn in enumerate(turns, 1):
             with full_precision(x):
                 x, beside = self._act(turn, layer, site, x, beside, watched=further or number < len(turns))
-        if self.program.execution == "packed" and self.tokens.valid is not None and len(x):
+        if self.program.execution == "packed" and self.steps and self.tokens.valid is not None and len(x):
             lengths = self.tokens.valid.sum(-1).tolist()
             self.packing = Packing(lengths, self.tokens.n, x.device)
             x = self.packing.pack(x)
@@ -518,17 +523,14 @@ class Pass:
         if not self.steps and tokens.valid is not None and self.live is None:
             x, beside = self._gathered(x, beside, tokens.valid, layer)
             tokens = self.tokens
-        hidden, seen = x, beside.seen
+        hidden, there = x, beside
         if self.live is not None:
-            hidden = take(x, self.live.anchor)
-            seen = None if seen is None else seen.gathered(self.live.anchor)
-            if seen is not None and tokens.valid is not None:
-                seen.bias = hiding(seen.bias, tokens.valid)
+            hidden, there = take(x, self.live.anchor), beside.gathered(self.live, tokens.valid, watched=True)
         self._acted = True
-        plan, hidden = self._planned(turn.method, hidden, tokens, place, seen, beside.branch)
+        plan, hidden = self._planned(turn.method, hidden, tokens, place, there.seen, there.branch)
         left = None
         if self.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
-            left = hidden if beside.entry is None else beside.entry
+            left = hidden if there.entry is None else there.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
         if plan.m == 0:
@@ -540,7 +542,7 @@ class Pass:
             return self._act_masked(x, hidden, plan, tokens), beside
         x, self.live = plan.reduce(hidden), None  # only hard plans have a masked form; what was masked goes here
         self.tokens = tokens.after(plan)
-        return x, beside if isinstance(plan, Masked) else beside.gathered(plan, self.tokens.valid, watched=watched)
+        return x, there if isinstance(plan, Masked) else there.gathered(plan, self.tokens.valid, watched=watched)
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         """Whether a method drops nothing here, as far as shapes tell."""

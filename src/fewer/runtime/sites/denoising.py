@@ -45,7 +45,7 @@ class DenoisingStep(Pass):
         notes = self._notes(layer)
         notes["entered"], old = x, notes.get("added")
         if old is not None and old.shape == x.shape:
-            self._around.append((len(self.steps), self.tokens, self.live, self.compact, x))
+            self.surround(x)
             x, _ = self._at(Site.DENOISING, layer, x, Beside(entry=x + old))
             self._count(layer, 0)
         return x

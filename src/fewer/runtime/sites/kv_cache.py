@@ -145,15 +145,15 @@ class KVCacheSite:
     # -- called by the host --------------------------------------------------------------------------------------------
     @property
     def _passes(self) -> list[Any]:
-        """What ran on this thread around the passes under way."""
+        """What ran on this thread around the passes under way, and in which block's call."""
         passes: list[Any] = self._local.__dict__.setdefault("passes", [])
         return passes
 
     def _open(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the decoder runs: find the cache of this pass, or make one, and send the pass along."""
         self.host.renew()
-        self._passes.append(under.run)
-        under.run, self._local.inner = getattr(self._local, "inner", None), None
+        self._passes.append((under.run, under.call))
+        under.run, under.call, self._local.inner = getattr(self._local, "inner", None), None, None
         if under.run is not None:  # a pass of our own
             return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -234,7 +234,7 @@ class KVCacheSite:
     def _close(self, root: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder has run, or failed: the turn of methods that have the prompt read again."""
         run = under.run
-        under.run = self._passes.pop() if self._passes else None
+        under.run, under.call = self._passes.pop() if self._passes else (None, None)
         if output is None or not isinstance(run, CacheRun) or not run.layers:
             return
         run.finish()

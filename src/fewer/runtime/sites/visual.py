@@ -127,6 +127,11 @@ class VisualPrefill(DecoderPrefill):
         return plan.gather(x)
 
     # -- plans --------------------------------------------------------------------------------------------------------
+    def leaving(self, reducer: Reducer, plan: Plan, x: Tensor, layer: int) -> None:
+        super().leaving(reducer, plan, x, layer)
+        if not acts_on_visual_rows(reducer):  # the device alone knows how many of those that go are visual
+            self.standing = replace(self.standing, exact=False, exact_totals=False)
+
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
         if not acts_on_visual_rows(reducer):
             return super()._all_stay(reducer, tokens, place)
@@ -162,17 +167,22 @@ class VisualPrefill(DecoderPrefill):
             policy = written(policy, plan.policy[..., None], shown.index, shown.sample, shown.valid)
             return Plan.mask(policy[..., 0]), hidden
         anchors = plan if isinstance(plan, Hard) else Plan.keep(plan.position, plan.n, plan.lengths)
-        whole = anchors
+        untrimmed = anchors
         if reducer.adaptive:  # the device alone knows how many stay: one look, or the others would be carried along
             anchors = anchors.trimmed()
         rows = None
         if isinstance(reducer, VisualReducer) and type(reducer).rows is not VisualReducer.rows:
             rows = reducer.rows(signals, plan)
-        elif whole is not plan or whole.averages:
+        elif untrimmed is not plan or untrimmed.averages:
             rows = plan.reduce(signals.hidden)
         if rows is not None:
             rows = rows[:, : anchors.m]
             slot, real = shown.index.gather(-1, anchors.anchor), _real(anchors, shown)
+            if not getattr(reducer, "changes", False):  # lines that lose nothing here are as they would be alone
+                had = shown.n if shown.valid is None else shown.valid.sum(-1)
+                left = anchors.m if real is None else real.sum(-1)
+                whole = torch.as_tensor(left == had, device=hidden.device).expand(shown.lines)
+                rows = torch.where(whole[:, None, None], take(signals.hidden, anchors.anchor).to(rows.dtype), rows)
             hidden = written(hidden, rows, slot, shown.sample, real)
         full, self.standing = lifted(anchors, shown, tokens, scope, self.standing, layout)
         return full, hidden
@@ -213,7 +223,7 @@ class VisualPrefill(DecoderPrefill):
         return Visual(
             shown, hidden, text, take(self.embedded, origin), tokens.valid, seen, self.context.tower,
             self.context.guide(shown), place.spend, peek if ahead_known else None,
-            tables if "position_embeddings" in self._kwargs else None, self.host.final_norm,
+            tables if "position_embeddings" in self._kwargs else None, self.host.final_norm, origin=origin,
         )  # fmt: skip
 
 
