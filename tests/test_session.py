@@ -499,3 +499,29 @@ class KeepRatioEverywhere(Honest):
     """Half of what is there, in every block."""
 
     budget: Budget = KeepRatio(0.5)
+
+
+def test_a_fork_of_a_trace_has_a_memory_of_its_own() -> None:
+    """A block that runs once more for its gradient must not find what its first run wrote."""
+    model = tiny_vit()
+    with torch.no_grad(), fewer.apply(model, "tome:r=2") as session:
+        model(torch.randn(1, 3, *[model.config.image_size] * 2))
+        trace = session.last
+    other = trace.fork()
+    other.memory[0]["seen"] = 1
+    other.blocks[0].rows[0] = -1
+    assert "seen" not in trace.memory[0]
+    assert trace.blocks[0].rows[0] > 0
+
+
+def test_tokens_that_a_learned_mask_hides_are_not_kept() -> None:
+    torch.manual_seed(0)
+    model = tiny_vit().train()
+    with fewer.apply(model, "dynamicvit:keep=0.5,layers=1", modules="untrained") as session:
+        model(torch.randn(2, 3, *[model.config.image_size] * 2))
+        trace = session.last
+        policy = trace.tokens.policy
+        kept = session.kept(1)
+    assert policy is not None
+    assert (policy == 0).any(), "some are hidden, or this shows nothing"
+    assert torch.equal(kept < 0, policy == 0)

@@ -92,3 +92,8 @@ def test_only_the_request_itself_is_noted() -> None:
 def test_bad_values_are_named(make, says) -> None:
     with pytest.raises(BudgetError, match=says):
         make()
+
+
+def test_a_share_of_some_tokens_keeps_one_at_least() -> None:
+    for rounding in ("floor", "round", "trunc"):
+        assert [KeepRatio(0.1, rounding=rounding).keep(n, Place()) for n in (0, 1, 3, 4)] == [0, 1, 1, 1]

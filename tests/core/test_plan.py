@@ -409,3 +409,18 @@ def test_bad_input_is_named() -> None:
 def test_plans_count_what_they_did() -> None:
     plan = Plan.from_rows(torch.tensor([[0, 0, 1, -1], [0, 1, 1, 1]]), 2)
     assert plan.stats() == {"n": 4, "m": 2, "dropped": 0.5, "merged": 1.5}
+
+
+def test_tokens_know_where_they_stood_behind_several_plans() -> None:
+    tokens = Tokens.plain(1, 6).after(Plan.keep(torch.tensor([[1, 3, 4]]), 6))
+    assert tokens.place().tolist() == [[1, 3, 4]]
+    tokens = tokens.after(Plan.keep(torch.tensor([[0, 2]]), 3))
+    assert tokens.place().tolist() == [[1, 4]]
+    assert tokens.after(Plan.identity((1,), 2)).place().tolist() == [[1, 4]]
+
+
+def test_rows_behind_those_to_look_at_are_not_given_back() -> None:
+    """Three rows, of which the first two are given back: who is in the third gets the fill."""
+    plan = replace(Plan.from_rows(torch.tensor([[0, 2, 1, -1]]), 3), back=torch.tensor([2]))
+    rows = torch.tensor([[[1.0], [2.0], [3.0]]])
+    assert plan.restore(rows, fill=9.0)[0, :, 0].tolist() == [1.0, 9.0, 2.0, 9.0]
