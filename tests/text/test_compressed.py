@@ -83,6 +83,11 @@ def test_contexts_in_another_order_are_parted() -> None:
     first = [i for i, part in enumerate(source.parts) if part == 0]
     assert composed(source, [*second, *first]).split() == ["Beta", "two.", "Alpha", "one."]
     assert "two.\n\nAlpha" in composed(source, [*second, *first])
+    for kind in KINDS:  # what stood between them may have stayed with either
+        source = Source.of(["Alpha one.", "Beta two.", "Gamma."], tokenizer(kind))
+        by_part = [[i for i, part in enumerate(source.parts) if part == number] for number in range(3)]
+        moved = composed(source, [*by_part[1], *by_part[0], *by_part[2]])
+        assert moved == "Beta two.\n\nAlpha one.\n\nGamma."
 
 
 # -- ids ---------------------------------------------------------------------------------------------------------------

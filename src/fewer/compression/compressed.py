@@ -14,7 +14,7 @@ from typing import Any
 
 from fewer.core.plan import Hard
 
-from .source import JOINT, Source, Span, pieces_of
+from .source import Source, Span, pieces_of
 
 BREAKS = re.compile(r"\s+")
 FENCES = ("```", "~~~")
@@ -122,23 +122,21 @@ def kept(plan: Hard, row: int = 0) -> list[int]:
 
 def composed(source: Source, order: Sequence[int]) -> str:
     """The tokens that stay as a text: characters of the source, and where some are gone between two words a break that
-    stood there."""
-    parts: list[str] = []
-    last: int | None = None
+    stood there. Contexts that were moved stand an empty line apart."""
+    text, last = "", None
     for start, stop in _runs([source.spans[i] for i in order]):
         piece = source.text[start:stop]
-        if last is not None and parts and parts[-1].endswith(FENCES) and "\n" in source.text[last:start]:
+        if last is not None and text.endswith(FENCES) and "\n" in source.text[last:start]:
             piece = "\n" * (not _lines(piece)) + piece  # what closes a block of code stands alone on its line
-        if last is not None and parts and piece and not piece[0].isspace() and not parts[-1][-1:].isspace():
-            leans = piece[0] in LEANING
-            parts.append(JOINT if last > start else "" if leans else _break(source.text[last:start]))
-        elif last is not None and last > start:
-            parts.append(JOINT[: 2 - _lines(piece)])
-        elif last is None and start:
-            piece = piece.lstrip()
-        parts.append(piece)
+        if last is None:
+            piece = piece.lstrip() if start else piece
+        elif last > start:
+            text += "\n" * max(0, 2 - _lines(text[len(text.rstrip()) :]) - _lines(piece))
+        elif text and not piece[0].isspace() and not text[-1].isspace():
+            text += "" if piece[0] in LEANING else _break(source.text[last:start])
+        text += piece
         last = stop
-    return "".join(parts)
+    return text
 
 
 def _break(gap: str) -> str:
@@ -151,7 +149,8 @@ def _break(gap: str) -> str:
 
 
 def _lines(piece: str) -> int:
-    return min(2, piece[: len(piece) - len(piece.lstrip())].count("\n"))
+    """Line breaks at the beginning."""
+    return piece[: len(piece) - len(piece.lstrip())].count("\n")
 
 
 def _runs(spans: Sequence[Span]) -> list[Span]:
