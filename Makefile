@@ -64,6 +64,7 @@ bench: $(VENV)/.base
 	$(PY) benchmarks/visual_speed.py --rows 2916 --tokens 64 --rounds 1 --methods divprune:tokens=64 \
 		cdpruner:tokens=64 --out benchmarks/results/visual_speed_2916.json
 	$(PY) benchmarks/prefill_speed.py --context 4096 --layers 6 --rounds 3 --out benchmarks/results/prefill_speed.json
+	$(PY) benchmarks/summaries.py --out benchmarks/results/summaries.json
 	$(VENV)/bin/fewer bench --all --out runs/bench
 	cp runs/bench/results.jsonl benchmarks/results/bench.jsonl
 	$(VENV)/bin/fewer bench --all --model smollm2-135m --out runs/smollm2

@@ -1,6 +1,6 @@
 """What is a summary of the text before worth? An AutoCompressor on a small language model, trained from scratch here.
 
-The presidents' addresses (the test split is held out, whole addresses), words in 2,048 pieces learned from the training
+The presidents' addresses (the test split is held out, whole addresses), words in 1,024 pieces learned from the training
 split. A Llama first learns to read whole texts (count=0, one segment), then to condense (`fewer.recipes.condense`).
 Nats per token of a held-out second segment, from the same weights: alone, behind the summary of the first segment,
 behind the summary of another text, and behind the first segment in full. A seed changes weights and all draws.
@@ -27,7 +27,7 @@ from fewer.datasets import texts
 from fewer.evaluation.record import commit, now
 from fewer.recipes.condense import Condensing, train
 
-PIECES = 2048
+PIECES = 1024
 
 
 def corpus() -> tuple[Tensor, Tensor]:
@@ -49,17 +49,18 @@ def small(width: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=PIECES, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=width // 32, max_position_embeddings=1024, eos_token_id=0, bos_token_id=0,
+        tie_word_embeddings=True,
     ))  # fmt: skip
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    arguments.add_argument("--width", type=int, default=128)
-    arguments.add_argument("--layers", type=int, default=3)
-    arguments.add_argument("--length", type=int, default=24)
+    arguments.add_argument("--width", type=int, default=96)
+    arguments.add_argument("--layers", type=int, default=2)
+    arguments.add_argument("--length", type=int, default=16)
     arguments.add_argument("--count", type=int, default=4)
-    arguments.add_argument("--steps", type=int, nargs=2, default=[600, 500], help="to read, to condense")
+    arguments.add_argument("--steps", type=int, nargs=2, default=[1500, 1000], help="to read, to condense")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     torch.set_num_threads(1)
