@@ -174,8 +174,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "text": (
         "Texts: before a model reads them",
-        "Words leave a prompt, a document or a tool's output; the [guide](text.md) shows how. `random` acts here too with "
-        "`site=text`.",
+        "Words leave a prompt, a document or a tool's output; the [guide](text.md) shows how. `random` acts here too "
+        "with `site=text`.",
     ),
     "kv-cache": (
         "The KV cache",
