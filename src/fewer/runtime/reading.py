@@ -93,7 +93,7 @@ class LanguageReader:
     def wanted(self) -> Tensor:
         raise SignalError(
             f"{type(self.model).__name__} is a language model; this method takes an encoder that was trained to say "
-            "which words stay (AutoModelForTokenClassification with two labels), see `fewer train compressor`"
+            "which words stay (AutoModelForTokenClassification with two labels)"
         )
 
     def apart(self, group: Tensor) -> Tensor:
