@@ -151,7 +151,6 @@ def test_another_process_says_the_same():
 # -- in time proportional to what is new -------------------------------------------------------------------------------
 def test_only_what_is_new_is_read():
     new = []
-    conversation()(talk(1))  # what is found out about a model is found out once
     for turns in (1, 4, 12):
         messages, here = talk(turns), conversation()
         here(messages)
@@ -179,10 +178,9 @@ def test_remembered_reads_nothing():
 
 
 def test_threads_that_ask_for_the_same_read_it_once():
-    messages, here = talk(2), conversation()
-    conversation()(messages)  # what is found out about a model is found out once
+    messages, here, other = talk(2), conversation(), conversation()
     with Reads() as alone:
-        conversation()(messages)
+        other(messages)
     gate = threading.Barrier(8)
 
     def run(_: int) -> list[Any]:
