@@ -190,7 +190,10 @@ def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
 
 
 def _is_sequence(value: Any, x: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+    """Whether something has features for each token; numbers of tokens (sparse attention hands these on) are none."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+    )
 
 
 def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:
