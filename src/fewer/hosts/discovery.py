@@ -100,8 +100,8 @@ def twin_of(root: nn.Module, smaller: bool = True, depth: int | None = None) -> 
 
 
 def shallow(root: nn.Module, found: Anatomy) -> tuple[nn.Module, Anatomy]:
-    """A twin with a few blocks of each kind that a deep root has, and its anatomy; one of all blocks where the few would
-    be other ones than the root's.
+    """A twin with a few blocks of each kind that a deep root has, and its anatomy; one of all blocks where the few
+    would be other ones than the root's.
 
     Raises   TwinError where there is none.
     """
