@@ -190,7 +190,9 @@ def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
 
 
 def _is_sequence(value: Any, x: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == x.shape[:2]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.dim() == 3 and value.shape[:2] == x.shape[:2]
 
 
 def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:
