@@ -186,13 +186,14 @@ def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
         }
         for earlier, later in pairwise(runs)
     ]
-    return min(set.intersection(*given), default=None) if given else None
+    every = set.intersection(*given) if given else set()
+    return min((pair for pair in every if _is_sequence(runs[0].kwargs.get(pair[0]), runs[0].x)), default=None)
 
 
 def _is_sequence(value: Any, x: Any) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    return value.dim() == 3 and value.shape[:2] == x.shape[:2]
+    return value.dim() == x.dim() == 3 and value.shape[:2] == x.shape[:2]
 
 
 def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:

@@ -200,7 +200,8 @@ class Trial:
         except (_Unlike, HostError, CacheError, session.SessionError) as error:
             return str(error)
         except Exception as error:  # whatever a stranger's code raises
-            return f"on a small twin of it a trial ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return f"on a small twin of it a trial ended in {said}{self._because()}"
         return ""
 
     def why_first(self) -> str:
