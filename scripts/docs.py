@@ -553,7 +553,8 @@ def passport(made: dict[str, Any], rows: Rows, apart: int) -> str:
         f"default config of its type; of timm {made['timm']} one model of each design. Made by `scripts/coverage.py` "
         f"with torch {made['torch']} at commit {made['commit']}, {made['when']}; each class has a line in "
         f"`benchmarks/results/hosts.json`. Finding and verifying takes {seconds(rows)}, on one core of a "
-        "machine with other work, with two layers of each kind; deeper models take longer. "
+        "machine with other work, with two layers of each kind; `benchmarks/results/discovery_time.json` has the CPU "
+        "seconds of models in their real shape. "
         f"Left out: {apart} classes without attention (convolutional "
         "networks), or that need other libraries or another model's cache.\n"
     )

@@ -91,7 +91,7 @@ def test_rows_that_go_before_the_last_call_are_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Calls, "next", hasty)
     monkeypatch.setattr(verify, "_verdicts", {})
-    verdict = verify._tried(host, tuple(layer.path for layer in host.layers))
+    verdict = verify._tried(host)
     assert verdict.places[Site.KV_CACHE]
 
 
@@ -105,7 +105,7 @@ def test_calls_that_are_taken_for_those_of_other_layers_are_noticed(monkeypatch:
         return None if read is None else (self.of[id(module)][0], *read[1:])
 
     monkeypatch.setattr(Calls, "next", same)
-    verdict = verify._tried(host, tuple(layer.path for layer in host.layers))
+    verdict = verify._tried(host)
     assert verdict.places[Site.KV_CACHE]
 
 
@@ -114,15 +114,14 @@ def test_more_digits_do_not_excuse_a_fault(monkeypatch: pytest.MonkeyPatch) -> N
     from fewer.cache import ReducedLayer
 
     host = hosts.find(small("dory"))
-    paths = tuple(layer.path for layer in host.layers)
-    assert not verify._tried(host, paths).places[Site.KV_CACHE]
+    assert not verify._tried(host).places[Site.KV_CACHE]
     right = ReducedLayer.keep
 
     def shifted(self: Any, plan: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         right(self, plan, keys, values * 1.01)
 
     monkeypatch.setattr(ReducedLayer, "keep", shifted)
-    assert "is not what hiding" in verify._tried(host, paths).places[Site.KV_CACHE]
+    assert "is not what hiding" in verify._tried(host).places[Site.KV_CACHE]
 
 
 def test_doctor_on_a_folder_whose_tokenizer_makes_no_tokens(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from fewer.core import KeepRatio, Site
 from fewer.hosts import HostError, anatomy, find, stacks
 from fewer.hosts.anatomy import Stream
 from fewer.hosts.attention import Call, fused
+from fewer.hosts.discovery import SHALLOW, shallow
 from fewer.hosts.steps import StepsError, bound, record
 from fewer.hosts.twin import build, shrink
-from fewer.hosts.watching import inputs_of
+from fewer.hosts.watching import inputs_of, observe
 from fewer.methods.vision.random import Random
 from fewer.runtime import verify
 from fewer.testing.checks import same_snapshot, snapshot
@@ -400,3 +402,42 @@ def test_the_users_weights_are_never_run() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=99))
     assert trusted(model.eval()) == {*INSIDE, Site.KV_CACHE}
+
+
+# -- deep stacks -------------------------------------------------------------------------------------------------------
+def deep(**more: Any) -> nn.Module:
+    kinds = ["sliding_attention"] * 11 + ["full_attention"]
+    config = transformers.Gemma3TextConfig(num_hidden_layers=12, layer_types=kinds, sliding_window=64, **more)
+    return build(transformers.Gemma3ForCausalLM, shrink(config))
+
+
+def test_a_few_blocks_of_each_kind_stand_for_a_deep_stack():
+    host = find(deep())
+    twin, found = shallow(host.root, host.found)
+    assert len(host.layers) == 12
+    assert len(found.layers) == len(twin.layers) == SHALLOW
+    assert twin.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert trusted(deep()) == INSIDE | {Site.KV_CACHE}
+
+
+def test_a_deep_stack_is_tried_whole_where_few_blocks_are_others(monkeypatch):
+    """As where what a block is follows from how many there are."""
+    where: Any = __import__("importlib").import_module("fewer.hosts.discovery")
+    host = find(deep())
+
+    def otherwise(root: nn.Module, paths: Any) -> Any:
+        seen = observe(root, paths)
+        return replace(seen, layers=(*seen.layers[:-1], replace(seen.layers[-1], bare=not seen.layers[-1].bare)))
+
+    monkeypatch.setattr(where, "observe", otherwise)
+    twin, found = shallow(host.root, host.found)
+    assert found is host.found
+    assert len(twin.layers) == 12
+
+
+def test_a_verdict_on_few_blocks_is_the_verdict_on_all(monkeypatch):
+    where: Any = __import__("importlib").import_module("fewer.hosts.discovery")
+    host = find(deep())
+    few = verify._tried(host)
+    monkeypatch.setattr(where, "SHALLOW", 100)
+    assert verify._tried(host) == few

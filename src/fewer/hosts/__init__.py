@@ -80,9 +80,9 @@ def find(model: nn.Module) -> Host:
     )
 
 
-def bind(stack: Stack) -> Host:
-    """A stack of blocks as the host it is."""
-    found = anatomy(stack)
+def bind(stack: Stack, found: Anatomy | None = None) -> Host:
+    """A stack of blocks as the host it is. found: what is known of it, where it need not be looked up."""
+    found = found or anatomy(stack)
     if found.kind == "decoder":
         return DecoderHost(found, stack.root, stack.path)
     if found.kind == "scan":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .twin import TwinError, build, cut, shrink
 from .watching import observe
 
 SMALL = 20_000_000  # weights: a root of so many is its own measure
+SHALLOW = 6  # blocks, or as many as there are kinds of them, stand for a deep stack
 
 _known: dict[tuple[Any, ...], Anatomy | HostError] = {}
 
@@ -91,9 +93,41 @@ def _observed(stack: Stack) -> Anatomy | HostError:
     return why
 
 
-def twin_of(root: nn.Module, smaller: bool = True) -> nn.Module:
-    """A random model of a root's class and config, as small as they allow."""
+def twin_of(root: nn.Module, smaller: bool = True, depth: int | None = None) -> nn.Module:
+    """A random model of a root's class and config, as small as they allow. depth: see `shrink`."""
     config: Any = copy.deepcopy(root.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return cut(build(base(type(root)), shrink(config) if smaller else config), root)
+    return cut(build(base(type(root)), shrink(config, depth) if smaller else config), root)
+
+
+def shallow(root: nn.Module, found: Anatomy) -> tuple[nn.Module, Anatomy]:
+    """A twin with a few blocks of each kind that a deep root has, and its anatomy; one of all blocks where the few
+    would be other ones than the root's.
+
+    Raises   TwinError where there is none.
+    """
+    if found.shrunk and not found.reads and len(found.layers) > SHALLOW:
+        with suppress(Exception):  # whatever a stranger's code raises about a config with fewer layers
+            twin = twin_of(root, depth=SHALLOW)
+            blocks = tuple(layer.path for layer in found.layers if _there(twin, layer.path))
+            seen = observe(twin, blocks)
+            if 0 < len(blocks) < len(found.layers) and _kinds(seen) == _kinds(found):
+                return twin, seen
+    return twin_of(root, found.shrunk), found
+
+
+def _there(twin: nn.Module, path: str) -> bool:
+    try:
+        return twin.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
+def _kinds(found: Anatomy) -> list[Any]:
+    """What is known of a stack, without the number and the places of its blocks."""
+    kinds: list[Any] = [replace(found, layers=())]
+    for layer in found.layers:
+        if (kind := replace(layer, path="")) not in kinds:
+            kinds.append(kind)
+    return kinds

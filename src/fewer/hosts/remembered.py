@@ -7,7 +7,6 @@ and config, one release of torch, transformers and this package, and one state o
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import os
@@ -70,9 +69,11 @@ def _file(what: str, key: str, classes: Iterable[type[nn.Module]]) -> Path:
 @cache
 def _releases() -> str:
     """Of what decides the facts besides the class: libraries, and this package's own files."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    import transformers
+
+    versions = f"torch {torch.__version__} transformers {transformers.__version__}"
     here = Path(__file__).parent.parent
-    return " ".join([*versions, *(_stamp(file) for file in sorted(here.rglob("*.py")))])
+    return " ".join([versions, *(_stamp(file) for file in sorted(here.rglob("*.py")))])
 
 
 def _stamp(file: Path) -> str:

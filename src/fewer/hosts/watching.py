@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.compat import CACHE_NAMES, cache_of, cached, pretrained, without_cache
+from fewer.compat import CACHE_NAMES, cache_of, cached, without_cache
 
 from . import rotary
 from .anatomy import Anatomy, Layer, Stream, outward
@@ -186,14 +186,14 @@ def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
         }
         for earlier, later in pairwise(runs)
     ]
-    return min(set.intersection(*given), default=None) if given else None
+    every = set.intersection(*given) if given else set()
+    return min((pair for pair in every if _is_sequence(runs[0].kwargs.get(pair[0]), runs[0].x)), default=None)
 
 
 def _is_sequence(value: Any, x: Any) -> bool:
-    """Whether something has features for each token; numbers of tokens (sparse attention hands these on) are none."""
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == x.shape[:2]
-    )
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.dim() == x.dim() == 3 and value.shape[:2] == x.shape[:2]
 
 
 def _run(root: nn.Module, blocks: Sequence[nn.Module], given: Mapping[str, Any]) -> tuple[_Watch, Any]:
@@ -299,7 +299,7 @@ def _reads(root: nn.Module, given: Mapping[str, Any], watch: _Watch, cache: Any)
     if type(cache) is not DynamicCache or (len(held) == len(watch.blocks) and max(counts) <= 1):
         return ()
     paths, calls, latest = {id(m): path for path, m in root.named_modules()}, [], -1
-    mine = DynamicCache(config=pretrained(root).config)
+    mine = DynamicCache(config=root.config)  # type: ignore[arg-type]
     update = mine.update
 
     def updating(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from ..core import KeepRatio, Reducer, Site
 from ..core.budgets import Capacity
 from ..hosts import Call, Host, HostError, remembered
 from ..hosts.decoder import Calls
-from ..hosts.discovery import classes_of, code_of, key_of, twin_of
+from ..hosts.discovery import classes_of, code_of, key_of, shallow, twin_of
 from ..hosts.twin import one_thread
 from ..hosts.watching import inputs_of
 from ..hosts.written_out import entered
@@ -75,18 +75,17 @@ def verify(host: Host) -> Verdict:
         found = remembered.read("verdict", fact, classes, (Verdict,))
         if found is None:
             with one_thread():
-                found = _tried(host, paths)
+                found = _tried(host)
             remembered.write("verdict", fact, classes, found)
         _verdicts[key] = found
     return _verdicts[key]
 
 
-def _tried(host: Host, paths: tuple[str, ...]) -> Verdict:
-    small = host.found.shrunk
+def _tried(host: Host) -> Verdict:
     sites = [site for site in PLACES if site is not Site.KV_CACHE or host.kind == "decoder"]
-    twin = twin_of(host.root, small)
     try:
-        bound = hosts.bind(hosts.Stack(twin, "", paths))
+        twin, found = shallow(host.root, host.found)
+        bound = hosts.bind(hosts.Stack(twin, "", tuple(layer.path for layer in found.layers)), found)
         trial = Trial(twin, bound)
     except Exception as error:  # whatever a stranger's code raises
         return Verdict(dict.fromkeys(sites, f"no small twin of it can be tried: {' '.join(str(error).split())[:200]}"))
@@ -201,18 +200,19 @@ class Trial:
         except (_Unlike, HostError, CacheError, session.SessionError) as error:
             return str(error)
         except Exception as error:  # whatever a stranger's code raises
-            return f"on a small twin of it a trial ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return f"on a small twin of it a trial ended in {said}{self._because()}"
         return ""
 
     def why_first(self) -> str:
         """Why tokens cannot leave before the first block, where it makes the bias between tokens for all others."""
-        got, kept = self._dropped(Site.BEFORE_BLOCK, 0)
-        want = _rows(self._hidden(kept, range(self.depth)), kept, True)
-        return (
-            ""
-            if _alike(_rows(got, kept, self.host.dense), want)
-            else "its first block makes the position bias of all others, from the tokens it is given"
-        )
+        try:
+            got, kept = self._dropped(Site.BEFORE_BLOCK, 0)
+            want = _rows(self._hidden(kept, range(self.depth)), kept, True)
+            same = _alike(_rows(got, kept, self.host.dense), want)
+        except Exception:  # whatever a stranger's code makes of a bias between other tokens than its own
+            same = False
+        return "" if same else "its first block makes the position bias of all others, from the tokens it is given"
 
     def _because(self) -> str:
         """What in its blocks makes that dropping is not hiding, where that is known; empty otherwise."""

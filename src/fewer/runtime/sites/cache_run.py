@@ -95,9 +95,6 @@ class CacheRun:
         if heard is not None:
             heard.entered = True
         layer = self.at[index] if self.at else None
-        bias = kwargs.get(BESIDE)
-        if heard is not None and heard.fit is not None and isinstance(bias, Tensor) and bias.shape[-2] != q.shape[2]:
-            kwargs = {**kwargs, BESIDE: heard.fit(bias)}  # made for all that came in, some of which have left
         if layer is not None and layer.headwise(q.shape[2]):
             with full_precision(q):
                 out = layer.attention(q, _scale(q, kwargs), mask), None

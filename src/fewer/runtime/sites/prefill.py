@@ -60,7 +60,7 @@ class DecoderPrefill(Pass):
 
     def call(self, layer: int) -> Call:
         call = super().call(layer)
-        call.bias = None  # who sees whom is settled in `bias` and by the cache
+        call.bias = call.fit = call.came = None  # who sees whom is settled in `bias` and by the cache
         return call
 
     def bias(self, layer: int, full: Tensor | None) -> Tensor | None:
