@@ -61,9 +61,9 @@ def main() -> None:
     text = prompt(tokenizer, given.tokens)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def plain(**logits: int) -> None:
-        model(ids, use_cache=False, **logits)
+        model(ids, **logits)
 
     rows = []
     for method in given.methods:

@@ -203,6 +203,8 @@ def test_a_batch_is_as_each_alone(method: str) -> None:
                Prompt((PROSE[500:],), question="Why?", force=("rocks",)),
                Prompt((ODD[8] * 5,), question="What?")]  # fmt: skip
     together = make.batch(prompts, rate=0.6)
+    by_twos = compressor(method, protect=("digits",), side=2).batch(prompts, rate=0.6)
+    assert [one.text for one in by_twos] == [one.text for one in together]
     for one, prompt in zip(together, prompts, strict=True):
         alone = make(prompt, rate=0.6)
         assert one.text == alone.text
@@ -275,6 +277,11 @@ def test_less_than_what_must_stay_is_refused() -> None:
         compressor()(PROSE, instruction=PROSE, tokens=20)
     with pytest.raises(CompressionError, match="must stay: ask for more, or force less"):
         compressor(force=[",", ".", "the", "and", "a", "of"])(PROSE, rate=0.05)
+
+
+def test_at_least_one_text_is_read_at_a_time() -> None:
+    with pytest.raises(CompressionError, match="side=0: read one text at a time, or more"):
+        compressor(side=0)
 
 
 def test_nothing_is_nothing() -> None:

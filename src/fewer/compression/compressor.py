@@ -63,6 +63,7 @@ class Compressor:
               fences, or loses what must stay; its notes say so
     shelf     where whole texts are kept so that dropped spans come back by their ids
     window    tokens the reader has in sight; default what its config says
+    side      texts it reads side by side; the logits of a segment of each are there at once
 
     >>> compressor = Compressor("llmlingua:keep=0.5", model="smollm2-135m")     # doctest: +SKIP
     >>> print(compressor("A long text ...").text)                              # doctest: +SKIP
@@ -71,8 +72,10 @@ class Compressor:
     def __init__(
         self, method: str | Reducer = "llmlingua", model: str | nn.Module = "smollm2-135m", tokenizer: Any = None, *,
         counter: Any = None, force: Sequence[str] = (), protect: Sequence[str] = (), gate: bool = True,
-        shelf: Shelf | None = None, window: int | None = None,
+        shelf: Shelf | None = None, window: int | None = None, side: int = 8,
     ) -> None:  # fmt: skip
+        if side < 1:
+            raise CompressionError(f"side={side}: read one text at a time, or more")
         self.method = _on_text(method)
         forced("", protect, force)  # refuses what it does not know before a model is loaded
         if isinstance(model, str):
@@ -87,7 +90,7 @@ class Compressor:
             raise CompressionError(f"{self.name} reads tokens: give its tokenizer too")
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
-        self.shelf = shelf
+        self.shelf, self.side = shelf, side
         self.window = window or window_of(model)
 
     def __call__(
@@ -109,13 +112,13 @@ class Compressor:
     def batch(
         self, prompts: Sequence[str | Sequence[str] | Prompt], *, rate: float | None = None, tokens: int | None = None
     ) -> list[Compressed]:
-        """Several prompts side by side; each comes out as it would alone."""
+        """Several prompts, read side by side with those of like length; each comes out as it would alone."""
         method = asked(self.method, rate, tokens)
         given = [Prompt.of(prompt) for prompt in prompts]
         tasks = [self._task(method, prompt) for prompt in given]
-        busy = [task for task in tasks if task.count < len(task.source)]
-        if busy:
-            self._cut(method, busy)
+        busy = sorted((task for task in tasks if task.count < len(task.source)), key=lambda task: len(task.source))
+        for first in range(0, len(busy), self.side):
+            self._cut(method, busy[first : first + self.side])
         found = [self._made(task) for task in tasks]
         for one in found:
             if self.shelf is not None:
