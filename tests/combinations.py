@@ -214,7 +214,7 @@ class Interrupted(RuntimeError):
 
 
 def interrupted(model: nn.Module, blocks: Sequence[nn.Module], place: int, run: Callable[[], Any]) -> None:
-    """A pass that ends in an error, in front of one of the matrices of all blocks."""
+    """A pass that ends in an error, in front of one of the matrices of all blocks or before it is refused."""
 
     def stop(*_: Any) -> None:
         raise Interrupted
@@ -223,7 +223,7 @@ def interrupted(model: nn.Module, blocks: Sequence[nn.Module], place: int, run: 
     handle = parts[place % len(parts)].register_forward_pre_hook(stop)
     try:
         run()
-    except Interrupted:
+    except (Interrupted, *REFUSALS):
         return
     finally:
         handle.remove()
