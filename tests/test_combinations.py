@@ -42,6 +42,7 @@ from combinations import (
     Switched,
     Texts,
     alone_is_together,
+    answer,
     calling_inside,
     checkpoints_change_no_gradient,
     hiding_is_dropping,
@@ -199,7 +200,7 @@ def crops_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = share(4)
+TestConversation.settings = share(3)
 
 
 # -- one pass, in every execution --------------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ def passes(draw: st.DrawFn, kinds: Sequence[str] = (*ENCODERS, *VISION, "llava")
     return kind, methods, Batch(kind, draw(st.lists(st.integers(shortest, 20), min_size=2, max_size=3)), side, seed)
 
 
+AROUND = "random:site=around_block,keep=0.6,layers=1"
 WAYS = st.sampled_from(["padded", "padded", "packed", "masked"])
 
 
@@ -243,7 +245,7 @@ def test_masked_is_dropped(drawn: Drawn) -> None:
     hiding_is_dropping(*drawn)
 
 
-@law(1.5, passes(), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["padded", "masked"]))
+@law(1.5, passes(), st.integers(0, 3), st.integers(0, 3), WAYS)
 def test_a_method_that_keeps_all_changes_no_stack(drawn: Drawn, place: int, layer: int, execution: Any) -> None:
     """Wherever it stands among the others."""
     kind, methods, batch = drawn
@@ -328,6 +330,64 @@ def test_two_threads_give_what_one_gives(drawn: Drawn, block: int) -> None:
 def test_a_hook_that_calls_the_same_model_changes_nothing(drawn: Drawn, block: int) -> None:
     unless_refused(*drawn[:2])
     calling_inside(*drawn, block)
+
+
+# -- what a draw found, or might have: always looked at ----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "methods", "sizes", "execution"),
+    [
+        ("bert", ["evit:fuse=false,keep=0.7,layers=1+", AROUND, "atc:keep=0.8,layers=1"], [5, 12, 9], "masked"),
+        ("bert", ["random:tokens=8,layers=0", "token_transforming:tokens=6,layers=1", "random:keep=0.5,layers=2"],
+         [19, 15], "masked"),
+        ("vit", ["token_transforming:tokens=6,layers=1", "evit:keep=0.7,layers=1+", AROUND], [3, 3], "masked"),
+        ("llava", ["cls_topk:mass=0.7,layers=1", "fastv:keep=0.5,k=1"], [2, 1], "padded"),
+        ("llava", ["evit:mass=0.6,layers=1", "fastv:keep=0.5,k=1"], [1, 1, 2], "padded"),
+        ("llava", ["lazyllm:keep=0.6,layers=0", "fastv:keep=0.5,k=2"], [2, 1], "padded"),
+        ("llava", ["lazyllm:keep=0.6,layers=0", "vtw:k=2"], [2, 1], "padded"),
+    ],
+)  # fmt: skip
+def test_samples_that_were_found(kind: str, methods: list[str], sizes: list[int], execution: Any) -> None:
+    batch = Batch(kind, sizes, "left", 1)
+    alone_is_together(kind, methods, batch, execution)
+    if execution == "masked":
+        hiding_is_dropping(kind, methods, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods", "more", "sizes", "execution"),
+    [
+        ("vit", ["tome:r=4,layers=0"], ["tome:r=4,layers=0", "random:keep=1.0,layers=1"], [1, 1], "padded"),
+        ("vit", ["tome:r=4,layers=0"], ["random:keep=1.0,layers=1", "tome:r=4,layers=0"], [1, 1], "masked"),
+        ("bert", [], ["random:keep=1.0,layers=1"], [9, 5], "packed"),
+        ("llava", ["prumerge"], ["prumerge", "visionzip:tokens=16"], [2, 1], "padded"),
+    ],
+)  # fmt: skip
+def test_methods_that_keep_all_there_is(
+    kind: str, methods: list[str], more: list[str], sizes: list[int], execution: Any
+) -> None:
+    batch = Batch(kind, sizes, "left", 3)
+    with torch.no_grad():
+        plain = answer(kind, network(kind), batch.together) if not methods else None
+    wanted = passed(kind, methods, batch.together, execution=execution) if plain is None else plain
+    same(batch, passed(kind, more, batch.together, execution=execution), wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "methods", "sizes"),
+    [
+        ("llama", ["streamingllm:tokens=6,sinks=3", "cls_topk:r=1,layers=0+"], [15, 3, 17]),
+        ("qwen3", ["streamingllm:tokens=8,sinks=2", "random:keep=0.7,layers=1+"], [10, 5, 16]),
+        ("mistral-sliding", ["streamingllm:tokens=8,sinks=2", "random:keep=0.7,layers=1+"], [16, 8, 17]),
+    ],
+)
+def test_conversations_that_were_found(family: str, methods: list[str], sizes: list[int]) -> None:
+    texts = Texts(family, methods)
+    try:
+        texts.read(sizes)
+        for tokens in (1, 2, 1, 4):
+            texts.write(tokens, seed=tokens)
+    finally:
+        texts.close()
 
 
 # -- the draws notice --------------------------------------------------------------------------------------------------

@@ -177,6 +177,38 @@ def test_a_hook_may_call_the_model_while_a_pass_is_under_way(kind: str) -> None:
         assert session.counts == counts
 
 
+@pytest.mark.parametrize(("where", "inside"), [(1, True), (2, True), (3, True), (1, False), (3, False)])
+def test_a_pass_goes_on_behind_a_hook_whose_own_call_ended_in_an_error(where: int, inside: bool) -> None:
+    """inside: the error is one of the block's parts; otherwise of a hook in front of the block."""
+    model, x = tiny_vit(), pictures()
+    blocks = [m for m in model.modules() if type(m).__name__ == "ViTLayer"]
+    part = next(m for m in blocks[where].modules() if isinstance(m, torch.nn.Linear)) if inside else blocks[where]
+    called: list[bool] = []
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("enough")
+
+    def calls(*_: Any) -> None:
+        if called:
+            return
+        called.append(True)
+        handle = part.register_forward_pre_hook(stop)
+        try:
+            model(x.flip(0))
+        except RuntimeError:
+            return
+        finally:
+            handle.remove()
+
+    with torch.no_grad(), fewer.apply(model, "tome:r=3"):
+        want = model(x)[0]
+        hook = blocks[1].register_forward_hook(calls)
+        got = model(x)[0]
+        hook.remove()
+        assert called
+        assert torch.equal(got, want)
+
+
 def test_a_pass_that_an_error_ended_leaves_nothing_behind() -> None:
     model, x = tiny_vit(), pictures()
     blocks = [m for m in model.modules() if type(m).__name__ == "ViTLayer"]

@@ -578,3 +578,16 @@ def test_report_and_text():
     assert issubclass(CacheError, ValueError)
     assert ReducedLayer(session).get_max_length() == -1
     assert isinstance(parse("pyramidkv").allowance, Budget)
+
+
+@pytest.mark.parametrize("lengths", [(30,), (30, 22)])
+@pytest.mark.parametrize("method", ["knorm:keep=0.5", "h2o:keep=0.5", "snapkv:keep=0.5,window=4,kernel=3"])
+def test_in_a_sliding_layer_a_budget_is_of_its_window(method: str, lengths: tuple[int, ...]) -> None:
+    """Of the 11 rows that the next token sees half stay; those that left the window are neither counted nor kept."""
+    model = decoder("mistral-sliding")
+    with torch.no_grad(), fewer.apply(model, method) as session:
+        read(model, *prompt(*lengths))
+        assert session.counts == [(WINDOW - 1) // 2] * 3
+        for layer in range(3):
+            place = session.kept(layer)
+            assert place[place >= 0].min() > 30 - WINDOW

@@ -101,6 +101,18 @@ class BlockSite:
         mask = None if host.found.mask is None else kwargs.pop(host.found.mask, None)
         checkpoint = host.checkpoint(layer)
         visit = self._reached(layer, x, mask, kwargs)
+        try:
+            return self._run(layer, x, mask, kwargs, visit, checkpoint)
+        except BaseException:
+            self._gave_up(layer, visit)
+            raise
+
+    def _run(
+        self, layer: int, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any], visit: BlockRun | None,
+        checkpoint: Callable[..., Any] | None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
+        """A block with a pass in it."""
+        host = self.host
         if visit is None:
             out = host.own(layer)(x, **({} if host.found.mask is None else {host.found.mask: mask}), **kwargs)
             return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
@@ -136,7 +148,8 @@ class BlockSite:
         """The pass that reaches a block; None where no method acts in it.
 
         A hook may call the model anew while a pass is under way: the innermost one that waits for this block goes on.
-        What an error left behind waits for nothing any more, and is forgotten.
+        What an error inside a block left behind waits for nothing any more, and is forgotten; what one between two
+        blocks left is told apart by the block it waited for.
         """
         passes: list[tuple[int, BlockRun | None]] = self._local.__dict__.setdefault("passes", [])
         if layer == 0:
@@ -152,6 +165,12 @@ class BlockSite:
         if layer + 1 < len(self.host.blocks):
             passes.append((layer + 1, run))
         return run
+
+    def _gave_up(self, layer: int, visit: BlockRun | None) -> None:
+        """An error ended a pass inside a block: it does not wait for the next one, for which another may wait, too."""
+        passes = self._local.passes
+        if passes and passes[-1][0] == layer + 1 and passes[-1][1] is visit:
+            passes.pop()
 
     def _open(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
         if self.host.text:
