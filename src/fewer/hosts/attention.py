@@ -58,7 +58,7 @@ class Call:
     @property
     def asks(self) -> bool:
         """Whether it wants anything of the attention."""
-        return self.watch or self.bias is not None or self.policy is not None or self.split is not None
+        return any(one is not None for one in (self.bias, self.policy, self.split, self.fit)) or self.watch
 
     @property
     def only_looks(self) -> bool:
@@ -171,9 +171,11 @@ class fused(TorchFunctionMode):
             return func(*args, **kwargs)
         q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
         scale = given.get("scale") or q.shape[-1] ** -0.5
+        if self.call.fit is not None and mask is not None:
+            mask = self.call.fit(mask.view(*(1,) * (q.dim() - mask.dim()), *mask.shape))
         if self.call.only_looks:
             self.call.look(q, k, v, scale, mask)
-            return func(*args, **kwargs)
+            return func(**(given | {"attn_mask": mask}))
         return self.call(q, k, v, scale, mask, given.get("dropout_p", 0.0))
 
 

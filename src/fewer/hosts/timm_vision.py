@@ -5,6 +5,7 @@ Everything else is known from the names that timm gives the parts of all its tra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .steps import record
 from .watching import way_in
 
 BATCH, LENGTH = 3, 13
+SHARED = "shared_rel_pos_bias"  # an argument of BEiT's blocks: a bias between all tokens that the model makes once
 OTHERS = ("forward", "_old_forward", "_hf_hook")  # where accelerate puts a hook, on a module
 
 
@@ -31,7 +33,10 @@ def anatomy_of(model: Any) -> Anatomy:
     Raises   HostError where its blocks do not hand on one sequence, or its attention cannot be entered.
     """
     name = type(model).__name__
-    layers = tuple(_layer(f"blocks.{i}", block) for i, block in enumerate(model.blocks))
+    prefix = int(model.num_prefix_tokens)
+    rows = getattr(model.patch_embed, "num_patches", 0) + prefix
+    shared = {} if getattr(model, "rel_pos_bias", None) is None else {SHARED: model.rel_pos_bias}
+    layers = tuple(_layer(f"blocks.{i}", block, rows, shared) for i, block in enumerate(model.blocks))
     shut = [layer.path for layer in layers if layer.way is None]
     if shut:
         block = model.blocks[int(shut[0].rpartition(".")[2])]
@@ -43,7 +48,6 @@ def anatomy_of(model: Any) -> Anatomy:
         raise HostError(
             f"{name}: the attention of {shut[0]} ({type(block).__name__}) is none over all tokens that could be entered"
         )
-    prefix = int(model.num_prefix_tokens)
     return Anatomy(
         f"timm {name}", "vision", layers,
         prefix=prefix, has_cls=getattr(model, "cls_token", None) is not None,
@@ -54,8 +58,9 @@ def anatomy_of(model: Any) -> Anatomy:
     )  # fmt: skip
 
 
-def _layer(path: str, block: nn.Module) -> Layer:
-    """A block's layer, from a random copy of it."""
+def _layer(path: str, block: nn.Module, rows: int, shared: Mapping[str, nn.Module]) -> Layer:
+    """A block's layer, from a random copy of it. rows: what the model gives it, which is all that a block takes that
+    makes a bias between them itself; shared: what makes one for all blocks, by the argument that hands it on."""
     twin = _copy(block).float().eval()
     source = torch.Generator().manual_seed(0)
     norm = next(p for p in twin.parameters() if p.dim() == 1)
@@ -63,13 +68,17 @@ def _layer(path: str, block: nn.Module) -> Layer:
         for parameter in twin.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=source) * scale + (parameter.dim() == 1))
-    x = torch.randn(BATCH, LENGTH, norm.shape[0], generator=source)
-    way = None
-    try:
-        way = way_in(twin, {"x": x}, x.shape[:2])
-        return Layer(path, "attn", way, steps=record(twin, {"x": x}, "attn"))
-    except (RuntimeError, TypeError, AssertionError):
-        return Layer(path, "attn", way)
+    way, inside = None, bool(shared)
+    beside = {name: _copy(module)().detach() for name, module in shared.items()}
+    for length in (rows,) if shared else (LENGTH, rows):
+        given = {"x": torch.randn(BATCH, length, norm.shape[0], generator=source)} | beside
+        inside = inside or length != LENGTH
+        try:
+            way = way_in(twin, given, (BATCH, length))
+            return Layer(path, "attn", way, not inside, inside, steps=record(twin, given, "attn"))
+        except (RuntimeError, TypeError, AssertionError):
+            continue
+    return Layer(path, "attn", way, not inside, inside)
 
 
 def _copy(module: nn.Module) -> Any:
