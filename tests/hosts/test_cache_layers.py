@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from typer.testing import CliRunner
 
 import fewer
 from fewer import hosts, verify
+from fewer.compat import cache_of
 from fewer.core import Site
 from fewer.hosts import twin
 from fewer.hosts.decoder import Calls
@@ -29,6 +31,8 @@ each = pytest.mark.parametrize("name", CLASSES)
 
 
 def small(name: str) -> Any:
+    if not hasattr(transformers, CLASSES[name]):
+        pytest.skip(f"transformers {transformers.__version__} has no {CLASSES[name]}")
     config = transformers.AutoConfig.for_model(name)
     return twin.build(getattr(transformers, CLASSES[name]), twin.shrink(config, depth=2))
 
@@ -47,11 +51,11 @@ def test_every_layer_of_the_cache_is_reduced_and_all_is_as_before(name: str) -> 
     ids = words(model)
     plain = written(model, ids)
     with torch.no_grad():
-        held = len(model(ids, use_cache=True).cache.layers)
+        held = len(cache_of(model(ids, use_cache=True)).layers)
     with fewer.apply(model, "streamingllm:keep=1.0,sinks=2,positions=original"):
         assert torch.equal(written(model, ids), plain)
     with fewer.apply(model, SINKS) as session, torch.no_grad():
-        cache = model(ids, use_cache=True).cache
+        cache = cache_of(model(ids, use_cache=True))
         assert len(session.counts) == len(cache.layers) == held == hosts.find(model).depth(Site.KV_CACHE)
         assert max(session.counts) <= 10
         for layer in range(held):
@@ -65,7 +69,7 @@ def test_blocks_with_two_attentions_store_what_reaches_them_in_both_layers() -> 
     model = small("longcat_flash")
     ids = words(model)
     with fewer.apply(model, "random:keep=0.5,layers=1,site=before") as session, torch.no_grad():
-        cache = model(ids, use_cache=True).cache
+        cache = cache_of(model(ids, use_cache=True))
         rows = [layer.keys.shape[-2] for layer in cache.layers]
         assert rows[:2] == [20, 20]
         assert rows[2] == rows[3] < 20
@@ -111,7 +115,7 @@ def test_calls_that_are_taken_for_those_of_other_layers_are_noticed(monkeypatch:
 
 def test_more_digits_do_not_excuse_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is off by more than rounding stays off in float64."""
-    from fewer.cache import ReducedLayer
+    from fewer.runtime.kv.layer import ReducedLayer
 
     host = hosts.find(small("dory"))
     assert not verify._tried(host).places[Site.KV_CACHE]
@@ -139,6 +143,8 @@ def test_doctor_on_a_folder_whose_tokenizer_makes_no_tokens(tmp_path: Path) -> N
 @pytest.mark.parametrize("method", ["adakv:keep=0.5,window=2", "snapkv:keep=0.5,window=2", "knorm:keep=0.5"])
 def test_a_position_bias_beside_the_mask_is_read_with_every_layout_of_rows(method: str) -> None:
     """Inkling: heads that keep different numbers, and one query over all rows, are read by code of our own."""
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("its masks in 5.23 are for the rows of its window alone; verification refuses its cache there")
     config = transformers.AutoConfig.for_model("inkling_text")
     model = twin.build(transformers.InklingForCausalLM, twin.shrink(config, depth=2))
     root = hosts.find(model).root

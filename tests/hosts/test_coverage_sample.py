@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from fewer import hosts
 from fewer.core import Site
@@ -90,6 +91,10 @@ def small(name: str, model_type: str, walk: ModuleType) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("name", "model_type", "kind", "places"), SAMPLE, ids=[row[0] for row in SAMPLE])
 def test_a_class_is_verified_where_its_design_allows(name, model_type, kind, places, walk):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if name.startswith("Inkling") and Version(transformers.__version__) < Version("5.24"):
+        places = set()  # its masks are for the rows of its window alone there
     host = hosts.find(small(name, model_type, walk))
     verdict = verify.verify(host)
     assert host.kind == kind
