@@ -134,7 +134,7 @@ class Chained(Heads):
     """Heads on the model's last hidden state, each on what the one before made of it.
 
     h_k = h_(k-1) + Linear(RMSNorm(h_(k-1))), and the unembedding reads RMSNorm(h_k); h_0 is what the model's own
-    unembedding reads. Untrained, all guess what the model foretells for the next token.
+    unembedding reads. Untrained, all guess what the model foretells for the next token, half as surely.
     """
 
     kind = "chained"
@@ -157,7 +157,7 @@ class Chained(Heads):
             model(torch.arange(layer.weight.shape[0], device=layer.weight.device)[None, :64])
         size = read.take()[0].float().square().mean().sqrt()  # of what the unembedding is used to
         for p in heads.outward.parameters():
-            p.fill_(size)
+            p.fill_(size / 2)
         return heads
 
     def tap(self, model: nn.Module) -> nn.Module:
@@ -234,11 +234,12 @@ def load(source: str | Path, model: nn.Module) -> Heads:
     if width != (own := unembedding_of(model).weight.shape[1]):
         raise HeadsError(f"{file}: heads for a model of width {width}, and this one's is {own}")
     heads = Chained(count, width, words) if kind == Chained.kind else Layers.of(model, count, words)
+    heads.to(parameter.device, parameter.dtype)
     try:
         heads.load_state_dict(state)
     except RuntimeError as error:
         raise HeadsError(f"{file}: its heads do not fit this model: {error}") from error
-    return heads.to(parameter.device, parameter.dtype).eval()
+    return heads.eval()
 
 
 def packaged(model: nn.Module) -> Heads | None:

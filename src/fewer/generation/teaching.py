@@ -99,7 +99,8 @@ class _Sequential(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, items: Tensor | int | None) -> Tensor:
-    total = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / ((target != IGNORED).sum() if items is None else torch.as_tensor(items, device=total.device)).clamp(
         1
     )

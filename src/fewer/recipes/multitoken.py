@@ -6,9 +6,13 @@ written = fewer.generation.swift(model, ids, heads="out")
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +36,8 @@ class MultiTokens(Settings):
     model        as in `load_model`. texts: names of `texts.book`, joined by +; the last tenth of each is for testing
     heads        how many. kind: "chained", small, or "layers", a block each
     words        tokens the heads choose among, the most frequent of the text; 0 = all
-    steps        updates, of `batch` passages of `length` tokens each
+    steps        updates, of `batch` passages of `length` tokens each. reuse: updates for one pass of the model, each on
+                 passages drawn from those of the last `pool` passes
     lr           AdamW's peak rate, warm-up over `warmup` of the steps, then half a cosine. weight_decay: of matrices
     test         passages of the held-out text that heads are measured on. begin: so many begin texts of `write` tokens
     half         save in float16; what is measured is what is saved
@@ -44,25 +49,27 @@ class MultiTokens(Settings):
     heads: int = 3
     kind: Literal["chained", "layers"] = "chained"
     words: int = 8192
-    steps: int = 250
+    steps: int = 240
     batch: int = 8
     length: int = 256
-    lr: float = 1e-3
+    reuse: int = 3
+    pool: int = 8
+    lr: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.01
-    test: int = 32
-    begin: int = 8
-    write: int = 64
+    test: int = 16
+    begin: int = 4
+    write: int = 48
     half: bool = True
     bfloat16: bool = True
     seed: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("heads", 1), ("words", 0), ("steps", 1), ("batch", 1), ("test", 1), ("begin", 1),
-                            ("write", 2)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"MultiTokens({name}={getattr(self, name)}): must be at least {least}")
+        least = {"words": 0, "write": 2}
+        for name in ("heads", "words", "steps", "batch", "reuse", "pool", "test", "begin", "write"):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(f"MultiTokens({name}={getattr(self, name)}): must be at least {least.get(name, 1)}")
         if self.length < self.heads + 2:
             raise ValueError(f"MultiTokens(length={self.length}): {self.heads} heads need {self.heads + 2} tokens")
         if self.kind not in ("chained", "layers"):
@@ -78,6 +85,7 @@ class Report:
     accepted       writing greedily from held-out passages, one guess of each head in a chain: share of a head's guesses
                    that came true where they were put to the test (behind the guesses of the heads before it)
     per_pass       tokens each of these passes wrote; texts: the same, one number for each text
+    tokens         read in training
     covered        share of the held-out text that is among the heads' words. seconds: training alone
     """
 
@@ -129,7 +137,8 @@ def train(
     said = {name: [_written(net, one, passage, recipe.write) for passage in spread] for name, one in rivals.items()}
     common = [float(torch.isin(held, frequent[:n].cpu()).float().mean()) for n in (1, 4)]
     report = Report(
-        sum(p.numel() for p in heads.parameters()), recipe.steps * recipe.batch * recipe.length, lines[-1]["seconds"],
+        sum(p.numel() for p in heads.parameters()), -(-recipe.steps // recipe.reuse) * recipe.batch * recipe.length,
+        lines[-1]["seconds"],
         1.0 if words is None else float(torch.isin(held.to(device), words).float().mean()),
         {**{name: one[0] for name, one in ranks.items()}, "frequent": [common[0]] * recipe.heads},
         {**{name: one[1] for name, one in ranks.items()}, "frequent": [common[1]] * recipe.heads},
@@ -147,23 +156,35 @@ def train(
 
 def _learn(recipe: MultiTokens, net: nn.Module, heads: Heads, ids: Tensor, folder: Folder) -> list[dict[str, float]]:
     """Teach the heads on random passages."""
+    reader = copy.deepcopy(net).to(torch.bfloat16) if recipe.bfloat16 else net
     device = next(net.parameters()).device
-    draw: Iterator[Tensor] = iter(lambda: torch.randint(0, len(ids) - recipe.length + 1, (recipe.batch,)), None)
-    base = pretrained(net).base_model
 
-    def taught(starts: Tensor, at: At) -> dict[str, Any]:
-        rows = ids[starts[:, None] + torch.arange(recipe.length)].to(device)
+    @lru_cache(maxsize=recipe.pool)
+    def seen(starts: tuple[int, ...]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Passages, and what heads see of the model that reads them."""
+        rows = ids[torch.tensor(starts)[:, None] + torch.arange(recipe.length)].to(device)
+        with torch.no_grad():
+            # A chain needs no logits of the model's own, which are a good part of the work.
+            states = pretrained(reader).base_model(input_ids=rows, use_cache=False).last_hidden_state
+            return rows, *((states, {}) if isinstance(heads, Chained) else read.take())
+
+    def batches() -> Iterator[tuple[int, ...]]:
+        pool: deque[tuple[int, ...]] = deque(maxlen=recipe.pool)
+        for step in count():
+            if step % recipe.reuse == 0:
+                pool.append(tuple(torch.randint(0, len(ids) - recipe.length + 1, (recipe.batch,)).tolist()))
+            yield pool[-1 if step % recipe.reuse == 0 else int(torch.randint(len(pool), ()))]
+
+    def taught(starts: tuple[int, ...], at: At) -> dict[str, Any]:
+        rows, x, given = seen(starts)
         with at.autocast():
-            with torch.no_grad():
-                out: Any = base(input_ids=rows, use_cache=False) if isinstance(heads, Chained) else net(rows)
-            x, given = (out.last_hidden_state, {}) if isinstance(heads, Chained) else read.take()
             total, each = loss(net, heads, x, rows, given)
         return {"loss": total} | {f"head {k}": one for k, one in enumerate(each, 1)}
 
     optimiser = torch.optim.AdamW(decayed(heads.parameters(), recipe.weight_decay), lr=recipe.lr)
-    with heads.reading(net) as read:
+    with heads.reading(reader) as read:
         loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16)
-        return loop.run(heads.train(), [optimiser], draw, taught, folder)
+        return loop.run(heads.train(), [optimiser], batches(), taught, folder)
 
 
 @torch.no_grad()
@@ -196,8 +217,8 @@ def _written(net: nn.Module, heads: Heads, passage: Tensor, tokens: int) -> Any:
     """A text written with a chain of one guess of each head."""
     ids = passage[None].to(next(net.parameters()).device)
     return swift(
-        net, ids, heads=heads, max_new_tokens=tokens, order=0, candidates=1, nodes=heads.count + 1, least=0.0,
-        eos_token_id=-1,
+        net, ids, heads=heads, max_new_tokens=tokens, min_new_tokens=tokens, order=0, candidates=1,
+        nodes=heads.count + 1, least=0.0,
     )  # fmt: skip
 
 
