@@ -3,8 +3,8 @@
 SmolLM2-135M on one CPU thread, batch 1, greedy, with and without the contextual penalty (without it, small models end
 in loops, which any table of n-grams foretells). All write on from the same prompt, turn by turn, a chunk of tokens
 each, so that whatever else the machine does hits all of them; each in a thread of its own, whose CPU seconds are
-counted. Speed-ups at a length are ratios of the seconds until then; spread is over the chunks. Whether the texts are the
-same is said, too.
+counted. Speed-ups at a length are ratios of the seconds until then; spread is over the chunks. Whether the texts are
+the same is said, too.
 
     python benchmarks/swift.py --new 2048 --out benchmarks/results/swift.json [--heads FOLDER] [--dtype bfloat16]
 """

@@ -20,30 +20,14 @@ from fewer.compat import cache_of, cached
 from fewer.generation import Chained, ContextualPenalty, Layers, Swift, SwiftError, swift
 from fewer.generation import writing as module
 from fewer.generation.verifying import Verifier
+from guessing import exact, heads_for
 
 NEW = 3 * WINDOW
-
-
-@cache
-def exact(family: str) -> Any:
-    """In float64, so that no two tokens tie by rounding."""
-    return copy.deepcopy(decoder(family)).double()
 
 
 def plain(model: Any, ids: Tensor, **options: Any) -> Tensor:
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW} | options
     return model.generate(ids, **given)
-
-
-def heads_for(model: nn.Module, kind: str | None) -> Any:
-    """Heads that are wrong in their own way each: guesses must do no harm."""
-    if kind is None:
-        return None
-    torch.manual_seed(1)
-    heads = {"chained": Chained, "layers": Layers}[kind].of(model, 3)
-    for p in heads.parameters():
-        nn.init.normal_(p, std=0.3)
-    return heads.double()
 
 
 KINDS = [None, "chained", "layers"]
