@@ -42,6 +42,8 @@ DRAWN, ALONE = "tests/test_combinations.py", "tests/cache/test_layer.py"
 PLAN, SELECT, MATCH = "tests/core/test_plan.py", "tests/core/test_select.py", "tests/core/test_match.py"
 BUDGETS, ATTENTION = "tests/core/test_budgets.py", "tests/core/test_attention.py"
 SILENCE = "tests/test_silence.py"
+SWIFT, HEADS = "tests/generation/test_swift.py", "tests/generation/test_heads.py"
+GUESSES = "tests/generation/test_guesses.py"
 SESSION, CACHE, SITES = "tests/test_session.py", "tests/cache/test_cache.py", "tests/hosts/test_decoder_sites.py"
 
 FAULTS = [
@@ -161,6 +163,36 @@ FAULTS = [
     Fault("hosts/decoder.py", "        last = at + 1 == len(slots) or slots[at + 1] != slots[at]\n", "        last = True\n", "methods act before a layer's last call", "tests/hosts/test_guests.py tests/cache/test_written_out_caches.py tests/hosts/test_written_out.py"),
     Fault("hosts/logical.py", "    bias = torch.zeros(place.shape, device=x.device).masked_fill(place < 0, LOW)[:, :, None] if holes else None\n", "    bias = None\n", "holes of a written-out attention are seen", "tests/cache/test_written_out_caches.py"),
     Fault("hosts/rotary.py", "float(getattr(module, scale, 1.0))", "1.0", "stretched rotations are not", "tests/cache tests/hosts"),
+    # -- several tokens a pass -----------------------------------------------------------------------------------------
+    Fault("generation/verifying.py", "position_ids=(past + depths)[None]", "position_ids=(past + torch.arange(len(depths)))[None]",
+          "guesses stand at their rows, not at their depths", SWIFT),
+    Fault("generation/verifying.py", "torch.cat([sees.new_ones(len(depths), past), sees], 1)",
+          "torch.cat([sees.new_ones(len(depths), past), torch.ones_like(sees).tril()], 1)",
+          "guesses side by side see each other", SWIFT),
+    Fault("generation/verifying.py", "        if path != wanted:\n", "        if False:\n",
+          "rows of a rejected guess stay in the cache", SWIFT),
+    Fault("generation/verifying.py", "            self.cache.crop(len(path) - nodes)", "            pass",
+          "the cache is not cut back", SWIFT),
+    Fault("generation/verifying.py", "past + depths[:, None] - at < self.window", "past + depths[:, None] - at <= self.window",
+          "a window is one row too wide", SWIFT),
+    Fault("generation/writing.py", "scores = self.processor(self.ids, raw)", "scores = raw",
+          "logits processors are not asked", SWIFT),
+    Fault("generation/writing.py", "torch.multinomial(scores.softmax(-1), num_samples=1)",
+          "torch.multinomial((1.4 * scores).softmax(-1), num_samples=1)",
+          "a sampler is too sure", f"{SWIFT}::test_sampled_texts_are_as_likely_as_the_models"),
+    Fault("generation/penalty.py", "input_ids[:, -self.window :]", "input_ids", "the penalty forgets nothing", SWIFT),
+    Fault("generation/levels.py", "self.x = x[:, -1:] if path is None else x[:, path[-1:]]", "self.x = x[:, -1:]",
+          "heads look at the last guess, not at the last that came true", GUESSES),
+    Fault("generation/levels.py", "x, given = x[:, index], {k: _rows(v, index, rows) for k, v in given.items()}",
+          "x, given = x[:, index], dict(given)", "blocks that are heads read tokens at others' positions", GUESSES),
+    Fault("generation/teaching.py", "F.pad(labels[:, ahead:], (0, min(ahead, labels.shape[1])), value=IGNORED)",
+          "labels.roll(-ahead, 1)", "the end of a text teaches its beginning", HEADS),
+    Fault("generation/teaching.py", "None if g is None else g * asked.to(g.dtype) for g in made", "g for g in made",
+          "heads' gradients are not scaled with the loss", HEADS),
+    Fault("generation/heads.py", "            h = h + linear(inward(h))\n", "            h = x.to(h.dtype) + linear(inward(x.to(h.dtype)))\n",
+          "heads do not build on each other", GUESSES),
+    Fault("generation/tree.py", "(hits + self.TRUST * guess.chance) / (tests + self.TRUST)", "guess.chance",
+          "what came true is forgotten", GUESSES),
 ]  # fmt: skip
 
 

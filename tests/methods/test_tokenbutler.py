@@ -210,9 +210,9 @@ def test_the_package_has_a_predictor_for_smollm2():
     for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "/home/me/.cache/fewer/smollm2-135m-q4"):
         model = nn.Module()
         model.config = SimpleNamespace(_name_or_path=name)
-        assert trained._packaged(model, method) == "smollm2-135m"
+        assert trained.packaged(model, method.card.name) == "smollm2-135m"
     model.config._name_or_path = "somebody/SmolLM2-1.7B"
-    assert trained._packaged(model, method) is None
+    assert trained.packaged(model, method.card.name) is None
     path = trained.ASSETS / "smollm2-135m" / "tokenbutler.safetensors"
     assert path.stat().st_size < 4_000_000
     net = nn.ModuleList([nn.ModuleDict({"predictor": Butler(576, heads=9, groups=3, layers=30)})])

@@ -35,6 +35,11 @@ def command(
         bool | None, typer.Option("--chat/--raw", help="As a turn of a chat. Default: where the model has a template.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; default: greedy.")] = None,
+    swift: Annotated[
+        bool,
+        typer.Option("--swift", help="Several tokens a pass, the same text: with the package's heads, or --heads."),
+    ] = False,
+    heads: Annotated[str | None, typer.Option(help="A file or folder of `fewer train multitoken`.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0 = as torch has it.")] = 0,
     json: Json = False,
 ) -> None:
@@ -49,6 +54,10 @@ def command(
     if not said:
         raise ValueError("nothing to go on from: give a prompt, --file, or both")
     pictures = [scene(name)[0] for name in image or ()]
+    if swift and method:
+        raise ValueError(f"--swift verifies guesses over the whole cache, and {method} shortens it: give one of them")
+    if heads and not swift:
+        raise ValueError("--heads guess tokens for --swift: give both")
     use_threads(threads, 0)
     network, tokenizer = load(model)
     if not hasattr(network, "generate"):
@@ -69,8 +78,17 @@ def command(
     with on as session:
         if guide is not None and session is not None:
             session.ask([said])
-        pen = Pen(network, tokenizer, Console(quiet=True) if json else out, session)
+        ahead = _ahead(network, heads) if swift else None
+        pen = Pen(network, tokenizer, Console(quiet=True) if json else out, session, ahead)
         pen.write(given, max_new_tokens, seed)
     if json:
         as_json({"text": pen.text, "read": pen.prompt, "written": pen.written, "first token, s": pen.first,
-                 **asdict(Held.of(pen.cache))})  # fmt: skip
+                 **asdict(Held.of(pen.cache)),
+                 **({} if ahead is None else {"tokens a pass": round(ahead.written.per_pass, 3)})})  # fmt: skip
+
+
+def _ahead(network: Any, heads: str | None) -> Any:
+    """What writes several tokens a pass."""
+    from fewer.generation import Swift, load, packaged
+
+    return Swift(packaged(network) if heads is None else load(heads, network))

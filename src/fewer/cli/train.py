@@ -21,7 +21,8 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, or a method: dynamicvit:keep=0.7."
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, multitoken, or a method such as "
+            "dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
@@ -69,6 +70,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import condense
 
         return condense.Condensing(**chosen), partial(condense.train, log=say)
+    if name == "multitoken":
+        from fewer.recipes import multitoken
+
+        return multitoken.MultiTokens(**chosen), partial(multitoken.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 

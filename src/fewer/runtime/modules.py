@@ -67,7 +67,7 @@ def prepare(
         taken: list[Path] = []
         for method, own in zip(methods, fresh, strict=True):
             if len(own):
-                files = _find(method, _packaged(model, method) if source is None else source)
+                files = _find(method, packaged(model, method.card.name) if source is None else source)
                 taken.append(_load(own, method, files, taken))
     parameter = next(host.root.parameters())
     return fresh.to(parameter.device, parameter.dtype)
@@ -91,9 +91,9 @@ def _given(source: nn.Module, fresh: Modules, methods: Sequence[Reducer]) -> Mod
     return cast(Modules, modules)
 
 
-def _packaged(model: nn.Module, method: Reducer) -> str | None:
+def packaged(model: nn.Module, modules: str) -> str | None:
     """The packaged model this one was loaded from, by its name or its folder inside the package; None where it is
-    another, or where the package has no modules of the method for it."""
+    another, or where the package has no modules of that name (a method's, say) for it."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     path = Path(name)
     inside = ASSETS / name if "/" not in name else path
@@ -101,7 +101,7 @@ def _packaged(model: nn.Module, method: Reducer) -> str | None:
     inside = inside if known is None else ASSETS / known
     if not name or not inside.is_dir() or inside.resolve().parent != ASSETS.resolve():
         return None
-    return inside.name if any(inside.glob(f"{method.card.name}{SUFFIX}")) else None
+    return inside.name if any(inside.glob(f"{modules}{SUFFIX}")) else None
 
 
 def _find(method: Reducer, source: str | Path | None) -> list[Path]:

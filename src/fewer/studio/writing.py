@@ -18,6 +18,7 @@ from transformers import DynamicCache, TextStreamer
 
 from fewer.compat import cached, pretrained
 from fewer.evaluation.language.subject import Held
+from fewer.generation import Swift
 
 from .style import count
 
@@ -45,8 +46,12 @@ def prompt_ids(model: nn.Module, tokenizer: Any, text: str, chat: bool | None) -
 class Pen:
     """Writes greedily, or samples, and tells what it costs: live in a terminal, else plainly at the end."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, console: Console, session: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, console: Console, session: Any = None, swift: Swift | None = None
+    ) -> None:
+        """swift: writes several tokens a pass."""
         self.model, self.tokenizer, self.console, self.session = model, tokenizer, console, session
+        self.swift = swift
         self.text, self.seen = "", ""  # seen: the visual rows of the prompt and what is left of them
         self._line = ""  # what is not printed yet
         self._live: Live | None = None
@@ -57,7 +62,12 @@ class Pen:
         given = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
         ids = given["input_ids"]
         self.text = self.seen = self._line = ""
-        self.cache = DynamicCache(config=pretrained(self.model).config)
+        # What slid out of a window cannot come back behind rejected guesses: for them, layers keep all rows.
+        self.cache = DynamicCache() if self.swift is not None else DynamicCache(config=pretrained(self.model).config)
+        stream: dict[str, Any] = {"streamer": _Stream(self)}
+        if self.swift is not None:
+            self.swift.streamer = stream["streamer"]
+            stream = {"custom_generate": self.swift}
         self.prompt, self.written, self.first, self.last = ids.shape[1], 0, 0.0, 0.0
         with ExitStack() as stack:
             if self.console.is_terminal:
@@ -69,7 +79,7 @@ class Pen:
             self.began = time.perf_counter()
             self.model.generate(  # type: ignore[operator]
                 **{"attention_mask": torch.ones_like(ids)} | given | cached(self.model, self.cache),
-                max_new_tokens=most, do_sample=seed is not None, streamer=_Stream(self),
+                max_new_tokens=most, do_sample=seed is not None, **stream,
                 pad_token_id=self.tokenizer.pad_token_id or 0,
             )  # fmt: skip
             self._flush(end=True)
@@ -128,6 +138,8 @@ class Pen:
             table.add_row("first token", f"{self.first:.2f} s")
         if self.written > 1 and self.last > self.first:
             table.add_row("decoding", f"{(self.written - 1) / (self.last - self.first):.1f} tokens/s")
+        if self.swift is not None and (done := self.swift.written) is not None and self._live is None:
+            table.add_row("passes", f"{len(done.accepted):,} of {done.per_pass:.2f} tokens on average")
         return table
 
     def _full(self, held: Held) -> float:
