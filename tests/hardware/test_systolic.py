@@ -77,5 +77,5 @@ def test_fewer_tokens_are_a_smaller_problem_zeros_only_where_hardware_minds_them
     assert gated.energy == pytest.approx(full.energy / 2)
     assert skipped.cycles == full.cycles / 2
     assert skipped.energy == pytest.approx(full.energy / 2)
-    with pytest.raises(ValueError, match="density=1.5"):
+    with pytest.raises(ValueError, match=r"density=1\.5"):
         MEMORY.cost(1, 1, 1, 1.5)

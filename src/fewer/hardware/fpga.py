@@ -22,8 +22,7 @@ def blocks(weight: np.ndarray, size: int = 16) -> np.ndarray:
         raise ValueError(f"a weight of shape {weight.shape} in blocks of {size}: two dimensions, blocks of at least 1")
     rows, columns = weight.shape
     padded = np.pad(weight != 0, ((0, -rows % size), (0, -columns % size)))
-    found: np.ndarray = padded.reshape(padded.shape[0] // size, size, -1, size).any((1, 3))
-    return found
+    return np.asarray(padded.reshape(padded.shape[0] // size, size, -1, size).any((1, 3)))
 
 
 def balanced(work: Sequence[int], lanes: int) -> list[int]:
