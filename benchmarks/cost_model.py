@@ -35,20 +35,19 @@ from fewer.hardware.ops import Work, record
 from fewer.hardware.roofline import by_flops, by_tokens, speed_up
 
 VITS = {  # width, heads, blocks, image side, samples
-    "deit-ti, 1": (192, 3, 12, 224, 1), "deit-ti, 8": (192, 3, 12, 224, 8), "deit-s, 1": (384, 6, 12, 224, 1),
-    "deit-s, 8": (384, 6, 12, 224, 8), "vit-b, 1": (768, 12, 12, 224, 1), "vit-b, 4": (768, 12, 12, 224, 4),
-    "deit-s at 384, 1": (384, 6, 12, 384, 1), "vit of 512, 2": (512, 8, 12, 288, 2), "vit-b at 384, 1": (768, 12, 12, 384, 1),
+    "deit-ti, 1": (192, 3, 12, 224, 1), "deit-ti, 4": (192, 3, 12, 224, 4), "deit-s, 1": (384, 6, 12, 224, 1),
+    "deit-s, 4": (384, 6, 12, 224, 4), "vit-b, 1": (768, 12, 12, 224, 1), "deit-ti at 384, 1": (192, 3, 12, 384, 1),
+    "deit-s at 384, 1": (384, 6, 12, 384, 1), "vit of 512, 2": (512, 8, 10, 256, 2), "vit-b at 320, 1": (768, 12, 12, 320, 1),
 }  # fmt: skip
-ON_VITS = ("tome:r=8", "tome:r=13", "evit:keep=0.7", "evit:keep=0.5", "random:keep=0.5", "dynamicvit:keep=0.7", "pool:keep=0.5",
-           "cls_topk:keep=0.3")  # fmt: skip
+ON_VITS = ("tome:r=8", "tome:r=16", "evit:keep=0.7", "evit:keep=0.5", "dynamicvit:keep=0.7", "cls_topk:keep=0.3")
 LLAMAS = {  # width, MLP, heads, KV heads, blocks, tokens
-    "llama of 576, 512": (576, 1536, 9, 3, 10, 512), "llama of 576, 1536": (576, 1536, 9, 3, 10, 1536),
-    "llama of 320, 1024": (320, 960, 5, 5, 12, 1024), "llama of 960, 768": (960, 2560, 15, 5, 8, 768),
+    "llama of 576, 512": (576, 1536, 9, 3, 8, 512), "llama of 576, 1280": (576, 1536, 9, 3, 8, 1280),
+    "llama of 320, 900": (320, 960, 5, 5, 10, 900), "llama of 960, 400": (960, 2560, 15, 5, 8, 400),
 }  # fmt: skip
 ON_LLAMAS = ("lazyllm:keep=0.7", "lazyllm:keep=0.5", "sdtp", "agile_quant:bits=none")
 DECODERS = {  # width, MLP, heads, KV heads, blocks, tokens of the prompt, samples
-    "llama of 576, behind 3072": (576, 1536, 9, 3, 10, 3072, 1), "llama of 576, behind 1024, 8": (576, 1536, 9, 3, 10, 1024, 8),
-    "llama of 320, behind 2048, 4": (320, 960, 5, 5, 12, 2048, 4), "llama of 960, behind 4096": (960, 2560, 15, 5, 6, 4096, 1),
+    "llama of 576, behind 3000": (576, 1536, 9, 3, 8, 3000, 1), "llama of 576, behind 900, 8": (576, 1536, 9, 3, 8, 900, 8),
+    "llama of 320, behind 1500, 4": (320, 960, 5, 5, 8, 1500, 4), "llama of 960, behind 2500": (960, 2560, 15, 5, 5, 2500, 1),
 }  # fmt: skip
 ON_CACHES = ("snapkv:keep=0.5", "snapkv:keep=0.2", "streamingllm:keep=0.25,decodes=false", "knorm:keep=0.1")
 

@@ -12,9 +12,10 @@ import math
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 PAIRS = (16, 64, 256, 1024)
 INNER = (64, 512)
-QUERIES, KEYS, HEADS = (1, 16, 64, 256, 1024), (16, 64, 256, 1024, 4096), (32, 64, 128)
-NUMBERS = (1 << 6, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+# Kernels like multiples of 16 or 64, and what a reduction leaves is none: neither are these.
+QUERIES, KEYS, HEADS = (1, 19, 75, 150, 300, 1100), (19, 75, 150, 300, 1100, 4300), (32, 64, 128)
+NUMBERS = (1 << 6, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22)
 SORTED = (16, 64, 256, 1024, 4096)
 MOST = 1e9  # FLOPs of the largest product that is timed
+ROW = 256  # numbers in a row of what is moved
+RING = 3  # results that are alive at a time
 LINES = 8  # heads or rows side by side where attention and sorting are timed
 COLD = 256 << 20  # bytes of weights that are multiplied in turn: in a model, too, none is found in a cache
 
@@ -189,6 +193,12 @@ class Clock:
             found.append(self._sample(run, 1))
         return statistics.median(found)
 
+    def ratio(self, run: Callable[[], Any], against: Callable[[], Any], turns: int = 9) -> float:
+        """Median over turns of the seconds of one over those of another."""
+        times = max(1, math.ceil(self.least / max(self._sample(run, 1), 1e-7)))
+        self._sample(against, 1)
+        return statistics.median(self._sample(run, times) / self._sample(against, times) for _ in range(turns))
+
     def _sample(self, run: Callable[[], Any], times: int) -> float:
         self._wait()
         began = self.now()
@@ -222,13 +232,9 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Profile:
     spread["pairs"] = clock.spread()
     attention = _rates(clock, (QUERIES, KEYS, HEADS), lambda n, m, d: 4 * LINES * n * m * d, made.attention)
     spread["attention"] = clock.spread()
-    square = QUERIES[2:]
-    plain = [clock(made.attention(n, n, 64)) for n in square]
-    causal = Table([list(square)], [clock(made.attention(n, n, 64, True)) / p for n, p in zip(square, plain, strict=True)])
-    masked = Table([list(square)], [clock(made.attention(n, n, 64, False, True)) / p for n, p in zip(square, plain, strict=True)])
-    clock.spread()
+    causal, masked = (_factors(clock, made, *how) for how in ((True, False), (False, True)))
     kinds = {kind: _by_bytes(clock, run) for kind, run in made.kinds()}
-    sort = Table([list(SORTED)], [clock(lambda x=made(LINES, n): x.sort(dim=-1, stable=True)) / LINES for n in SORTED])
+    sort = Table([list(SORTED)], [clock(lambda x=made(LINES, n): x.sort(dim=-1, descending=True, stable=True)) / LINES for n in SORTED])
     spread["kinds"] = clock.spread()
     found = Profile(machine(device, dtype), gemm, pairs, attention, causal, masked, kinds, sort, view, spread=spread)
     from .around import around
@@ -252,6 +258,13 @@ def _rates(
                 rate = work / clock(make(m, *rest))
             found[(m, *rest)] = rate
     return Table([list(a) for a in axes], [found[point] for point in product(*axes)])
+
+
+def _factors(clock: Clock, made: _Maker, causal: bool, mask: bool) -> Table:
+    """What a causal or a given mask does to the time of attention, by queries; both timed in turn."""
+    sizes = QUERIES[2:]
+    found = [clock.ratio(made.attention(n, n, 64, causal, mask), made.attention(n, n, 64)) for n in sizes]
+    return Table([list(sizes)], found)
 
 
 def _by_bytes(clock: Clock, run: Callable[[int], tuple[int, Callable[[], Any]]]) -> Table:
@@ -290,41 +303,54 @@ class _Maker:
         return lambda: a @ b.transpose(1, 2)
 
     def attention(self, n: int, m: int, d: int, causal: bool = False, mask: bool = False) -> Callable[[], Any]:
-        q, k, v = self(1, LINES, n, d), self(1, LINES, m, d), self(1, LINES, m, d)
+        """Heads lie as projections leave them, side by side in a row."""
+        q, k, v = (self(1, rows, LINES, d).transpose(1, 2) for rows in (n, m, m))
         bias = self(1, 1, 1, m) if mask else None
-        return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        return self.ringed(lambda _: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal), [q])
+
+    def ringed(self, call: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+        """A call whose inputs take turns and whose results live on for a while, as in a model: what is read was not
+        written just before, and what is written is not where the last result was."""
+        turn, held = cycle(inputs), deque[Any](maxlen=RING - 1)
+        return lambda: held.append(call(next(turn)))
 
     def kinds(self) -> Iterator[tuple[str, Callable[[int], tuple[int, Callable[[], Any]]]]]:
         """Each kind of operation: of n numbers, what it moves and the call."""
-        width = 256
 
-        def shaped(n: int) -> Tensor:
-            return self(max(1, n // width), min(n, width))
+        def ring(*shape: int) -> list[Tensor]:
+            return [self(*shape) for _ in range(RING)]
 
-        def unary(call: Callable[[Tensor], Any]) -> Callable[[int], tuple[int, Callable[[], Any]]]:
+        def shaped(n: int) -> tuple[int, int]:
+            return max(1, n // ROW), min(n, ROW)
+
+        def unary(call: Callable[[Tensor], Any], passes: int = 2) -> Callable[[int], tuple[int, Callable[[], Any]]]:
             def make(n: int) -> tuple[int, Callable[[], Any]]:
-                x = shaped(n)
-                return 2 * x.numel() * x.element_size(), lambda: call(x)
+                inputs = ring(*shaped(n))
+                return passes * inputs[0].nbytes, self.ringed(call, inputs)
 
             return make
 
         def light(n: int) -> tuple[int, Callable[[], Any]]:
-            x, y = shaped(n), shaped(n)
-            return 3 * x.numel() * x.element_size(), lambda: x + y
+            inputs = ring(*shaped(n))
+            others = cycle(inputs[1:] + inputs[:1])
+            return 3 * inputs[0].nbytes, self.ringed(lambda x: x + next(others), inputs)
 
         def reduce(n: int) -> tuple[int, Callable[[], Any]]:
-            x = shaped(n)
-            return x.numel() * x.element_size(), lambda: x.mean(-1)
+            rows, width = shaped(n)
+            inputs = [x.view(rows, 4, -1).transpose(0, 1) for x in ring(rows, width)]  # over heads, as keys lie
+            return inputs[0].nbytes, self.ringed(lambda x: x.mean(0), inputs)
 
         def rows(n: int) -> tuple[int, Callable[[], Any]]:
-            x = shaped(2 * n)
-            index = torch.randperm(x.shape[0], device=self.device)[: max(1, x.shape[0] // 2)]
-            return 2 * index.numel() * x.shape[1] * x.element_size(), lambda: x.index_select(0, index)
+            inputs = ring(*shaped(2 * n))
+            index = torch.randperm(inputs[0].shape[0], device=self.device)[: max(1, inputs[0].shape[0] // 2)]
+            return 2 * index.numel() * inputs[0].shape[1] * inputs[0].element_size(), self.ringed(
+                lambda x: x.index_select(0, index), inputs
+            )
 
         def gather(n: int) -> tuple[int, Callable[[], Any]]:
-            x = shaped(n)
-            index = torch.randint(x.shape[1], x.shape, device=self.device)
-            return 2 * x.numel() * x.element_size(), lambda: x.gather(1, index)
+            inputs = ring(*shaped(n))
+            index = torch.randint(inputs[0].shape[1], inputs[0].shape, device=self.device)
+            return 2 * inputs[0].nbytes, self.ringed(lambda x: x.gather(1, index), inputs)
 
         yield "light", light
         yield "norm", unary(lambda x: F.layer_norm(x, x.shape[1:]))
