@@ -28,7 +28,7 @@ DEFAULT = ("tome:r=0", "tome:r=8", "tome:r=13", "tome:r=16", "evit:keep=0.7")
 OTHERS = (
     "random:keep=0.7", "grid:keep=0.7", "pool:keep=0.7", "cls_topk:keep=0.7", "tofu:r=13", "diffrate:r=13", "ppt",
     "tps", "atc:keep=0.7", "atc:keep=0.7,linkage=single", "atc:keep=0.7,linkage=complete", "dpc_knn:keep=0.7",
-    "kmedoids:keep=0.7", "token_transforming:keep=0.7", "dynamicvit", "spvit", "tokenlearner",
+    "kmedoids:keep=0.7", "token_transforming:keep=0.7", "dynamicvit", "spvit", "heatvit", "tokenlearner",
 )  # fmt: skip
 RAGGED = ("evit:mass=0.5,fuse=false", "evit:mass=0.7,fuse=false", "ats")
 LISTS = {"default": DEFAULT, "others": OTHERS, "ragged": RAGGED}

@@ -33,6 +33,8 @@ METHODS = (
     "expected_attention:keep=0.5,sinks=2,future=16",
     "expected_attention:keep=0.5,sinks=2,future=16,alpha=0.2,epsilon=0.01",
     "random_cache:keep=0.5,sinks=2,recent=3",
+    "spatten_decode:keep=0.3",
+    "spatten_decode:tokens=9,recent=2",
     "random_cache:tokens=9,sinks=0,recent=2,seed=3,decodes=true",
 )
 

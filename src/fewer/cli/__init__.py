@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, compress, distance, doctor, generate, listing, serve, show, train, viz
+from . import bench, compress, cost, distance, doctor, generate, listing, serve, show, train, viz
 from .output import complain
 
 __all__ = ["app", "main"]
@@ -59,7 +59,7 @@ app = typer.Typer(
 )
 for _name, _file in {
     "compress": compress, "bench": bench, "generate": generate, "list": listing, "show": show, "viz": viz,
-    "doctor": doctor, "train": train, "serve": serve,
+    "doctor": doctor, "cost": cost, "train": train, "serve": serve,
 }.items():  # fmt: skip
     app.command(_name)(_file.command)
 _probes = typer.Typer(no_args_is_help=True, help="Look into a model: what do its heads follow, and who needs them?")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .budgets import Budget
 from .place import Place
+from .plan import Plan
 from .signals import Signals
 from .tokens import Tokens
 
@@ -162,3 +163,15 @@ def training_policy(signals: Signals, tokens: Tokens, budget: Budget, decision: 
 def remember(signals: Signals, name: str, value: Any) -> None:
     """One stage's entry of a record in the pass's memory. Written anew, so that forked passes do not share it."""
     signals.memory[name] = {**signals.memory.get(name, {}), signals.at.stage: value}
+
+
+def with_package(policy: Tensor, package: Tensor, some: Tensor, tokens: Tokens) -> Plan:
+    """The training plan of methods that pack what goes: all rows, and behind the prefix one more of weights package
+    (B, N), real where some (B, 1)."""
+    n, p = tokens.n, tokens.prefix
+    eye = torch.eye(n, device=package.device).expand(tokens.batch, n, n)
+    matrix = torch.cat([eye[:, :p], package[:, None], eye[:, p:]], 1)
+    where = torch.arange(n, device=package.device).expand(tokens.batch, n)
+    position = torch.cat([where[:, :p], package.detach().argmax(-1, keepdim=True), where[:, p:]], 1)
+    change = Plan.soft(matrix, position=position)
+    return Plan.mask(torch.cat([policy[:, :p], some, policy[:, p:]], 1), change, front=1)

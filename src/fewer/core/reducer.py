@@ -46,6 +46,7 @@ class Reducer(Settings):
     revives       whether a decoder keeps what it drops while reading, and asks again at every step who takes part
     one_for_all   whether all its places share one set of trained modules
     across        whether it ranks what another sequence looks at, in cross-attention
+    watches       whether it is asked even where all tokens stay, for what it sees there counts later
     extra         rows it adds to those the budget grants (what is dropped, fused into one)
     """
 
@@ -57,6 +58,7 @@ class Reducer(Settings):
     revives: ClassVar[bool] = False
     one_for_all: ClassVar[bool] = False
     across: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     if TYPE_CHECKING:  # a field, a constant of the class, or worked out from its fields: all can be read
 
         @property

@@ -58,6 +58,9 @@ class CacheReducer(Reducer):
         """How older rows are stored between passes; None: as they are. Sliding-window layers stay as they are."""
         return None
 
+    def watch(self, signals: CacheSignals, rows: Rows) -> None:
+        """What a method that `watches` sees in a layer where every token so far stays; it has no plan there."""
+
     def read(self, signals: CacheSignals, rows: Rows) -> Hard | None:
         """The stored rows this pass's attention reads, a plan of lead (B, G) or (B, 1); None for all.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, reducer, select
-from fewer.core.learned import ModuleListOf, Predictor, keep_decision, present, training_policy
+from fewer.core.learned import ModuleListOf, Predictor, keep_decision, present, training_policy, with_package
 
 
 class Selector(nn.Module):
@@ -88,18 +88,7 @@ class SPViT(Reducer):
         package = F.pad(gone * logp[..., 0].exp(), (tokens.prefix, 0))
         package = package / package.sum(-1, keepdim=True).clamp_min(1e-12)
         some = (gone.detach().sum(-1, keepdim=True) > 0).to(policy.dtype)
-        return _with_package(policy, package, some, tokens)
-
-
-def _with_package(policy: Tensor, package: Tensor, some: Tensor, tokens: Tokens) -> Plan:
-    """The training plan: all rows, and behind the prefix one more of weights package (B, N), real where some (B, 1)."""
-    n, p = tokens.n, tokens.prefix
-    eye = torch.eye(n, device=package.device).expand(tokens.batch, n, n)
-    matrix = torch.cat([eye[:, :p], package[:, None], eye[:, p:]], 1)
-    where = torch.arange(n, device=package.device).expand(tokens.batch, n)
-    position = torch.cat([where[:, :p], package.detach().argmax(-1, keepdim=True), where[:, p:]], 1)
-    change = Plan.soft(matrix, position=position)
-    return Plan.mask(torch.cat([policy[:, :p], some, policy[:, p:]], 1), change, front=1)
+        return with_package(policy, package, some, tokens)
 
 
 def ratios_for_latency(

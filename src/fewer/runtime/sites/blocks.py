@@ -564,8 +564,8 @@ class Pass:
         return x, there if isinstance(plan, Masked) else there.gathered(plan, self.tokens.valid, watched=watched)
 
     def _all_stay(self, reducer: Reducer, tokens: Tokens, place: Place) -> bool:
-        """Whether a method drops nothing here, as far as shapes tell."""
-        return not reducer.adaptive and reducer.budget.spares(tokens.free_count, place)
+        """Whether a method drops nothing here, as far as shapes tell, and need not be asked."""
+        return not reducer.watches and not reducer.adaptive and reducer.budget.spares(tokens.free_count, place)
 
     def _planned(
         self, method: int, hidden: Tensor, tokens: Tokens, place: Place, seen: Seen | None, branch: Tensor | None

@@ -312,9 +312,14 @@ class CacheRun:
         counts = rows.counts(method.allowance, call.place(turn), method.least)
         everything = counts == list(rows.totals) or (rows.real is None and min(counts) >= rows.n)
         everything = everything and not method.budget.adaptive
-        if everything and not method.accumulates:
+        if everything and not method.accumulates and not method.watches:
             return
         signals = call.signals(turn)
+        if method.watches:
+            if counts == list(rows.totals):
+                method.watch(signals, rows)
+                return
+            everything = False
         if method.accumulates:
             signals.received = _receive(layer, signals)
         if not evicts or everything:
