@@ -80,14 +80,14 @@ class Trace:
     """Of one pass over a stack of blocks.
 
     first    the tokens that entered; tokens: those that are left
-    grid     (height, width) of the patches, where they form one
+    grid     (height, width) of the patches, where they form one; of a video (frames, height, width)
     steps    the plans, in order
     live     masked execution: the rows still there, as a plan over all of them
     memory   what each method remembers during the pass
     beside   of a prompt with visual rows: what is known of these
     """
 
-    def __init__(self, host: Host, first: Tokens, methods: int, itemsize: int, grid: tuple[int, int] | None) -> None:
+    def __init__(self, host: Host, first: Tokens, methods: int, itemsize: int, grid: tuple[int, ...] | None) -> None:
         self.host, self.first, self.tokens, self.grid = host, first, first, grid
         self.itemsize = itemsize
         self.steps: list[Step] = []
