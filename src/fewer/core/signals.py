@@ -48,6 +48,7 @@ class Signals:
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
     text       tokens as words and sentences, and who reads them; read it as `written`
     pixels     (B, C, frames, height, width), the video that was cut into patches; read it as `clip`
+    shared     what all methods of a pass know of the rows that are left
     against    asks the model that losses are held against; read it as `reference`
     """
 
@@ -66,6 +67,7 @@ class Signals:
     against: Callable[[], Tensor] | None = None
     frames: int = 1
     pixels: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def clip(self) -> Tensor:

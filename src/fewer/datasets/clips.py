@@ -5,7 +5,7 @@
     asked.box[0, 3]                              # where the thing that moves is in frame 3
 
 A clip is 16 grey frames of 56 x 56 pixels. One thing moves along a path; half-way it turns into another (a garment into
-a shoe, or a shoe into a garment); a bag is there for two frames only. Behind them are a still background and further
+a shoe, or a shoe into a garment); a bag flashes up in one frame. Behind them are a still background and further
 pictures that never move. Pictures are those of Fashion-MNIST: its training pictures in the split "train", in "test" the
 test pictures in the package.
 """
@@ -55,7 +55,7 @@ class Setting:
     """
 
     side: tuple[int, int] = (14, 22)
-    flash: int = 12
+    flash: int = 18
     clutter: tuple[int, int] = (0, 3)
     camera: float = 0.0
 
@@ -69,7 +69,7 @@ class Setting:
 
 LEVELS: dict[str, Setting] = {
     "plain": Setting(),
-    "small": Setting(side=(9, 11), flash=9),
+    "small": Setting(side=(9, 11), flash=11),
     "flooded": Setting(clutter=(8, 10)),
     "camera": Setting(camera=1.0),
 }
@@ -83,7 +83,7 @@ class Clips:
     pixels    (N, T, H, W) uint8
     answers   (N, Q) long, the answer to each question
     box       (N, T, 4) float32, the thing that moves: top, left, bottom, right, in pixels
-    flash     (N, 4) float32, the bag, in the frames of its slot
+    flash     (N, 4) float32, the bag, in the last frame of its slot
     """
 
     pixels: Tensor
@@ -138,10 +138,8 @@ def compose(n: int, split: Split, setting: Setting = LEVELS["plain"], *, generat
     spot = setting.flash / 2 + (SIZE - setting.flash) * draw.unit(n, 2)
     bags = _pictures(split, (BAG,), n, draw)
     size = torch.full((n,), float(setting.flash))
-    where = torch.arange(n)
-    for k in range(TUBELET):
-        at = slot * TUBELET + k
-        frames[where, at] = _pasted(frames[where, at], bags, spot, size)
+    where, at = torch.arange(n), slot * TUBELET + TUBELET - 1
+    frames[where, at] = _pasted(frames[where, at], bags, spot, size)
     frames = frames + 3 * draw.normal(*frames.shape)
     return Clips(
         frames.round().clamp(0, 255).to(torch.uint8),

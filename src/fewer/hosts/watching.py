@@ -232,8 +232,7 @@ def _counts(
 
 
 def _telling(name: str, place: Tensor, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    first, named = bound(block, args, kwargs)
-    return (), {**named, name: place}
+    return (), {**bound(block, args, kwargs)[1], name: place}
 
 
 def _is_sequence(value: Any, x: Any) -> bool:

@@ -45,9 +45,9 @@ class Recipe:
     width, depth, heads: the model. bfloat16: multiply matrices in it. threads: of torch (None leaves them).
     """
 
-    clips: int = 64_000
+    clips: int = 44_800
     batch: int = 32
-    phases: tuple[tuple[float, float], ...] = ((0.8, 0.35), (0.2, 1.0))
+    phases: tuple[tuple[float, float], ...] = ((0.8, 0.4), (0.2, 1.0))
     camera: float = 0.1
     lr: float = 4e-3
     lr_rest: float = 2e-3

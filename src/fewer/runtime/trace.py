@@ -83,7 +83,7 @@ class Trace:
     grid     (height, width) of the patches, where they form one; of a video (frames, height, width)
     steps    the plans, in order
     live     masked execution: the rows still there, as a plan over all of them
-    memory   what each method remembers during the pass
+    memory   what each method remembers during the pass; shared: what all of them know
     beside   of a prompt with visual rows: what is known of these
     """
 
@@ -93,6 +93,7 @@ class Trace:
         self.steps: list[Step] = []
         self.live: Hard | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(methods)]
+        self.shared: dict[str, Any] = {}
         self.notes: list[str] = []
         self.blocks = [BlockCosts() for _ in host.blocks]
         self.seconds: float | None = None
@@ -215,7 +216,7 @@ class Trace:
         other = copy.copy(self)
         other.steps, other.notes = list(self.steps), list(self.notes)
         other.blocks = [BlockCosts(list(b.rows), list(b.lengths), list(b.computed), b.own) for b in self.blocks]
-        other.memory = [dict(m) for m in self.memory]
+        other.memory, other.shared = [dict(m) for m in self.memory], dict(self.shared)
         return other
 
 

@@ -149,8 +149,8 @@ class TokenLearner(Reducer):
         b, p, cells = tokens.batch, tokens.prefix, height * width
         if tokens.irregular or tokens.free_count != frames * cells:
             raise PlanError(
-                f"tokenlearner takes the whole {frames} x {height} x {width} grid of a video; {tokens.free_count} tokens "
-                "are left of it: let it act before anything else reduces"
+                f"tokenlearner takes the whole {frames} x {height} x {width} grid of a video; {tokens.free_count} "
+                "tokens are left of it: let it act before anything else reduces"
             )
         maps = signals.module("maps")
         patches = tokens.free.of(signals.hidden).unflatten(1, (frames, cells)).flatten(0, 1)

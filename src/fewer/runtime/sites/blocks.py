@@ -584,7 +584,7 @@ class Pass:
         signals = Signals(
             hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, grid[-2:] or None, modules,
             self.bound.training, self.trace.memory[method], self.first.prefix, branch, pixels=self.pixels,
-            frames=grid[0] if len(grid) == 3 else 1,
+            frames=grid[0] if len(grid) == 3 else 1, shared=self.trace.shared,
         )  # fmt: skip
         return self.program.methods[method].plan(signals, tokens), hidden
 
