@@ -46,8 +46,8 @@ def golden(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def video(
     frames: int = 4, height: int = 2, width: int = 2, *, prefix: int = 0, batch: int = 2, channels: int = 6,
-    training: bool = False, modules: dict[str, nn.Module] | None = None, seed: int = 0, layer: int = 0, layers: int = 12,
-    hidden: Tensor | None = None, pixels: Tensor | None = None,
+    training: bool = False, modules: dict[str, nn.Module] | None = None, seed: int = 0, layer: int = 0,
+    layers: int = 12, hidden: Tensor | None = None, pixels: Tensor | None = None,
 ) -> tuple[Signals, Tokens]:  # fmt: skip
     """Signals of a whole clip, as a block sees them."""
     draw = torch.Generator().manual_seed(seed)
@@ -155,7 +155,7 @@ def test_vidtome_golden(case: int) -> None:
     assert_close(back, part["unmerge_replace"], atol=1e-6, rtol=1e-5)
 
 
-# -- laws ---------------------------------------------------------------------------------------------------------------
+# -- laws -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [Rectangle(4, 6), Rectangle(6, 4, 2), Rectangle(2, 1, 1)])
 def test_lifted_plans_are_their_dense_matrices(shape: Rectangle) -> None:
     x = torch.randn(2, shape.n, 3)
@@ -432,7 +432,7 @@ def test_frames_are_evenly_spread_and_grid_takes_turns() -> None:
     assert counts.tolist() == [2] * 8
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input --------------------------------------------------------------------------------------------------------
 def test_methods_for_videos_say_what_they_miss() -> None:
     vit = tiny_vit("vit", depth=3)
     for form, what in (("rlt", "frames themselves are not known"), ("vtm:targets=motion,layers=1", "not known here")):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
@@ -42,6 +43,7 @@ class Recipe:
     camera: share of the clips with a moving camera.
     lr, lr_rest: peak rates of Muon (matrices in the blocks) and AdamW (everything else). warmup, hold: shares of the
         steps spent rising and at the peak; from there linearly to zero.
+    start: a folder with a model of the same shape to go on from; None = fresh weights.
     width, depth, heads: the model. bfloat16: multiply matrices in it. threads: of torch (None leaves them).
     """
 
@@ -49,6 +51,7 @@ class Recipe:
     batch: int = 32
     phases: tuple[tuple[float, float], ...] = ((0.8, 0.4), (0.2, 1.0))
     camera: float = 0.1
+    start: str | None = None
     lr: float = 4e-3
     lr_rest: float = 2e-3
     weight_decay: float = 0.05
@@ -137,6 +140,8 @@ def train(out: str | Path, recipe: Recipe | None = None, *, log: Callable[[str],
     recipe = recipe or Recipe()
     folder = Folder(out, recipe, log, every=2)
     model = build(recipe)
+    if recipe.start is not None:
+        model.load_state_dict(load_file(Path(recipe.start) / "model.safetensors"))
     model.set_attn_implementation(FLOAT32_ATTENTION)
     drop = TokenDrop()
     hook = model.videomae.embeddings.register_forward_hook(drop)

@@ -16,7 +16,7 @@ from fewer.core.spacetime import join_into
 from .rlt import changed
 
 SHARES = {"centre": 0.5, "boundary": 0.1}
-"""Of the targets, those in the middle quarter: partitioned with gamma / 2 against 3 gamma / 2 outside, and the other way
+"""Of the targets, those in the middle quarter: one in gamma / 2 there and one in 3 gamma / 2 outside, or the other way
 round."""
 Targets = Literal["naive", "centre", "boundary", "motion", "learned"]
 
