@@ -21,7 +21,8 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, or a method: dynamicvit:keep=0.7."
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, or a method: "
+            "dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
@@ -65,6 +66,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import vlm
 
         return vlm.Recipe(), lambda recipe, out: vlm.train(out, recipe=recipe, log=say)
+    if name == "video-actions":
+        from fewer.recipes import actions
+
+        return actions.Recipe(), lambda recipe, out: actions.train(out, recipe, log=say)
     if name == "autocompressor":
         from fewer.recipes import condense
 
