@@ -9,16 +9,11 @@ VideoMAE-S on a clip of 16 frames of 224 x 224 pixels: 8 x 196 tokens, 12 blocks
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-from vision_speed import paired
-
-from fewer.evaluation.record import commit, now
+from vision_speed import paired, save
 
 SHAPES = {"videomae-ti": (192, 3), "videomae-s": (384, 6), "videomae-b": (768, 12)}
 DEFAULT = (
@@ -59,12 +54,7 @@ def main() -> None:
             f"tokens {row['mean_tokens']:.0f}"
         )
     if args.out:
-        facts = {
-            "rows": [{"shape": args.shape, "batch": args.batch} | row for row in rows], "threads": args.threads,
-            "dtype": args.dtype, "device": args.device, "machine": platform.machine(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "commit": commit(), "date": now(),
-        }  # fmt: skip
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+        save(args.out, [{"shape": args.shape, "batch": args.batch} | row for row in rows], args)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def _visual(name: str) -> bool:
     return isinstance(parse(name), VisualReducer)
 
 
+def _moving(name: str) -> bool:
+    """Whether a method is one for videos."""
+    from fewer import parse
+
+    return parse(name).card.on == "video"
+
+
 def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], Any]]:
     """What a name to train stands for, and what runs it. model: None = the one the recipe is made for."""
     method = name.partition(":")[0]
@@ -95,6 +102,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import prompt
 
         return prompt.Prompting(method=name, **chosen), partial(prompt.train, log=say)
+    if _moving(name):
+        from fewer.recipes import watch
+
+        return watch.Watching(method=name, **chosen), partial(watch.train, log=say)
     from fewer.recipes import reduce
 
     return reduce.Reduction(method=name, **chosen), partial(reduce.train, log=say)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
@@ -141,7 +140,7 @@ def train(out: str | Path, recipe: Recipe | None = None, *, log: Callable[[str],
     folder = Folder(out, recipe, log, every=2)
     model = build(recipe)
     if recipe.start is not None:
-        model.load_state_dict(load_file(Path(recipe.start) / "model.safetensors"))
+        model = VideoMAEForVideoClassification.from_pretrained(recipe.start)
     model.set_attn_implementation(FLOAT32_ATTENTION)
     drop = TokenDrop()
     hook = model.videomae.embeddings.register_forward_hook(drop)

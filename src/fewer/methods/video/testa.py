@@ -27,6 +27,7 @@ class TESTA(Reducer):
 
     budget: Budget = Remove(12)
     frames: int = 1
+    layers: tuple[int, ...] | None = None
     order: Literal["position", "halves"] = "position"
     vote: Literal["mean", "least"] = "mean"
     proportional: bool = False
