@@ -22,11 +22,20 @@ IMAGES = ("random", "grid", "tome", "evit", "pool", "dynamicvit", "tokenlearner"
 
 
 HEAD = "V-JEPA 2's classifier attends to every final row and takes no mask, so that masked rows are seen by it"
-SOFT = ("tokenlearner", "testa", "testa-halves", "rlt")  # nothing to mask: rows are mixed, or noise has no still patch
+COPIES = "rows that gave way are copies of one another in the next block, and rounding decides between copies"
+SOFT = (
+    "tokenlearner",
+    "testa",
+    "testa-halves",
+    "rlt",
+    "vidtome",
+)  # nothing to mask: rows are mixed, or noise has no still patch
 
 
 def marks(name: str, method: Reducer, host: TinyHost, check: Check) -> list[Any]:
     why = method.card.exempt.get(check.__name__)
+    if name == "vidtome" and check.__name__ == "masked_equals_gathered" and host.kind != "vjepa2":
+        why = COPIES
     if host.kind == "vjepa2" and check.__name__ == "masked_equals_gathered" and name not in SOFT:
         why = HEAD
     return [pytest.mark.xfail(reason=why, strict=True)] if why else []

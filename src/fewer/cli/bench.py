@@ -159,6 +159,7 @@ def _kinds() -> list[Kind]:
     from fewer.evaluation.language import bench as language
     from fewer.studio.asked import asked
     from fewer.studio.gallery import gallery
+    from fewer.studio.strip import strips
 
     return [
         Kind("vision model", images.Settings,
@@ -170,7 +171,7 @@ def _kinds() -> list[Kind]:
         Kind("vision-language model", visual.Settings,
              lambda s, m, out, watch: visual.run(s, out, watch=watch, subject=visual.load(s, m), picture=asked)),
         Kind("video model", video.Settings,
-             lambda s, m, out, watch: video.run(s, out, watch=watch, subject=video.load(s, m))),
+             lambda s, m, out, watch: video.run(s, out, watch=watch, subject=video.load(s, m), picture=strips)),
     ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class _Perturbed(torch.autograd.Function):
         return F.one_hot(picked, scores.shape[-1]).float().mean(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         noise, picked = ctx.saved_tensors
         s, (b, k, d) = len(noise), grad.shape
         # what each draw's choice is worth, sum over its k rows of the gradient there: (S, B, k)

@@ -196,10 +196,12 @@ class VideoBench(_Bench):
             row.scores.append(Score(name, stats.mean(values), None, len(values)))
 
 
-def run(settings: Settings, out: Any, *, watch: Any = None, subject: VideoSubject | None = None) -> list[Row]:
-    """Measure everything, the unreduced model first; see `Runner.run`."""
+def run(
+    settings: Settings, out: Any, *, watch: Any = None, picture: Any = None, subject: VideoSubject | None = None
+) -> list[Row]:
+    """Measure everything, the unreduced model first; see `Runner.run`. picture: as in `bench.run`."""
     from .bench import _methods
     from .runner import with_control
 
     subject = subject or load(settings)
-    return VideoBench(settings, subject, watch, None).run(with_control(_methods(settings, subject)), out)
+    return VideoBench(settings, subject, watch, picture).run(with_control(_methods(settings, subject)), out)

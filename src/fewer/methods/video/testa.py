@@ -16,7 +16,8 @@ from fewer.core.spacetime import Rectangle, merge_cells, merge_frames
 class TESTA(Reducer):
     """Temporal and spatial aggregation: in every block whole frames merge, then patches within their frame.
 
-    budget: patches of each frame; frames: how many of these go in every block besides (at most half of them).
+    budget: patches of each frame that stay or go.
+    frames: whole frames that go in every block besides, at most half of them.
     order: of the rows that are left, which decides who can pair in the next block: by "position", or "halves", the
         rest of the even ones in front of the odd ones, as in the authors' code.
     vote: a frame ranks by the "mean" of its patches' similarities; "least" is what the authors' code takes.

@@ -13,7 +13,6 @@ from fewer.core.spacetime import Rectangle, across_frames, behind_prefix
 @reducer("vidtome", paper="arXiv:2312.10656", acts="merge", on="video", training="free",
          exempt={"budget_is_met": "its budget counts tokens of frames that may go; all rows come back",
                  "padding_changes_nothing": "frames merge as wholes, so ragged input is refused",
-                 "masked_equals_gathered": "masked, what gave way keeps its own row behind the block",
                  "protected_survive": "all rows are back behind the block; no step is left"})  # fmt: skip
 @dataclass(frozen=True)
 class VidToMe(Reducer):
