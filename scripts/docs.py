@@ -155,8 +155,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "video": (
         "Video transformers",
-        "On encoders of whole clips: VideoMAE, ViViT, V-JEPA 2. Those for vision transformers run there too. For videos "
-        "in front of a language model there are `evs`, `dycoke`, `prunevid`, `fastvid`, `llava_scissor`, `hicom`, "
+        "On encoders of whole clips: VideoMAE, ViViT, V-JEPA 2. Those for vision transformers run there, too. For "
+        "videos in front of a language model: `evs`, `dycoke`, `prunevid`, `fastvid`, `llava_scissor`, `hicom`, "
         "`video_xl_pro` and `framefusion`. The [guide](video.md) says what they keep.",
     ),
     "bridge": (

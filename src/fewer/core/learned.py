@@ -83,7 +83,7 @@ def perturbed_top(
         noise = torch.randn((samples, *scores.shape), generator=generator, device=scores.device)
     if sigma == 0:
         return F.one_hot(_tops(scores.detach(), k, noise[:1], 0.0)[0], scores.shape[-1]).float()
-    return _Perturbed.apply(scores.float(), k, noise, sigma, diagonal)  # type: ignore[no-any-return]
+    return _Perturbed.apply(scores.float(), k, noise, sigma, diagonal)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class ClipSet:
 def answers_questions(model: Any) -> bool:
     """Whether a model's head answers the questions asked about clips, as `fewer train video-actions` makes it."""
     told = getattr(getattr(model, "config", None), "questions", None)
-    return bool(told) and {k: int(v) for k, v in told.items()} == {k: len(v) for k, v in QUESTIONS.items()}
+    return told is not None and {k: int(v) for k, v in told.items()} == {k: len(v) for k, v in QUESTIONS.items()}
 
 
 def is_video(model: Any) -> bool:
@@ -112,7 +112,7 @@ class VideoSubject(Subject):
 
     @property
     def known(self) -> Clips:
-        return self.data.clips  # type: ignore[attr-defined, no-any-return]
+        return self.data.clips  # type: ignore[attr-defined]
 
     @property
     def classes(self) -> int:

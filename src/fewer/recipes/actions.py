@@ -89,7 +89,7 @@ def labels() -> list[str]:
 def build(recipe: Recipe) -> VideoMAEForVideoClassification:
     """A fresh VideoMAE with starts that suit a narrow model."""
     names = labels()
-    config = VideoMAEConfig(
+    config = VideoMAEConfig(  # type: ignore[call-arg]
         image_size=clips.SIZE,
         patch_size=clips.PATCH,
         num_channels=1,

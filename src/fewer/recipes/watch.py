@@ -109,11 +109,12 @@ def train(
         if not list(session.modules.parameters()):
             raise ValueError(f"{text(method)} has nothing to train; methods that have: see `fewer list`")
         untrained = copy.deepcopy(session.modules)
-        sigmas = [(m, m.sigma) for m in session.modules.modules() if isinstance(getattr(m, "sigma", None), float)]
+        noisy: list[Any] = [m for m in session.modules.modules() if isinstance(getattr(m, "sigma", None), float)]
+        sigmas: list[tuple[Any, float]] = [(m, m.sigma) for m in noisy]
 
         def loss(batch: Clips, at: At) -> dict[str, Tensor]:
             for module, sigma in sigmas:
-                setattr(module, "sigma", sigma * (1 - at.progress))  # noqa: B010
+                module.sigma = sigma * (1 - at.progress)
             x = pixels(batch)
             with at.autocast():
                 with torch.no_grad():

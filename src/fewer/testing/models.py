@@ -192,7 +192,7 @@ def _vivit(shape: Shape, more: dict[str, Any]) -> nn.Module:
 def _vjepa2(shape: Shape, more: dict[str, Any]) -> nn.Module:
     from transformers import VJEPA2Config, VJEPA2ForVideoClassification
 
-    config = VJEPA2Config(
+    config = VJEPA2Config(  # type: ignore[call-arg]
         crop_size=VIDEO, frames_per_clip=FRAMES, patch_size=shape.patch, hidden_size=shape.width,
         num_hidden_layers=shape.depth, num_attention_heads=shape.heads, mlp_ratio=2, num_pooler_layers=1,
         pred_hidden_size=shape.width, pred_num_attention_heads=shape.heads, pred_num_hidden_layers=1,

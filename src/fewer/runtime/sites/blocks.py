@@ -580,11 +580,12 @@ class Pass:
     ) -> tuple[Plan, Tensor]:
         """A method's plan, and the features it is executed on."""
         modules = self.bound.modules_of(method, place.stage)
-        weight, grid = next(modules.parameters(), None), self.trace.grid or ()
+        weight, whole = next(modules.parameters(), None), self.trace.grid
+        frames, grid = (1, None) if whole is None else (whole[0] if len(whole) == 3 else 1, (whole[-2], whole[-1]))
         signals = Signals(
-            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, grid[-2:] or None, modules,
+            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, grid, modules,
             self.bound.training, self.trace.memory[method], self.first.prefix, branch, pixels=self.pixels,
-            frames=grid[0] if len(grid) == 3 else 1, shared=self.trace.shared,
+            frames=frames, shared=self.trace.shared,
         )  # fmt: skip
         return self.program.methods[method].plan(signals, tokens), hidden
 
