@@ -169,9 +169,15 @@ def test_fastvid_counts_and_weighs() -> None:
 
 @pytest.mark.parametrize(
     ("form", "says"),
-    [("prunevid:segments=0", "segments=0"), ("prunevid:alike=2", "alike=2"), ("llava_scissor:tokens=5", "threshold"),
-     ("fastvid:context=2", "context=2"), ("fastvid:every=0", "every=0")],
+    [("prunevid:segments=0", "segments=0"), ("prunevid:alike=2", "alike=2"), ("fastvid:context=2", "context=2"),
+     ("fastvid:every=0", "every=0")],
 )  # fmt: skip
 def test_settings_out_of_range(form: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fewer.parse(form)
+
+
+def test_scissor_takes_a_threshold_only() -> None:
+    signals = of(noise(1, 2, 2, 2, 8))
+    with pytest.raises(ValueError, match="threshold of similarity"):
+        fewer.parse("llava_scissor:tokens=5").plan(signals, signals.tokens)

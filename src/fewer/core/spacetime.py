@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import match
@@ -236,3 +237,21 @@ def _replaced(plan: Hard) -> Hard:
     assert plan.extra is not None
     ones = torch.ones_like(plan.anchor, dtype=torch.float32)
     return replace(plan, anchor_weight=ones, extra_weight=torch.zeros_like(plan.extra, dtype=torch.float32))
+
+
+def spread(n: int, k: int, device: torch.device) -> Tensor:
+    """(k,) long: k of n places, evenly spread, the first among them."""
+    return torch.arange(k, device=device) * n // max(k, 1)
+
+
+def changed(clip: Tensor, space: tuple[int, int, int]) -> Tensor:
+    """(B, T, H, W) float32: how much each patch differs from the one before it; zero at the first moment.
+
+    clip: (B, C, frames, height, width); space: patches along time, height and width. Last frame against first.
+    """
+    t, h, w = space
+    tube = clip.shape[2] // t
+    x = clip.float().unflatten(2, (t, tube))
+    apart = (x[:, :, 1:, -1] - x[:, :, :-1, 0]).abs().mean(1)  # (B, T - 1, height, width)
+    size = (apart.shape[-2] // h, apart.shape[-1] // w)
+    return F.pad(F.avg_pool2d(apart, size, size), (0, 0, 0, 0, 1, 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.core import Budget, Plan, Signals, Threshold, Tokens, VisualReducer, reducer
+from fewer.core import Budget, BudgetError, Plan, Signals, Threshold, Tokens, VisualReducer, reducer
 from fewer.core.match import unit
 from fewer.core.visual.frames import by_frame, rows_of
 
@@ -26,12 +26,9 @@ class LLaVAScissor(VisualReducer):
 
     budget: Budget = Threshold(0.9)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.budget, Threshold):
-            raise ValueError(f"llava_scissor takes a threshold of similarity, threshold=0.9, not {self.budget!r}")
-
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
-        assert isinstance(self.budget, Threshold)
+        if not isinstance(self.budget, Threshold):
+            raise BudgetError(f"llava_scissor takes a threshold of similarity, threshold=0.9, not {self.budget!r}")
         cut, lines = self.budget.value, []
         for line, x in enumerate(signals.hidden.float()):
             if cut == float("-inf") or cut >= 1:

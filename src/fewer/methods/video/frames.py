@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewer.core import Budget, KeepRatio, Plan, Reducer, Signals, Site, Tokens, reducer
-from fewer.core.spacetime import Rectangle
-
-from .vtm import spread
+from fewer.core.spacetime import Rectangle, spread
 
 
 @reducer("frames", paper="baseline", acts="prune", on="video", training="optional",

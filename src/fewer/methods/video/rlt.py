@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewer.core import Budget, Hard, Plan, Reducer, Signals, Site, Threshold, Tokens, reducer, select
+from fewer.core.spacetime import changed
 
 
 @reducer("rlt", paper="arXiv:2411.05222", acts="prune", on="video", training="free",
@@ -41,19 +42,6 @@ class RLT(Reducer):
         kept = select.top(scores, self.budget, tokens, at=signals.at)
         whole = tokens.free_count == frames * height * width and not tokens.irregular
         return runs(kept, (frames, height * width), tokens) if whole else kept
-
-
-def changed(clip: Tensor, space: tuple[int, int, int]) -> Tensor:
-    """(B, T, H, W) float32: how much each patch differs from the one before it; zero at the first moment.
-
-    clip: (B, C, frames, height, width); space: patches along time, height and width. Last frame against first.
-    """
-    t, h, w = space
-    tube = clip.shape[2] // t
-    x = clip.float().unflatten(2, (t, tube))
-    apart = (x[:, :, 1:, -1] - x[:, :, :-1, 0]).abs().mean(1)  # (B, T - 1, height, width)
-    size = (apart.shape[-2] // h, apart.shape[-1] // w)
-    return F.pad(F.avg_pool2d(apart, size, size), (0, 0, 0, 0, 1, 0))
 
 
 def runs(kept: Hard, shape: tuple[int, int], tokens: Tokens) -> Hard:

@@ -8,9 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fewer.core import Budget, KeepRatio, Plan, PlanError, Reducer, Signals, Site, Tokens, reducer
-from fewer.core.spacetime import Rectangle
-
-from .vtm import spread
+from fewer.core.spacetime import Rectangle, spread
 
 
 @reducer("storm", paper="arXiv:2503.04130", acts="pool", on="video", training="optional",

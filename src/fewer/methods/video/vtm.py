@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from fewer.core import Budget, KeepRatio, Plan, PlanError, Reducer, Signals, Tokens, reducer
 from fewer.core.learned import remember
 from fewer.core.noise import noise
-from fewer.core.spacetime import join_into
-
-from .rlt import changed
+from fewer.core.spacetime import changed, join_into, spread
 
 SHARES = {"centre": 0.5, "boundary": 0.1}
 """Of the targets, those in the middle quarter: one in gamma / 2 there and one in 3 gamma / 2 outside, or the other way
@@ -103,11 +101,6 @@ class VTM(Reducer):
         device = order.device
         chosen = [spread(middle, inner, device), middle + spread(t * h * w - middle, k - inner, device)]
         return order[:, torch.cat(chosen)].sort(-1).values
-
-
-def spread(n: int, k: int, device: torch.device) -> Tensor:
-    """(k,) long: k of n places, evenly spread, the first among them."""
-    return torch.arange(k, device=device) * n // max(k, 1)
 
 
 def _half(edge: int, place: Tensor) -> Tensor:
