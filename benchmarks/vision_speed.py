@@ -64,6 +64,12 @@ def measure(
     torch.manual_seed(0)
     model = model_of(shape).to(device, getattr(torch, dtype))
     x = torch.randn(batch, 3, 224, 224, device=device, dtype=getattr(torch, dtype))
+    return [{"shape": shape, "batch": batch} | row for row in paired(model, x, settings, repeats, execution)]
+
+
+@torch.inference_mode()
+def paired(model: torch.nn.Module, x: torch.Tensor, settings: list[str], repeats: int, execution: str) -> list[dict]:
+    """A row for each setting."""
     ratios: dict[str, list[float]] = {s: [] for s in settings}
     facts: dict[str, dict] = {}
     plain: list[float] = []
@@ -87,7 +93,7 @@ def measure(
         quartiles = statistics.quantiles(ratios[setting], n=4) if repeats > 1 else [ratios[setting][0]] * 3
         fact = facts[setting]
         rows.append({
-            "setting": setting, "shape": shape, "batch": batch, "execution": execution,
+            "setting": setting, "execution": execution,
             "speedup": quartiles[1], "low": quartiles[0], "high": quartiles[2],
             "ceiling": fact["ceiling"], "achieved": quartiles[1] / fact["ceiling"],
             "own_time_share": statistics.median(fact["own"]) if "own" in fact else None,

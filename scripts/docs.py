@@ -40,6 +40,8 @@ SHARED = (  # tests of many methods of one kind
     "tests/cache/test_exact.py",
     "tests/methods/test_encoder_methods.py",
     "tests/methods/test_encoder_methods_on_models.py",
+    "tests/methods/test_video.py",
+    "tests/visual/test_frames.py",
     "tests/visual/test_inside.py",
     "tests/visual/test_projectors_on_models.py",
     "tests/visual/test_resamplers_on_models.py",
@@ -133,7 +135,8 @@ NEAREST = {  # model type, as an expression -> what comes nearest, or the way ou
         "ViT, DINOv2, DINOv3, SigLIP: one sequence of patches throughout"
     ),
     "vitdet|lw_detr.*|rf_detr.*": "DINOv2, DINOv3: no windows",
-    "timesformer|videoprism.*": "VideoMAE, ViViT: space and time in one sequence",
+    "timesformer|videoprism.*": "VideoMAE, ViViT, V-JEPA 2, or TimeSformer with joint attention: space and time in one "
+    "sequence",
     "longformer|mra|yoso|nystromformer|reformer": "ModernBERT, BigBird, for long texts",
     "led|longt5|pegasus_x|fsmt|umt5|prophetnet": "T5, BART, Pegasus",
     "(.*_)?(parakeet|lasr|canary|cohere_asr|granite_speech|seamless).*|.*conformer.*|wav2vec2-bert": (
@@ -149,6 +152,12 @@ GROUPS: dict[str, tuple[str, str]] = {
     "vision": (
         "Vision transformers",
         "On pictures. They run in text encoders too, and those that only prune in decoders.",
+    ),
+    "video": (
+        "Video transformers",
+        "On encoders of whole clips: VideoMAE, ViViT, V-JEPA 2. Those for vision transformers run there, too. For "
+        "videos in front of a language model: `evs`, `dycoke`, `prunevid`, `fastvid`, `llava_scissor`, `hicom`, "
+        "`video_xl_pro` and `framefusion`. The [guide](video.md) says what they keep.",
     ),
     "bridge": (
         "Vision-language models: before the language model",
@@ -224,6 +233,8 @@ def contract(name: str, cls: type[Reducer]) -> str:
     """The models on which the contract holds a method to what it promises; empty where there is none."""
     if cls.card.on == "vision":
         return "the contract (every method, every kind of host)"
+    if cls.card.on == "video":
+        return "the contract of videos (every kind of video host)"
     if issubclass(cls, VisualReducer):
         anywhere = named(name, table("test_contract_visual.py", "ANYWHERE"))
         return f"the contract of visual tokens ({'every kind of bridge' if anywhere else 'LLaVA'})"

@@ -34,6 +34,7 @@ FORMS: dict[str, int | None] = {
     "tokenpacker:tokens=4": 4, "honeybee_c:tokens=4": 4, "honeybee_d:tokens=4,depth=1": 4, "mini_gemini": 16,
     "brave:tokens=4,depth=1,heads=2": 4, "llama_vid": 2, "hicom:group=1+2+2,queries=2": 6, "dynamic_llava:k=1": 3,
     "dyvte": None, "fitprune": None, "framefusion": None,
+    "evs": None, "dycoke": None, "prunevid": None, "llava_scissor:threshold=0.3": None, "fastvid:keep=0.4": None,
 }  # fmt: skip
 # Those that look at projected tokens alone run on every family.
 ANYWHERE = (

@@ -38,7 +38,10 @@ def command(
     model: Annotated[str | None, typer.Option(help=f"{NAMES} Default: vit-fashion.", show_default=False)] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="embedded, fashion, tuxpaint, a folder of folders, a hub name; or a book: moby-dick."),
+        typer.Option(
+            help="embedded, fashion, tuxpaint, a folder of folders, a hub name; a book: moby-dick; or clips: plain, "
+            "small, flooded, camera."
+        ),
     ] = None,
     methods: Annotated[
         list[str] | None,
@@ -99,7 +102,8 @@ def command(
     """Measure what each method costs and gains, against the same model with all its tokens.
 
     A causal language model is asked about texts: contexts are read with each method on, then questions are asked.
-    A vision-language model is asked about scenes whose objects' places are known.
+    A vision-language model is asked about scenes whose objects' places are known, a video model about clips of things
+    that move.
     Every other model is asked which class an image or a text belongs to.
     """
     given = {
@@ -151,10 +155,11 @@ def command(
 def _kinds() -> list[Kind]:
     """What can be measured: pictures, texts, contexts, scenes."""
     from fewer.evaluation import bench as images
-    from fewer.evaluation import encoders, visual
+    from fewer.evaluation import encoders, video, visual
     from fewer.evaluation.language import bench as language
     from fewer.studio.asked import asked
     from fewer.studio.gallery import gallery
+    from fewer.studio.strip import strips
 
     return [
         Kind("vision model", images.Settings,
@@ -165,14 +170,19 @@ def _kinds() -> list[Kind]:
              lambda s, m, out, watch: language.run(s, out, watch=watch, subject=language.load(s, m))),
         Kind("vision-language model", visual.Settings,
              lambda s, m, out, watch: visual.run(s, out, watch=watch, subject=visual.load(s, m), picture=asked)),
+        Kind("video model", video.Settings,
+             lambda s, m, out, watch: video.run(s, out, watch=watch, subject=video.load(s, m), picture=strips)),
     ]  # fmt: skip
 
 
 def _kind(network: Any, processor: Any) -> Kind:
     """What measures a model."""
+    from fewer.evaluation.video import is_video
     from fewer.models.zoo import Processor
 
-    pictures, texts, contexts, scenes = _kinds()
+    pictures, texts, contexts, scenes, moving = _kinds()
+    if is_video(network):
+        return moving
     if hasattr(network, "generate"):
         return scenes if sees(network) else contexts
     return pictures if isinstance(processor, Processor) else texts

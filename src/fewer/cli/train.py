@@ -21,7 +21,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, multitoken, or a method such as "
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, or a method: "
             "dynamicvit:keep=0.7."
         ),
     ],
@@ -49,6 +49,13 @@ def _visual(name: str) -> bool:
     return isinstance(parse(name), VisualReducer)
 
 
+def _moving(name: str) -> bool:
+    """Whether a method is one for videos."""
+    from fewer import parse
+
+    return parse(name).card.on == "video"
+
+
 def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], Any]]:
     """What a name to train stands for, and what runs it. model: None = the one the recipe is made for."""
     method = name.partition(":")[0]
@@ -66,6 +73,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import vlm
 
         return vlm.Recipe(), lambda recipe, out: vlm.train(out, recipe=recipe, log=say)
+    if name == "video-actions":
+        from fewer.recipes import actions
+
+        return actions.Recipe(), lambda recipe, out: actions.train(out, recipe, log=say)
     if name == "autocompressor":
         from fewer.recipes import condense
 
@@ -95,6 +106,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import prompt
 
         return prompt.Prompting(method=name, **chosen), partial(prompt.train, log=say)
+    if _moving(name):
+        from fewer.recipes import watch
+
+        return watch.Watching(method=name, **chosen), partial(watch.train, log=say)
     from fewer.recipes import reduce
 
     return reduce.Reduction(method=name, **chosen), partial(reduce.train, log=say)

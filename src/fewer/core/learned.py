@@ -41,6 +41,52 @@ def keep_decision(logp: Tensor, noise: Tensor, tau: float = 1.0) -> Tensor:
     return straight_through((noisy[..., 0] >= noisy[..., 1]).float(), soft)
 
 
+class _Perturbed(torch.autograd.Function):
+    """Mean of the one-hot top-k sets of noisy scores; backward by the score function of the noise."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, k: int, noise: Tensor, sigma: float, diagonal: bool) -> Tensor:
+        picked = _tops(scores, k, noise, sigma)  # (S, B, k)
+        ctx.save_for_backward(noise, picked)
+        ctx.sigma, ctx.diagonal = sigma, diagonal
+        return F.one_hot(picked, scores.shape[-1]).float().mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        noise, picked = ctx.saved_tensors
+        s, (b, k, d) = len(noise), grad.shape
+        # what each draw's choice is worth, sum over its k rows of the gradient there: (S, B, k)
+        worth = grad.expand(s, b, k, d).gather(-1, picked[..., None])[..., 0]
+        if ctx.diagonal:  # only a token's own noise, as the authors' code does
+            own = torch.zeros_like(noise).scatter_add(-1, picked, worth)
+            out = (noise * own).sum(0)
+        else:
+            out = (noise * worth.sum(-1, keepdim=True)).sum(0)
+        return out / (s * ctx.sigma), None, None, None, None
+
+
+def _tops(scores: Tensor, k: int, noise: Tensor, sigma: float) -> Tensor:
+    return (scores + sigma * noise).topk(k, dim=-1).indices.sort(-1).values
+
+
+def perturbed_top(
+    scores: Tensor, k: int, *, sigma: float = 0.05, samples: int = 500, diagonal: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Soft selectors of the k highest scores: (B, d) -> (B, k, d), each row summing to one, in the order of positions.
+
+    sigma      of the Gaussian noise; at 0 the hard choice, without gradient
+    diagonal   the gradient of the authors' code (a token's own noise only) instead of that of the smoothed choice
+    Memory     samples x B x (k + d) numbers; no one-hot of the samples is kept for the backward pass.
+    Source   Cordonnier et al., CVPR 2021, after Berthet et al., arXiv:2002.08676; as STTS and TS2-Net use it.
+    """
+    with torch.no_grad():
+        noise = torch.randn((samples, *scores.shape), generator=generator, device=scores.device)
+    if sigma == 0:
+        return F.one_hot(_tops(scores.detach(), k, noise[:1], 0.0)[0], scores.shape[-1]).float()
+    return _Perturbed.apply(scores.float(), k, noise, sigma, diagonal)
+
+
 @dataclass(frozen=True)
 class Learned(Budget):
     """The count comes from the method's trained modules."""

@@ -7,11 +7,12 @@ from torch import Tensor
 
 def noise(place: Tensor, seed: int, layer: int) -> Tensor:
     """A hash of (place, seed, layer) as float32, uniform over the whole numbers below 2^24. place: long, any shape."""
-    x = _mixed(place + _mixed_int(seed * 1009 + layer))
+    x = _mixed(place + hashed(seed * 1009 + layer))
     return (x & 0xFFFFFF).float()
 
 
-def _mixed_int(x: int) -> int:
+def hashed(x: int) -> int:
+    """A hash of 32 bits."""
     x &= 0xFFFFFFFF
     for factor in (0x7FEB352D, 0x46CA68B5):
         x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF

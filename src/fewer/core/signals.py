@@ -38,7 +38,8 @@ class lazy:
 class Signals:
     """hidden: (B, N, C), the features the plan will act on. q, k, v: this block's, (B, H or G, N, d).
 
-    grid       (height, width) of the input patches, row-major
+    grid       (height, width) of the input patches, row-major; of a video those of each frame
+    frames     how many frames of patches the input has, one after the other; several frames cut as one count as one
     at         the place; pass it on to selectors and matchers
     branch     (B, N, C), what a mixer without attention (Mamba) added to the features; None elsewhere
     modules    the method's own trained modules, empty for training-free methods
@@ -46,6 +47,8 @@ class Signals:
     prefix     tokens in front of the patches in the model's input
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
     text       tokens as words and sentences, and who reads them; read it as `written`
+    pixels     (B, C, frames, height, width), the video that was cut into patches; read it as `clip`
+    shared     what all methods of a pass know of the rows that are left
     against    asks the model that losses are held against; read it as `reference`
     """
 
@@ -62,6 +65,29 @@ class Signals:
     beside: Visual | None = None
     text: Written | None = None
     against: Callable[[], Tensor] | None = None
+    frames: int = 1
+    pixels: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def clip(self) -> Tensor:
+        """(B, C, frames, height, width): the video that was cut into patches."""
+        if self.pixels is None or self.pixels.dim() != 5:
+            raise SignalError(
+                "the frames themselves are not known here: this method looks at the pixels of a video, in a model that "
+                "cuts patches out of a whole clip (VideoMAE, ViViT, V-JEPA 2)"
+            )
+        return self.pixels
+
+    @property
+    def space(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the input patches. Raises SignalError where they form no known grid."""
+        if self.grid is None:
+            raise SignalError(
+                "where each token stands in time and space is not known here; methods for videos need a model that "
+                "cuts a clip into a grid of patches (VideoMAE, ViViT, V-JEPA 2)"
+            )
+        return self.frames, *self.grid
 
     @lazy
     def reference(self) -> Tensor:
@@ -123,6 +149,7 @@ class Signals:
         place = (self.tokens.ordinal() - self.prefix).clamp(min=0)
         if self.grid is None:
             return torch.zeros_like(place), place
+        place = place % (self.grid[0] * self.grid[1])
         return place // self.grid[1], place % self.grid[1]
 
     @property
@@ -136,8 +163,11 @@ class Signals:
     @lazy
     def plane(self) -> Tensor:
         """(B, N) long: the image, tile or frame each row shows a cell of, numbered from 0 in the order of the input."""
-        if self.beside is None:
+        if self.beside is None and (self.grid is None or self.frames == 1):
             return torch.zeros_like(self.tokens.place())
+        if self.beside is None:
+            assert self.grid is not None
+            return (self.tokens.ordinal() - self.prefix).clamp(min=0) // (self.grid[0] * self.grid[1])
         view, real = self.beside.view, self.beside.view.valid
         key = (view.item << 42) + (view.tile << 21) + view.time
         if real is not None:

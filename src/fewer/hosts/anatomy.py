@@ -124,6 +124,7 @@ class Anatomy:
     keys       the names of what a block gives, where that is a dict
     second     a second sequence that blocks hand on beside the features: its argument, and which of the things a block
                gives it is; the two travel as one, channel behind channel
+    counts     an argument that tells blocks the place of each token, which they count themselves where it is None
     reads      of a decoder: the attention calls of one pass in order, as the path of the module and the cache layer it
                reads; empty where the attention of block i reads layer i, once
     """
@@ -151,6 +152,7 @@ class Anatomy:
     keys: tuple[str, ...] = ()
     second: tuple[str, int] | None = None
     reads: tuple[tuple[str, int], ...] = ()
+    counts: str | None = None
 
     @property
     def acts(self) -> set[str]:

@@ -203,9 +203,15 @@ class Host:
         holder = self.root if self.found.patch is None else self._part(self.root, self.found.patch.rpartition(".")[0])
         if isinstance(count := getattr(holder, "num_patches", None), int):
             return count
-        image, patch = (getattr(config, n, None) for n in ("image_size", "patch_size"))
+        image, patch = (
+            getattr(config, "image_size", getattr(config, "crop_size", None)),
+            getattr(config, "patch_size", None),
+        )
         image, patch = ((v, v) if isinstance(v, int) else v for v in (image, patch))
-        return 0 if image is None or patch is None else (image[0] // patch[0]) * (image[1] // patch[1])
+        if image is None or patch is None:
+            return 0
+        frames, tube = getattr(config, "frames_per_clip", 1), getattr(config, "tubelet_size", 1)
+        return max(frames // tube, 1) * (image[0] // patch[0]) * (image[1] // patch[1])
 
     @property
     def final_norm(self) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -26,6 +27,10 @@ from .twin import example
 from .written_out import entered
 
 BATCH, LENGTH = 5, 13  # of the example: sizes that no other dimension of a twin is likely to have
+COUNTED = (
+    "position_mask",
+    "position_ids",
+)  # arguments that tell blocks where tokens are, which these may count instead
 CLASS = re.compile(r"(^|\.)(cls|class)(_?tokens?|_?embed\w*|_?emb)?$", re.IGNORECASE)
 
 
@@ -130,6 +135,9 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
             "into one another, so that no sample keeps a sequence of its own"
         )
     kind = _kind(root, given, output, watch.seen)
+    counts = None
+    if features and not keeps:
+        counts, watch = _counts(root, given, blocks, watch, tokens)
     mask = _mask_name(watch.seen, given)
     second = _second(watch.seen)
     layers = tuple(_layer(path, blocks[i], watch.seen.get(i), tokens, mask, layout) for i, path in enumerate(paths))
@@ -147,7 +155,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
     causal = kind == "text" and _causal(root, given, blocks)
     if kind == "text" and not getattr(root.config, "is_encoder_decoder", False) and not causal:
         prefix, has_cls = 1, True
-    patch = next((p for p, m in watch.maps if m.dim() == 4 and m.shape[-2] * m.shape[-1] == tokens - prefix), None)
+    patch = next((p for p, m in watch.maps if m.dim() > 3 and math.prod(m.shape[2:]) == tokens - prefix), None)
     streams = _streams(watch.seen, tokens, prefix, {mask} if second is None else {mask, second[0]})
     norm = _norm_behind(watch, blocks)
     pooler = next((p for p, m, _, _ in watch.behind if isinstance(m, nn.MultiheadAttention)), None)
@@ -158,7 +166,7 @@ def observe(root: nn.Module, paths: Sequence[str]) -> Anatomy:
         patch, norm, pooler, head_dim=widths[0] if widths else 0, rotation=rotation,
         features=features, causal=causal, dense=hasattr(root, "out_features"),
         inverted=_inverted(watch.seen, mask), layout=layout, keys=tuple(out) if isinstance(out, dict) else (),
-        second=second, reads=reads or (),
+        second=second, reads=reads or (), counts=counts,
     )  # fmt: skip
 
 
@@ -188,6 +196,43 @@ def _second(seen: Mapping[int, _Seen]) -> tuple[str, int] | None:
     ]
     every = set.intersection(*given) if given else set()
     return min((pair for pair in every if _is_sequence(runs[0].kwargs.get(pair[0]), runs[0].x)), default=None)
+
+
+def _counts(
+    root: nn.Module, given: Mapping[str, Any], blocks: Sequence[nn.Module], watch: _Watch, tokens: int
+) -> tuple[str | None, _Watch]:
+    """An argument that would tell blocks the place of each token, where they are given None and count their rows
+    instead, tried: told the places they would count, nothing changes, and told others, something does. With the run in
+    which they were told."""
+
+    def told(name: str, place: Tensor) -> _Watch:
+        again = _Watch(root, blocks)
+        with ExitStack() as undo:
+            for block in blocks:
+                hook = block.register_forward_pre_hook(partial(_telling, name, place), with_kwargs=True)
+                undo.callback(hook.remove)
+            again(given)
+        return again
+
+    def last(run: _Watch) -> Tensor:
+        out = run.seen[len(blocks) - 1].out
+        return out[0] if isinstance(out, tuple) else out
+
+    for name in COUNTED:
+        if not all(name in seen.kwargs and seen.kwargs[name] is None for seen in watch.seen.values()):
+            continue
+        place = torch.arange(tokens, device=last(watch).device).expand(BATCH, -1)
+        with suppress(Exception):  # whatever a stranger's code makes of it
+            same, other = told(name, place), told(name, place.flip(-1))
+            if torch.allclose(last(same), last(watch), atol=1e-5, rtol=1e-4) and not torch.allclose(
+                last(other), last(watch), atol=1e-3
+            ):
+                return name, same
+    return None, watch
+
+
+def _telling(name: str, place: Tensor, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    return (), {**bound(block, args, kwargs)[1], name: place}
 
 
 def _is_sequence(value: Any, x: Any) -> bool:

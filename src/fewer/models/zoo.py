@@ -34,6 +34,7 @@ __all__ = ["NAMED", "ModelError", "Processor", "load_clip", "load_model", "load_
 NAMED: Mapping[str, str] = {
     "vit-fashion": "ViT, 12 layers of width 96, 196 patches, Fashion-MNIST; in the package",
     "bert-eras": "BERT, 6 layers of width 128, 256 tokens: the era of a president's words; in the package",
+    "video-actions": "VideoMAE, 6 layers of width 96, 8 x 49 tokens: how and when things move; in the package",
     "llava-scenes": "LLaVA, CLIP tower and Llama of width 160, 6 layers each, 144 visual tokens; in the package",
     "dinov2-small": "DINOv2 ViT-S/14, 12 layers of width 384, features only; facebook/dinov2-small or a packaged twin",
     "smollm2-135m": "SmolLM2 135M Instruct, Llama, 30 layers of width 576, 8k context; float32, chat template",
@@ -41,7 +42,7 @@ NAMED: Mapping[str, str] = {
     "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
-EMBEDDED = ("vit-fashion", "bert-eras", "llava-scenes")
+EMBEDDED = ("vit-fashion", "bert-eras", "llava-scenes", "video-actions")
 """Those whose weights are in the package."""
 
 DINOV2_HUB = "facebook/dinov2-small"
@@ -300,6 +301,8 @@ def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any
         made_for = (config.architectures or [""])[0]
         if made_for.endswith("ForImageClassification"):
             model = transformers.AutoModelForImageClassification.from_pretrained(name, local_files_only=cached_only)
+        elif made_for.endswith("ForVideoClassification"):
+            model = transformers.AutoModelForVideoClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForSequenceClassification"):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(name, local_files_only=cached_only)
         elif made_for.endswith("ForTokenClassification"):

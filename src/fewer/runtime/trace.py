@@ -80,19 +80,20 @@ class Trace:
     """Of one pass over a stack of blocks.
 
     first    the tokens that entered; tokens: those that are left
-    grid     (height, width) of the patches, where they form one
+    grid     (height, width) of the patches, where they form one; of a video (frames, height, width)
     steps    the plans, in order
     live     masked execution: the rows still there, as a plan over all of them
-    memory   what each method remembers during the pass
+    memory   what each method remembers during the pass; shared: what all of them know
     beside   of a prompt with visual rows: what is known of these
     """
 
-    def __init__(self, host: Host, first: Tokens, methods: int, itemsize: int, grid: tuple[int, int] | None) -> None:
+    def __init__(self, host: Host, first: Tokens, methods: int, itemsize: int, grid: tuple[int, ...] | None) -> None:
         self.host, self.first, self.tokens, self.grid = host, first, first, grid
         self.itemsize = itemsize
         self.steps: list[Step] = []
         self.live: Hard | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(methods)]
+        self.shared: dict[str, Any] = {}
         self.notes: list[str] = []
         self.blocks = [BlockCosts() for _ in host.blocks]
         self.seconds: float | None = None
@@ -215,7 +216,7 @@ class Trace:
         other = copy.copy(self)
         other.steps, other.notes = list(self.steps), list(self.notes)
         other.blocks = [BlockCosts(list(b.rows), list(b.lengths), list(b.computed), b.own) for b in self.blocks]
-        other.memory = [dict(m) for m in self.memory]
+        other.memory, other.shared = [dict(m) for m in self.memory], dict(self.shared)
         return other
 
 

@@ -74,7 +74,7 @@ def followed(
     Returns captions and rows of tiles, for `sheet`. Raises ValueError where the patches form no known grid.
     """  # fmt: skip
     grid = session.last.grid
-    if grid is None:
+    if grid is None or len(grid) != 2:
         raise ValueError("this model's patches form no known grid, so there is nothing to draw them on")
     counts = session.counts
     mean = counts if isinstance(counts, list) else counts.double().mean(1).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fewer.evaluation import visual
+from fewer.evaluation import video, visual
 from fewer.evaluation.bench import against_random
 from fewer.evaluation.language.bench import FAULT
 from fewer.evaluation.language.tasks import TASKS
@@ -101,7 +101,8 @@ NATS = "mean negative log-likelihood of the right answer's tokens"
 
 def of_language(rows: Sequence[Row]) -> bool:
     """Whether these are rows of a language model that reads text only."""
-    return any(row.scores or row.writing for row in rows) and not of_seeing(rows)
+    watched = any(score.task in video.TASKS for row in rows for score in row.scores)
+    return any(row.scores or row.writing for row in rows) and not of_seeing(rows) and not watched
 
 
 def of_seeing(rows: Sequence[Row]) -> bool:
@@ -134,7 +135,7 @@ def _task(task: str) -> Column:
     name, nats, _ = task.partition(" nats")
     if nats:
         return Column(name, "nats", NATS, lambda r: _scored(r, task, lambda s: _plain(s.value, 2)))
-    says = WRITING.get(task) or TASKS.get(task) or visual.TASKS[task]
+    says = WRITING.get(task) or TASKS.get(task) or video.TASKS.get(task) or visual.TASKS[task]
     plain = task == "perplexity"
     return Column(task, UNITS.get(task, "%"), says,
                   lambda r: _scored(r, task, lambda s: _plain(s.value, 2) if plain else percent(s.value)))  # fmt: skip

@@ -11,6 +11,18 @@ its `@reducer(..., exempt={"check_name": "why"})`; such a check is then expected
 
 from .checks import CHECKS, Check
 from .faults import FAULTS, Fault, Honest
-from .hosts import TinyHost, fitted, keep_all, text_hosts, tiny_hosts
+from .hosts import TinyHost, fitted, keep_all, text_hosts, tiny_hosts, video_hosts
 
-__all__ = ["CHECKS", "FAULTS", "Check", "Fault", "Honest", "TinyHost", "fitted", "keep_all", "text_hosts", "tiny_hosts"]
+__all__ = [
+    "CHECKS",
+    "FAULTS",
+    "Check",
+    "Fault",
+    "Honest",
+    "TinyHost",
+    "fitted",
+    "keep_all",
+    "text_hosts",
+    "tiny_hosts",
+    "video_hosts",
+]

@@ -17,7 +17,7 @@ from fewer.hosts import Host, find
 from fewer.runtime.apply import apply
 from fewer.runtime.session import Session
 
-from .models import TEXTS, Shape, answer, images, texts, tiny_vit
+from .models import TEXTS, VIDEOS, Shape, answer, clips, images, texts, tiny_vit
 
 DEPTH = 3
 LAYERS = (1, 2)  # where a method acts that does not act in every block
@@ -45,8 +45,10 @@ class TinyHost:
 
     @property
     def batch(self) -> Tensor:
-        """Three images, (3, 3, 32, 32), or the embeddings of three texts, (3, 17, 32); of words and patches, one more:
-        the class token of the image."""
+        """Three images, (3, 3, 32, 32), clips, (3, 8, 3, 16, 16), or the embeddings of three texts, (3, 17, 32); of
+        words and patches, one more: the class token of the image."""
+        if self.kind in VIDEOS:
+            return clips(3).to(self.device)
         tokens = 18 if self.kind == "vilt" else 17
         return (texts(3, tokens) if self.kind in TEXTS else images(3)).to(self.device)
 
@@ -138,6 +140,11 @@ def text_hosts(device: str = "cpu") -> list[TinyHost]:
     """One host per way a model of text can differ: the norm's place, windows, positions, the kind of mixer, an image
     behind it."""
     return [TinyHost(kind, device) for kind in TEXTS]
+
+
+def video_hosts(device: str = "cpu") -> list[TinyHost]:
+    """One host per way a model of videos can differ: no class token, one, positions told to the blocks."""
+    return [TinyHost(kind, device) for kind in VIDEOS]
 
 
 def tiny_hosts(device: str = "cpu") -> list[TinyHost]:

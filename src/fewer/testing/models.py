@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+VIDEO, FRAMES = 16, 8  # pixels of a frame's side, and frames, of a model of videos: 4 x 2 x 2 patches
+VIDEOS = ("videomae", "vivit", "vjepa2")
 WORDS = 7  # of the tokens of a model of words and patches
 
 
@@ -171,12 +173,41 @@ def _timm_distilled(shape: Shape, more: dict[str, Any]) -> nn.Module:
     return VisionTransformerDistilled(**shape.arguments(**more))
 
 
+def _videomae(shape: Shape, more: dict[str, Any]) -> nn.Module:
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+    config = shape.config(image_size=VIDEO, num_frames=FRAMES, tubelet_size=2, **more)
+    return VideoMAEForVideoClassification(VideoMAEConfig(**config))
+
+
+def _vivit(shape: Shape, more: dict[str, Any]) -> nn.Module:
+    from transformers import VivitConfig, VivitForVideoClassification
+
+    cut = [2, shape.patch, shape.patch]
+    return VivitForVideoClassification(
+        VivitConfig(**shape.config(image_size=VIDEO, num_frames=FRAMES, tubelet_size=cut, **more))
+    )
+
+
+def _vjepa2(shape: Shape, more: dict[str, Any]) -> nn.Module:
+    from transformers import VJEPA2Config, VJEPA2ForVideoClassification
+
+    config = VJEPA2Config(  # type: ignore[call-arg]
+        crop_size=VIDEO, frames_per_clip=FRAMES, patch_size=shape.patch, hidden_size=shape.width,
+        num_hidden_layers=shape.depth, num_attention_heads=shape.heads, mlp_ratio=2, num_pooler_layers=1,
+        pred_hidden_size=shape.width, pred_num_attention_heads=shape.heads, pred_num_hidden_layers=1,
+        num_labels=shape.classes, **more,
+    )  # fmt: skip
+    return VJEPA2ForVideoClassification(config)
+
+
 KINDS: dict[str, Callable[[Shape, dict[str, Any]], nn.Module]] = {
     "vit": _vit, "deit": _deit, "deit_student": _deit_student, "dinov2": _dinov2, "dinov2_swiglu": _dinov2_swiglu,
     "dinov2_registers": _dinov2_registers, "clip": _clip, "clip_text": _clip_text, "clip_mean": _clip_mean,
     "blip": _blip, "siglip": _siglip, "siglip_text": _siglip_text, "siglip_mean": _siglip_mean, "beit": _beit,
     "beit_shared": _beit_shared, "timm": _timm, "timm_mean": _timm_mean, "timm_map": _timm_map,
-    "timm_registers": _timm_registers, "timm_distilled": _timm_distilled,
+    "timm_registers": _timm_registers, "timm_distilled": _timm_distilled, "videomae": _videomae, "vivit": _vivit,
+    "vjepa2": _vjepa2,
 }  # fmt: skip
 
 
@@ -236,6 +267,11 @@ def tiny_vit(kind: str = "vit", *, seed: int = 0, options: dict[str, Any] | None
 def images(batch: int = 2, image: int = 32, seed: int = 0) -> Tensor:
     """(batch, 3, image, image), standard normal."""
     return torch.randn(batch, 3, image, image, generator=torch.Generator().manual_seed(seed))
+
+
+def clips(batch: int = 2, seed: int = 0) -> Tensor:
+    """(batch, FRAMES, 3, VIDEO, VIDEO), standard normal."""
+    return torch.randn(batch, FRAMES, 3, VIDEO, VIDEO, generator=torch.Generator().manual_seed(seed))
 
 
 def texts(batch: int = 2, tokens: int = 17, width: int = 32, seed: int = 0) -> Tensor:

@@ -33,7 +33,7 @@ class Grid(Reducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell
-        if signals.beside is not None:
+        if signals.beside is not None or signals.frames > 1:
             key = (bayer(row, column, BITS) << BITS) | mirrored(signals.plane, BITS)
             rank = key.argsort(dim=-1, stable=True).argsort(dim=-1)
         else:

@@ -35,7 +35,7 @@ class Pool(Reducer):
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         row, column = signals.cell
-        if signals.beside is not None:
+        if signals.beside is not None or signals.frames > 1:
             line = (signals.plane << 2 * BITS) | hilbert(row, column, BITS)
             line = line.argsort(dim=-1, stable=True).argsort(dim=-1)
         else:

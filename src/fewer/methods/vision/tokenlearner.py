@@ -85,8 +85,8 @@ class TokenFuser(nn.Module):
 class TokenLearner(Reducer):
     """Before one block, learned attention maps turn the patches into S summaries. Protected tokens are set aside.
 
-    budget: the number of summaries (8 to 16 in the paper); the modules are made for this number. Other budgets need
-        the shape of the model at hand and take its patch count.
+    budget: the number of summaries (8 to 16 in the paper), of each frame in a video; the modules are made for this
+        number. Other budgets need the shape of the model at hand and take its patch count.
     layers: the block before which it happens; half-way through 12 blocks.
     version: "1.1" an MLP and softmax over positions; "1.0" convolutions over the full grid and sigmoid gates.
     bottleneck: width of the MLPs.
@@ -123,6 +123,8 @@ class TokenLearner(Reducer):
         return made | ({"fuser": TokenFuser(width, summaries, self.bottleneck)} if self.fuser else {})
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
+        if signals.frames > 1:
+            return self._by_frame(signals, tokens)
         free = tokens.free
         maps = signals.module("maps")
         patches = free.of(signals.hidden)
@@ -140,3 +142,27 @@ class TokenLearner(Reducer):
         aside = torch.eye(p, tokens.n, device=alpha.device).expand(tokens.batch, p, tokens.n)
         rows = torch.cat([alpha.new_zeros(tokens.batch, s, p), alpha], 2)
         return Plan.soft(torch.cat([aside, rows], 1), lengths=lengths)
+
+    def _by_frame(self, signals: Signals, tokens: Tokens) -> Plan:
+        """Each frame of a video has its own summaries, by the same maps, in the order of the frames."""
+        frames, height, width = signals.space
+        b, p, cells = tokens.batch, tokens.prefix, height * width
+        if tokens.irregular or tokens.free_count != frames * cells:
+            raise PlanError(
+                f"tokenlearner takes the whole {frames} x {height} x {width} grid of a video; {tokens.free_count} "
+                "tokens are left of it: let it act before anything else reduces"
+            )
+        maps = signals.module("maps")
+        patches = tokens.free.of(signals.hidden).unflatten(1, (frames, cells)).flatten(0, 1)
+        alpha = maps(patches, signals.grid, None)  # (B * T, S, HW)
+        s = alpha.shape[1]
+        signals.at.spend(frames * (maps.flops(cells) + 2 * s * cells * patches.shape[-1]))
+        if self.fuser:
+            whole = patches.unflatten(0, (b, frames)).flatten(1, 2)
+            signals.memory["patches"] = {**signals.memory.get("patches", {}), signals.at.stage: whole}
+        matrix = alpha.new_zeros(b, p + frames * s, tokens.n)
+        matrix[:, :p, :p] = torch.eye(p, device=alpha.device)
+        blocks = alpha.unflatten(0, (b, frames))
+        for t in range(frames):
+            matrix[:, p + t * s : p + (t + 1) * s, p + t * cells : p + (t + 1) * cells] = blocks[:, t]
+        return Plan.soft(matrix)

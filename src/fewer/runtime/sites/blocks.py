@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -177,7 +178,9 @@ class BlockSite:
             shown = self.host.upright(mask)
             front = 0 if self.host.learned is None else self.host.learned.in_front()
             return self._kind(self, x, valid=None if shown is None else _seen_by_any(shown), front=front)
-        return self._kind(self, x, getattr(self._local, "grid", None))
+        run = self._kind(self, x, getattr(self._local, "grid", None))
+        run.pixels, self._local.pixels = getattr(self._local, "pixels", None), None
+        return run
 
     def _follow(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """A decoder that looks at the encoder's rows looks at those that are left: its mask of them follows. Beams
@@ -201,8 +204,9 @@ class BlockSite:
         return (), {**given, "encoder_attention_mask": (place >= 0).long()}
 
     def _see_grid(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        if output.dim() == 4:
-            self._local.grid = (output.shape[-2], output.shape[-1])
+        if output.dim() > 3:
+            self._local.grid = tuple(output.shape[2:])
+            self._local.pixels = _args[0] if _args and isinstance(_args[0], Tensor) else None
 
     def _fill_padding(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._filled(output)
@@ -281,7 +285,7 @@ class Pass:
     """
 
     def __init__(
-        self, site: BlockSite, x: Tensor, grid: tuple[int, int] | None = None, valid: Tensor | None = None,
+        self, site: BlockSite, x: Tensor, grid: tuple[int, ...] | None = None, valid: Tensor | None = None,
         front: int = 0,
     ) -> None:  # fmt: skip
         host = site.host
@@ -290,7 +294,7 @@ class Pass:
         came = Tokens.plain(b, n, host.prefix, has_cls=host.has_cls, device=x.device, valid=valid)
         self.first = self.opening(came.protect(Group(host.prefix, front)) if front > host.prefix else came)
         self.tokens = self.first
-        grid = grid if grid is not None and grid[0] * grid[1] == n - host.prefix else None
+        grid = grid if grid is not None and math.prod(grid) == n - host.prefix else None
         self.trace = Trace(host, self.first, len(self.program.methods), x.element_size(), grid)
         self.mapped = site.mapped
         self.dense = host.dense or self.mapped
@@ -307,6 +311,7 @@ class Pass:
         self._clock = x.device.type == "cpu" and not torch.compiler.is_compiling()
         self._start = time.perf_counter() if self._clock else 0.0
         self._own = 0.0
+        self.pixels: Tensor | None = None  # what entered the patch embedding
         self._acted = False  # whether any method had its say
         self.counted = True  # False in a block's second run by gradient checkpointing
 
@@ -385,6 +390,9 @@ class Pass:
 
     def streams(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What travels beside the features, at the tokens that are left: rotary tables, position ids and the like."""
+        counts = self.host.found.counts
+        if counts is not None and kwargs.get(counts) is None:  # who would count the rows is told what they are
+            kwargs = {**kwargs, counts: self.tokens.place()}
         if not self.steps or not self.host.found.streams:
             return kwargs
         moved = dict(kwargs)
@@ -572,10 +580,12 @@ class Pass:
     ) -> tuple[Plan, Tensor]:
         """A method's plan, and the features it is executed on."""
         modules = self.bound.modules_of(method, place.stage)
-        weight = next(modules.parameters(), None)
+        weight, whole = next(modules.parameters(), None), self.trace.grid
+        frames, grid = (1, None) if whole is None else (whole[0] if len(whole) == 3 else 1, (whole[-2], whole[-1]))
         signals = Signals(
-            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, self.trace.grid, modules,
-            self.bound.training, self.trace.memory[method], self.first.prefix, branch,
+            hidden if weight is None else hidden.to(weight.dtype), tokens, place, seen, grid, modules,
+            self.bound.training, self.trace.memory[method], self.first.prefix, branch, pixels=self.pixels,
+            frames=frames, shared=self.trace.shared,
         )  # fmt: skip
         return self.program.methods[method].plan(signals, tokens), hidden
 

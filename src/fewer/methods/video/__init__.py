@@ -1,0 +1,1 @@
+"""Methods for videos, one file each."""
