@@ -26,14 +26,18 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     recipe = Selection(steps=given.steps, seeds=given.seeds, noise=given.noise)
-    runs = run(recipe, log=lambda line: print(line, flush=True))
-    rows = [asdict(row) for row in summaries(runs, recipe.spike)]
-    for row, one in zip(rows, runs, strict=True):
-        row |= {"curve": [(step, taught, round(nats, 4)) for step, taught, nats in one.curve],
-                "norms": [round(x, 3) for x in one.norms], "reference": one.reference}  # fmt: skip
-        print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "norms")}), flush=True)
-    if given.out:
-        given.out.write_text(json.dumps({"passport": passport(recipe), "rows": rows}) + "\n")
+    runs = []
+    for seed in range(recipe.seeds):  # what is there is written: three seeds take a while
+        runs += run(recipe, seeds=[seed], log=lambda line: print(line, flush=True))
+        rows = [asdict(row) for row in summaries(runs, recipe.spike)]
+        for row, one in zip(rows, runs, strict=True):
+            row["curve"] = [(step, taught, round(nats, 4)) for step, taught, nats in one.curve]
+            row["norms"] = [round(x, 3) for x in one.norms]
+            row["reference"] = one.reference
+        if given.out:
+            given.out.write_text(json.dumps({"passport": passport(recipe), "rows": rows}) + "\n")
+    for row in rows:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "norms")}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, or a method: dynamicvit:keep=0.7."
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, influx, or a method: "
+            "dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
@@ -69,6 +70,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import condense
 
         return condense.Condensing(**chosen), partial(condense.train, log=say)
+    if name == "influx":
+        from fewer.recipes import influx
+
+        return influx.Influencing(**chosen), partial(influx.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 
