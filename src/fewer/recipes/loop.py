@@ -161,7 +161,7 @@ class _Run:
                 f"what learns is on {self.learned[0].device}, and the {many.num_processes} processes exchange gradients "
                 f"on {many.device}: move the model there, or hide it (CUDA_VISIBLE_DEVICES=)"
             )
-        # A list of its own, for accelerate leaves a mark; as if not to be trained, or it is wrapped for many processes.
+        # In a list, for accelerate leaves a mark on it; as if it were not trained, or many processes wrap it.
         self.accelerator.prepare_model(nn.ModuleList([module]), evaluation_mode=True)
         self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
         self.rates = [self.accelerator.prepare(each) for each in rates]
