@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from fewer.evaluation.selection import Run, Selection, passport, run, summaries
+from fewer.evaluation.selection import Run, Selection, passport, runs, summaries
 
 
-def rows_of(runs: list[Run], spike: float) -> list[dict[str, Any]]:
-    rows = [asdict(row) for row in summaries(runs, spike)]
-    for row, one in zip(rows, runs, strict=True):
+def rows_of(found: list[Run], spike: float) -> list[dict[str, Any]]:
+    rows = [asdict(row) for row in summaries(found, spike)]
+    for row, one in zip(rows, found, strict=True):
         row["curve"] = [(step, taught, round(nats, 4)) for step, taught, nats in one.curve]
         row["norms"] = [round(x, 3) for x in one.norms]
         row["reference"] = one.reference
@@ -52,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = Selection(steps=given.steps, noise=given.noise, methods=tuple(given.methods))
     for seed in given.seeds:  # what is there is written: three seeds take a while
-        rows = rows_of(run(recipe, seeds=[seed], log=lambda line: print(line, flush=True)), recipe.spike)
+        rows = rows_of(runs(recipe, seeds=[seed], log=lambda line: print(line, flush=True)), recipe.spike)
         if given.out:
             added(given.out, passport(recipe), rows)
         for row in rows:

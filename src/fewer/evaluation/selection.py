@@ -6,7 +6,9 @@ first. Held-out text is clean and from addresses nobody trained on. All runs of 
 see the same batches, so that differences are paired; the learning rate is constant behind its warm-up, so that a run
 that stops earlier is not at a disadvantage.
 
-    runs = run(Selection(steps=300, seeds=1), log=print)
+    found = summaries(runs(Selection(steps=300, seeds=1), log=print))
+
+`fewer bench --suite training` is a short form of it: the texts in the package, few steps, one seed.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +31,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fewer.core.settings import Settings
 from fewer.datasets import texts
 from fewer.evaluation.record import commit, now
+from fewer.evaluation.suites import Table
 from fewer.runtime.apply import apply
 
-__all__ = ["CLEAN", "PLAIN", "Run", "Selection", "Summary", "passport", "run", "summaries"]
+__all__ = ["CLEAN", "OPTIONS", "PLAIN", "Run", "Selection", "Summary", "passport", "run", "runs", "summaries", "table"]
 
 PLAIN, CLEAN = "plain", "clean only"
 """All tokens teach; all that are no noise do, which nobody can know: the most that a choice can hope for."""
+OPTIONS: Mapping[str, Any] = {"data": "embedded", "steps": 150, "repeats": 1, "threads": 1}
+"""Of the suite. data: see `Selection`. steps: updates of each run. repeats: seeds."""
+HEADS = (
+    ("method", ""), ("held-out", "nats"), ("against plain", "equal steps"), ("against plain", "equal tokens"),
+    ("plain reached at", "% read / taught"), ("noise among what taught", "%"), ("spikes", ""),
+    ("gradient norm", "deviation"), ("time", "of plain"),
+)  # fmt: skip
 NOISY = 8  # tokens of a run of noise
 WINDOW = 50  # gradients before a step, whose median a spike is held against
 
@@ -131,11 +142,11 @@ class Summary:
     seconds: float
 
 
-def run(recipe: Selection, *, seeds: Sequence[int] | None = None, log: Callable[[str], None] = print) -> list[Run]:
+def runs(recipe: Selection, *, seeds: Sequence[int] | None = None, log: Callable[[str], None] = print) -> list[Run]:
     """All methods with all seeds, or some. Raises TextError where the texts cannot be had, and what `fewer.apply`
     raises."""
     clean, held = _corpus(recipe)
-    runs = []
+    found = []
     for seed in range(recipe.seeds) if seeds is None else seeds:
         windows, noise = noisy(clean, recipe.noise, recipe.pieces, seed)
         guide, known = None, None
@@ -150,15 +161,56 @@ def run(recipe: Selection, *, seeds: Sequence[int] | None = None, log: Callable[
         for method in recipe.methods:
             reference = guide if method.startswith("rho1") else None
             one = _train(_small(recipe, seed), recipe, seed, method, windows, noise, held, reference)
-            runs.append(replace(one, reference=known if reference is not None else None))
+            found.append(replace(one, reference=known if reference is not None else None))
             log(f"seed {seed}, {method}: {one.final:.3f}, {one.seconds:.0f} s, {one.noise_taught:.0%} noise taught")
-    return runs
+    return found
 
 
-def summaries(runs: Sequence[Run], spike: float = 2.0) -> list[Summary]:
+def summaries(found: Sequence[Run], spike: float = 2.0) -> list[Summary]:
     """Each run held against the plain one of its seed."""
-    plain = {one.seed: one for one in runs if one.method == PLAIN}
-    return [_summary(one, plain[one.seed], spike) for one in runs]
+    plain = {one.seed: one for one in found if one.method == PLAIN}
+    return [_summary(one, plain[one.seed], spike) for one in found]
+
+
+def run(options: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> Table:
+    """The suite "training". See `OPTIONS`."""
+    torch.set_num_threads(options["threads"] or torch.get_num_threads())
+    recipe = Selection(data=options["data"], steps=options["steps"], seeds=options["repeats"], held=96, every=10)
+    rows = summaries(runs(recipe, log=log), recipe.spike)
+    made = passport(recipe)
+    notes = (
+        "held-out: clean text that nobody trained on; against plain: the same weights and batches, all tokens teach",
+        "plain reached at: share of plain's tokens that were read, and that taught, when its last loss was reached",
+        f"{made['model']}; {recipe.noise:.0%} of what is trained on is noise; {recipe.steps} steps of "
+        f"{recipe.batch * recipe.length} tokens of {recipe.data}, {recipe.seeds} seeds; commit {made['commit']}",
+        "short runs of a tiny model: docs/training.md has longer ones",
+    )
+    return Table(HEADS, table(rows), notes, {"passport": made, "rows": [asdict(row) for row in rows]})
+
+
+def table(rows: Sequence[Summary]) -> list[list[str]]:
+    """A row of text for each method: means over its seeds, with the lowest and the highest where there are several."""
+    by: dict[str, list[Summary]] = {}
+    for row in rows:
+        by.setdefault(row.method, []).append(row)
+    lines = []
+    for method, mine in by.items():
+        reached = [row.reached for row in mine if row.reached is not None]
+        lines.append([
+            method, _spread([r.final for r in mine], ".3f"), _spread([r.against for r in mine], "+.3f"),
+            _spread([r.at_equal_tokens for r in mine], "+.3f"),
+            " / ".join(_spread([100 * r[i] for r in reached], ".0f") for i in (0, 1)) if reached else "never",
+            _spread([100 * r.noise_taught for r in mine], ".0f"), _spread([r.spikes for r in mine], "g"),
+            _spread([r.norm_spread for r in mine], ".3f"), _spread([r.seconds for r in mine], ".2f"),
+        ])  # fmt: skip
+        if reached and len(reached) < len(mine):
+            lines[-1][4] += f" ({len(reached)} of {len(mine)} seeds)"
+    return lines
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle = format(statistics.fmean(values), form)
+    return middle if len(values) == 1 else f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
 def passport(recipe: Selection) -> dict[str, Any]:

@@ -158,8 +158,8 @@ class _Run:
         self.learned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         if many is not None and self.learned[0].device.type != many.device.type:
             raise RuntimeError(
-                f"what learns is on {self.learned[0].device}, and the {many.num_processes} processes exchange gradients "
-                f"on {many.device}: move the model there, or hide it (CUDA_VISIBLE_DEVICES=)"
+                f"what learns is on {self.learned[0].device}, and {many.num_processes} processes exchange gradients on "
+                f"{many.device}: move the model there, or hide it (CUDA_VISIBLE_DEVICES=)"
             )
         # In a list, for accelerate leaves a mark on it; as if it were not trained, or many processes wrap it.
         self.accelerator.prepare_model(nn.ModuleList([module]), evaluation_mode=True)
