@@ -21,7 +21,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, or a method: "
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, influx, or a method: "
             "dynamicvit:keep=0.7."
         ),
     ],
@@ -85,6 +85,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import multitoken
 
         return multitoken.MultiTokens(**chosen), partial(multitoken.train, log=say)
+    if name == "influx":
+        from fewer.recipes import influx
+
+        return influx.Influencing(**chosen), partial(influx.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 

@@ -16,7 +16,8 @@ from fewer.core import KeepRatio, Reducer, SignalError, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Hard
 from fewer.core.written import Each, Unit, Written
-from fewer.runtime.reading import LanguageReader, WordReader, reads_words, window_of
+from fewer.models.influx import ExampleReader, ExemplarPruner
+from fewer.runtime.reading import LanguageReader, WordReader, around, reads_words, window_of
 from fewer.spec import parse, text
 
 from .compressed import Compressed, Shelf, composed, counted, kept
@@ -196,8 +197,10 @@ class Compressor:
 
     def _reader(
         self, tasks: list[Task], ids: Tensor, valid: Tensor, part: Tensor, sentence: Tensor
-    ) -> LanguageReader | WordReader | _Blind:
-        front, behind = _around(self.tokenizer)
+    ) -> LanguageReader | WordReader | ExampleReader | _Blind:
+        if isinstance(self.model, ExemplarPruner):
+            return ExampleReader(self.model, ids, valid, part)
+        front, behind = around(self.tokenizer)
         try:
             if self._reads_words:
                 return WordReader(self.model, ids, valid, sentence, front, behind, min(self.window, 512))
@@ -356,7 +359,7 @@ def _on_text(method: str | Reducer) -> Reducer:
         raise CompressionError(
             f"{text(found)} acts {found.site.value}, inside a model: fewer.apply(model, ...) puts it there; on texts "
             "act "
-            "llmlingua, longllmlingua, llmlingua2, selective_context and random"
+            "llmlingua, longllmlingua, llmlingua2, selective_context, influx and random"
         )
     return found
 
@@ -369,11 +372,3 @@ class _Blind:
 
     def __getattr__(self, asked: str) -> Any:
         raise SignalError(self.why)
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts in front of a text and behind it."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return whole[:at], whole[at + len(plain) :]

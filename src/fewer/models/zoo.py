@@ -216,6 +216,11 @@ def load_model(
         dtype = dtype or torch.float32
     elif name.startswith("timm/"):
         loaded = _timm(name.removeprefix("timm/"))
+    elif (Path(name) / "influx.json").is_file():
+        from fewer.models.influx import ExemplarPruner
+
+        pruner = ExemplarPruner.load(name)
+        loaded = pruner, pruner.tokenizer
     elif Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         loaded = _pretrained(name)
     else:

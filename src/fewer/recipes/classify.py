@@ -178,6 +178,7 @@ def train(
     changes: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
     folder = Folder(out, recipe, log)
+    out = folder.path
     train_set, test_set = data or (fashion_mnist("train"), fashion_mnist("test"))
     pixels, labels = _pixels(train_set, processor), train_set.labels
 

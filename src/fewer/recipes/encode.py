@@ -559,6 +559,7 @@ def train(
     if method.card.name not in TRAINERS:
         raise ValueError(f"{text(method)} is not trained here; these are: {', '.join(TRAINERS)}")
     folder = Folder(out, recipe, log)
+    out = folder.path
     net, tokenizer = model or load_model(recipe.model)
     if data is None:
         train_set, test_set = (
@@ -595,7 +596,8 @@ def train(
                 session.save_modules(out, card)
         if recipe.backbone:
             pretrained(net).save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(out)
         folder.finish(report)
     for name, value in report.scores.items():
         log(f"{name:>22}  accuracy {value.accuracy:.4f} [{value.low:.3f}, {value.high:.3f}]  tokens {value.tokens:.3f}")

@@ -217,6 +217,7 @@ def _trained(
     if not samples:
         raise ValueError("samples is empty: give prompts with their answers")
     folder = Folder(out, recipe, log, every=10)
+    out = folder.path
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
     picks = iter(lambda: torch.randint(len(samples), (recipe.batch,)).tolist(), None)

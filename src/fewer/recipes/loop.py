@@ -6,6 +6,9 @@
 
 A recipe brings data, a loss and settings. What a step draws comes from torch's global generator; the batches have a
 stream of their own, so that a run which was killed goes on to the bit.
+
+Under `accelerate launch` with several processes each takes its part of every batch, and gradients are averaged: where
+the loss is a mean over a batch, that is the run of one process. The first process alone writes to the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,7 +106,7 @@ class Loop:
             next(stream)
         while run.step < self.steps and not run.ended:
             at = At(run.step, self.steps, device, self.bfloat16)
-            given = loss(next(stream), at)
+            given = loss(run.part_of(next(stream)), at)
             seen: dict[str, list[float]] = defaultdict(list)
             for part in (given,) if isinstance(given, Mapping) else given:
                 for name, value in part.items():
@@ -143,21 +147,61 @@ class _Run:
         self.recent = defaultdict[str, list[float]](list)
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.waited, self.began = 0, time.perf_counter()
-        self.accelerator = Accelerator(device_placement=False)
-        if self.accelerator.num_processes > 1:
-            raise RuntimeError(f"{self.accelerator.num_processes} processes: a recipe runs in one; start it by itself")
+        many = _processes()  # before accelerate looks for itself: it takes processes on CPUs for one
+        self.accelerator = Accelerator(
+            device_placement=False, cpu=many is not None and many.device.type == "cpu",
+            step_scheduler_with_optimizer=False,  # or schedules run as many times faster as there are processes
+        )  # fmt: skip
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         more = {"num_decay_steps": round(loop.decay * loop.steps), "decay_type": "linear"} if loop.decay else None
         rates = [get_scheduler(loop.schedule, o, round(loop.warmup * loop.steps), loop.steps, more) for o in optimizers]
         self.learned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        self.accelerator.prepare(nn.ModuleList([module]))  # a list of its own, for accelerate leaves a mark
+        if many is not None and self.learned[0].device.type != many.device.type:
+            raise RuntimeError(
+                f"what learns is on {self.learned[0].device}, and {many.num_processes} processes exchange gradients on "
+                f"{many.device}: move the model there, or hide it (CUDA_VISIBLE_DEVICES=)"
+            )
+        # In a list, for accelerate leaves a mark on it; as if it were not trained, or many processes wrap it.
+        self.accelerator.prepare_model(nn.ModuleList([module]), evaluation_mode=True)
         self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
         self.rates = [self.accelerator.prepare(each) for each in rates]
         self.accelerator.register_for_checkpointing(self)
         if self.state is not None and (now := self.state / NOW).is_file():
             self.accelerator.load_state(str(self.state / now.read_text()))
 
+    def part_of(self, batch: Any) -> Any:
+        """What of a batch is this process's: of tensors and lists every so many-th item. All of it, where there is one
+        process. Raises ValueError for a batch that cannot be parted evenly."""
+        if self.processes == 1:
+            return batch
+        if isinstance(batch, Mapping):
+            return {name: self.part_of(value) for name, value in batch.items()}
+        if isinstance(batch, tuple):
+            return tuple(self.part_of(value) for value in batch)
+        if not isinstance(batch, list | Tensor) or len(batch) % self.processes:
+            held = f"{len(batch)} items" if isinstance(batch, list | Tensor) else f"a {type(batch).__name__}"
+            raise ValueError(
+                f"a batch of {held} cannot be parted among {self.processes} processes: give a batch size that they "
+                "divide, or start the recipe by itself"
+            )
+        return batch[self.rank :: self.processes]
+
+    def _averaged(self) -> None:
+        """The gradients, and so the step, of all processes together."""
+        there = torch.tensor([float(p.grad is not None) for p in self.learned], device=self.learned[0].device)
+        for p, known in zip(self.learned, self.accelerator.reduce(there, "sum").tolist(), strict=True):
+            if known:  # somewhere, and so everywhere
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+
+    def _mean(self, value: float) -> float:
+        mine = torch.tensor(value, dtype=torch.float64, device=self.learned[0].device)
+        return float(self.accelerator.reduce(mine, "mean"))
+
     def update(self, seen: Mapping[str, Sequence[float]]) -> None:
         """One step of the optimizers."""
+        if self.processes > 1:
+            self._averaged()
+            seen = {name: [self._mean(value) for value in values] for name, values in seen.items()}
         if not math.isfinite(float(self.accelerator.clip_grad_norm_(self.learned, self.loop.clip))):
             self.stop("gradient", seen)
         for each in (*self.optimizers, *self.rates):
@@ -209,7 +253,10 @@ class _Run:
         folder = self.state / f"step-{self.step}"
         if (now := self.state / NOW).is_file() and now.read_text() == folder.name:
             return
-        self.accelerator.save_state(str(folder))
+        self.accelerator.save_state(str(folder))  # of all processes: each has draws of its own
+        self.accelerator.wait_for_everyone()
+        if self.rank:
+            return
         (self.state / "next").write_text(folder.name)
         os.replace(self.state / "next", now)
         for old in self.state.glob("step-*"):
@@ -235,20 +282,30 @@ def _stream(batches: Iterable[Any], seed: int) -> Iterator[Any]:
 # -- what recipes share -----------------------------------------------------------------------------------------------
 class Folder:
     """Where a recipe's run leaves rows (log.jsonl), states and its report. Making one begins the run, with the recipe's
-    seed and threads; anew, unless one of an equal recipe was killed here. log: receives every `every`-th row."""
+    seed and threads; anew, unless one of an equal recipe was killed here. log: receives every `every`-th row.
+
+    out, path    where the run is, and where this process writes: of several, the first one writes to `out`
+    """
 
     def __init__(self, out: str | Path, recipe: Any, log: Callable[[str], None], *, every: int = 1) -> None:
-        self.path, self.log, self.every = Path(out), log, every
+        self.out = self.path = Path(out)
+        self.log, self.every = log, every
         self.recipe = asdict(recipe)
         self.phases = self.rows = 0
-        state, said = self.path / "state", json.dumps(self.recipe)
-        kept = state / "recipe.json"
+        self._states, said = self.out / "state", json.dumps(self.recipe)
+        kept = self._states / "recipe.json"
         self.goes_on = kept.is_file() and kept.read_text() == said
-        if not self.goes_on:
-            shutil.rmtree(state, ignore_errors=True)
-            (self.path / "log.jsonl").unlink(missing_ok=True)
-        state.mkdir(parents=True, exist_ok=True)
-        kept.write_text(said)
+        _together()  # all have looked
+        if _rank() == 0:
+            if not self.goes_on:
+                shutil.rmtree(self._states, ignore_errors=True)
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+            self._states.mkdir(parents=True, exist_ok=True)
+            kept.write_text(said)
+        else:  # what other processes write is the same, and is thrown away
+            self._aside = tempfile.TemporaryDirectory(prefix="fewer-")
+            self.path, self.log = Path(self._aside.name), lambda line: None
+        _together()
         if getattr(recipe, "threads", None):
             torch.set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
@@ -256,7 +313,7 @@ class Folder:
     def phase(self) -> Path:
         """Where the next loop keeps its states."""
         self.phases += 1
-        return self.path / "state" / str(self.phases)
+        return self._states / str(self.phases)
 
     def add(self, row: Row) -> None:
         with (self.path / "log.jsonl").open("a") as journal:
@@ -269,7 +326,31 @@ class Folder:
         """Write the report, a dataclass, as JSON, and forget the states: nothing is left to go on with."""
         written = {"recipe": self.recipe, "report": asdict(report) | more}
         (self.path / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
-        shutil.rmtree(self.path / "state")
+        _together()
+        if _rank() == 0:
+            shutil.rmtree(self._states)
+
+
+def _processes() -> Any:
+    """What accelerate knows of the processes of this run, None where there is one: it need not be installed then."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _rank() -> int:
+    """This process's number, 0 where it is alone."""
+    state = _processes()
+    return 0 if state is None else state.process_index
+
+
+def _together() -> None:
+    """All processes get here before one goes on."""
+    state = _processes()
+    if state is not None:
+        state.wait_for_everyone()
 
 
 def shuffled(n: int, size: int) -> Iterator[Tensor]:

@@ -119,6 +119,7 @@ def train(
     """
     folder = Folder(out, recipe, log)
     out = folder.path
+    out = folder.path
     seen, held = split(" ".join((texts.book(recipe.book) if text is None else text).split()))
     letters = alphabet("".join(seen), recipe.rare)
     model = Hourglass(Settings(letters, recipe.width, recipe.depth, recipe.heads, recipe.method))

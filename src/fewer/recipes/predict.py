@@ -109,6 +109,7 @@ def train(
     """
     method, out = parse(prediction.method), Path(out)
     folder = Folder(out, prediction, log)
+    out = folder.path
     net, tokenizer = model or load_model(prediction.model)
     host = hosts.find(net)
     if not isinstance(host, DecoderHost):

@@ -104,6 +104,7 @@ def train(
     Raises ValueError where nothing would learn, or where there is no batch.
     """
     folder = Folder(out, recipe, log, every=25)
+    out = folder.path
     method, host = _bridge(recipe, model)
     out, test = folder.path, list(test)
     forms = _forms(recipe, method)

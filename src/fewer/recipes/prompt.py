@@ -102,6 +102,7 @@ def train(
     model: instead of loading the one named, with its tokenizer; ids: (T,), instead of reading the text.
     """
     folder = Folder(out, recipe, log, every=10)
+    out = folder.path
     teacher, tokenizer = load_model(recipe.model) if model is None else model
     if ids is None:
         ids = torch.tensor(tokenizer(book(recipe.text))["input_ids"])

@@ -134,6 +134,7 @@ def train(
     """
     method, out = parse(reduction.method), Path(out)
     folder = Folder(out, reduction, log)
+    out = folder.path
     net, processor = model or load_model(reduction.model)
     train_set, test_set = data or (load(reduction.data, split="train"), load(reduction.test))
     with ExitStack() as undo:

@@ -173,6 +173,7 @@ def train(
     changes: dict[str, Any] = {"steps": steps, "seed": seed, "threads": threads}
     recipe = replace(recipe or Recipe(), **{name: value for name, value in changes.items() if value is not None})
     folder = Folder(out, recipe, log)
+    out = folder.path
     train_set, test_set = data or (load(recipe.data, split="train"), load(recipe.test))
     model, tokenizer = _start(recipe, train_set, folder)
     tokenizer.model_max_length = recipe.phases[-1][1]
@@ -227,7 +228,7 @@ def accuracy(model: nn.Module, data: Encoded, *, batch: int = 32) -> float:
 def _start(recipe: Recipe, data: TextSet, folder: Folder) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer: learning one again would number its entries otherwise."""
     if not recipe.base:
-        kept = BertTokenizer.from_pretrained(folder.path) if folder.goes_on else None
+        kept = BertTokenizer.from_pretrained(folder.out) if folder.goes_on else None
         tokenizer = kept or vocabulary(data.texts, recipe.vocabulary, length=recipe.length)
         return build(recipe, data.classes, tokenizer), tokenizer
     base: Any

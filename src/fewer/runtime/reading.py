@@ -425,3 +425,11 @@ def _nats(logits: Tensor, ids: Tensor) -> Tensor:
     """(B, n) float32: -log p of each token. logits: (B, n, V)."""
     total = [row.logsumexp(-1) for row in logits.split(1, 1)]  # one by one they stay in a CPU's cache
     return torch.cat([logits.new_zeros(len(ids), 0), *total], 1) - logits.gather(-1, ids[..., None])[..., 0]
+
+
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts in front of a text and behind it."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at], whole[at + len(plain) :]

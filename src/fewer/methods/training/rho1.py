@@ -43,8 +43,6 @@ class Rho1(Reducer):
         flat, there = excess.flatten(), valid.flatten()
         values, real, start = _gathered(flat, there)
         stays = _largest(values[None], real[None], real.sum(), self.budget.ratio)[0]
-        processes = dist.get_world_size() if _many() else 1
-        signals.memory |= {"share": stays.sum() / real.sum().clamp(min=1), "among": real.sum() / processes}
         return plan(stays[start : start + len(flat)].view_as(valid), tokens)
 
 
@@ -57,7 +55,7 @@ def _largest(scores: Tensor, valid: Tensor, number: Tensor, share: float) -> Ten
 
 
 def _many() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _gathered(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,23 +81,23 @@ class LossSite:
         return F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
 
     def _chosen(self, each: Tensor, valid: Tensor, against: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N) bool: the tokens that teach; which share of those with a label that is, and of how many.
+        """(B, N) bool: the tokens that teach; which share of those with a label that is, and of how many: of several
+        processes that train together the share in all, and the mean number.
 
         each: (B, N), their losses; valid: (B, N) bool, those with a label; against: what they cost the reference.
-        A method that chooses over all processes of a run says share and number itself, in its memory.
         """
         b, n = each.shape
         tokens = Tokens.plain(b, n, 0, device=each.device, valid=valid)
         trace = self.trace = Trace(self.host, tokens, len(self.program.methods), each.element_size(), None)
         front = Plan.keep((~valid).to(torch.int8).argsort(dim=-1, stable=True), n, valid.sum(-1))
         trace.steps.append(Step(-1, -1, front))
-        x, tokens, memory = front.gather(each[..., None]), tokens.after(front), {}
+        x, tokens = front.gather(each[..., None]), tokens.after(front)
         for turn in self.program.at(Site.LOSS, 0):
             method = self.program.methods[turn.method]
             place = Place(0, 1, 0, 1, n, note=trace.notes.append, starts=valid.sum(-1))
             signals = Signals(
                 x, tokens, place, modules=self.bound.modules_of(turn.method, 0), training=self.bound.training,
-                memory=(memory := trace.memory[turn.method]), 
+                memory=trace.memory[turn.method],
                 against=None if self.bound.guide is None else partial(_rows, against, tokens),
             )  # fmt: skip
             with full_precision(x):
@@ -112,8 +113,16 @@ class LossSite:
         trace.notes.append("all tokens are computed; those that are counted teach")
         chosen = torch.zeros(b, n + 1, dtype=torch.bool, device=each.device)
         chosen = chosen.scatter(1, torch.where(tokens.unpadded, tokens.place(), n), True)[:, :n]
-        among = memory.get("among", valid.sum())
-        return chosen, memory.get("share", chosen.sum() / among.clamp(min=1)), among
+        counts, processes = _of_all(torch.stack([chosen.sum(), valid.sum()]))
+        return chosen, counts[0] / counts[1].clamp(min=1), counts[1] / processes
+
+
+def _of_all(counts: Tensor) -> tuple[Tensor, int]:
+    """Counts summed over the processes that train together, and how many these are; one alone where nothing learns."""
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return counts, 1
+    dist.all_reduce(counts)
+    return counts, dist.get_world_size()
 
 
 def _rows(against: Callable[[], Tensor], tokens: Tokens) -> Tensor:
