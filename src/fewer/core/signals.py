@@ -16,6 +16,7 @@ from .place import Place
 from .tokens import Group, Tokens
 
 if TYPE_CHECKING:
+    from .denoising import Moment
     from .visual.view import Visual
     from .written import Written
 
@@ -47,6 +48,7 @@ class Signals:
     beside     what surrounds visual tokens in a vision-language model; read it as `visual`
     text       tokens as words and sentences, and who reads them; read it as `written`
     against    asks the model that losses are held against; read it as `reference`
+    at_step    where a denoiser's run is; read it as `moment`
     """
 
     hidden: Tensor
@@ -62,6 +64,14 @@ class Signals:
     beside: Visual | None = None
     text: Written | None = None
     against: Callable[[], Tensor] | None = None
+    at_step: Moment | None = None
+
+    @property
+    def moment(self) -> Moment:
+        """Where the run over denoising steps is."""
+        if self.at_step is None:
+            raise SignalError("this method acts in a denoiser (a UNet or transformer of diffusers), step by step")
+        return self.at_step
 
     @lazy
     def reference(self) -> Tensor:
