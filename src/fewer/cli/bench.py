@@ -85,7 +85,13 @@ def command(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Tokens written behind a context. Default: 32.", rich_help_panel=WORDS)
+        int | None, typer.Option(
+            help="Tokens written behind a context, default: 32; steps of a picture generator, default: 20.",
+            rich_help_panel=WORDS,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of a picture generator; 1 = none, the default.", rich_help_panel=PICTURES)
     ] = None,
     horizon: Annotated[
         int | None, typer.Option(help="Tokens of the book to foretell. Default: 128.", rich_help_panel=WORDS)
@@ -151,7 +157,7 @@ def command(
 def _kinds() -> list[Kind]:
     """What can be measured: pictures, texts, contexts, scenes."""
     from fewer.evaluation import bench as images
-    from fewer.evaluation import encoders, visual
+    from fewer.evaluation import encoders, generation, visual
     from fewer.evaluation.language import bench as language
     from fewer.studio.asked import asked
     from fewer.studio.gallery import gallery
@@ -165,14 +171,19 @@ def _kinds() -> list[Kind]:
              lambda s, m, out, watch: language.run(s, out, watch=watch, subject=language.load(s, m))),
         Kind("vision-language model", visual.Settings,
              lambda s, m, out, watch: visual.run(s, out, watch=watch, subject=visual.load(s, m), picture=asked)),
+        Kind("picture generator", generation.Settings,
+             lambda s, m, out, watch: generation.run(s, out, watch=watch, subject=generation.load(s, m))),
     ]  # fmt: skip
 
 
 def _kind(network: Any, processor: Any) -> Kind:
     """What measures a model."""
+    from fewer.models.sampler import Sampler
     from fewer.models.zoo import Processor
 
-    pictures, texts, contexts, scenes = _kinds()
+    pictures, texts, contexts, scenes, generators = _kinds()
+    if isinstance(processor, Sampler):
+        return generators
     if hasattr(network, "generate"):
         return scenes if sees(network) else contexts
     return pictures if isinstance(processor, Processor) else texts

@@ -45,14 +45,14 @@ class Recipe:
     width, depth, heads, patch: the model.
     """
 
-    steps: int = 1250
+    steps: int = 920
     batch: int = 64
-    phases: tuple[tuple[float, float], ...] = ((0.84, 0.5), (0.16, 1.0))
+    phases: tuple[tuple[float, float], ...] = ((0.935, 0.5), (0.065, 1.0))
     lr: float = 3e-3
     lr_rest: float = 1e-3
     weight_decay: float = 0.0
-    warmup: float = 0.0448
-    decay: float = 0.36
+    warmup: float = 0.0609
+    decay: float = 0.13
     average: float = 0.998
     unlabelled: float = 0.1
     width: int = 96

@@ -155,7 +155,9 @@ class StepLedger:
     """What one evaluation, or a call's evaluations so far, cost in the operations inside the blocks, per sample. A
     multiply-add counts once; left out are convolutions, norms, activations and embeddings, which no method touches.
 
-    computed   evaluations of this call that computed every row, and how many there were
+    computed     evaluations of this call that computed every row, and how many there were
+    seconds      of this thread that the last evaluation took, launching alone on a GPU; own_seconds: of the method
+                 itself: planning, merging, putting back
     """
 
     gflops_full: float
@@ -163,6 +165,8 @@ class StepLedger:
     gflops_own: float
     computed: tuple[int, int]
     notes: list[str]
+    seconds: float | None = None
+    own_seconds: float = 0.0
 
     @property
     def ceiling(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,6 +53,18 @@ class StepTrace:
     own: int = 0
     computed: tuple[int, int] = (0, 0)
     before: tuple[int, int, int] = (0, 0, 0)
+    seconds: float | None = None
+    own_seconds: float = 0.0
+    began: float = field(default_factory=time.thread_time)
+
+    def clocked(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function of the method itself gives; its seconds are written down."""
+        if torch.compiler.is_compiling():
+            return function(*args)
+        began = time.thread_time()
+        out = function(*args)
+        self.own_seconds += time.thread_time() - began
+        return out
 
     @property
     def counts(self) -> list[float]:
@@ -75,7 +88,8 @@ class StepTrace:
     @property
     def ledger(self) -> StepLedger:
         full, part, own = self.cost
-        return StepLedger(full / 1e9, part / 1e9, own / 2e9, self.computed, list(dict.fromkeys(self.notes)))
+        notes = list(dict.fromkeys(self.notes))
+        return StepLedger(full / 1e9, part / 1e9, own / 2e9, self.computed, notes, self.seconds, self.own_seconds)
 
     @property
     def origin(self) -> Tensor:
@@ -230,6 +244,7 @@ class DenoiserSite:
         self._local.now = None
         if now is not None and output is not None:
             self.ends(now)
+            now.trace.seconds = time.thread_time() - now.trace.began
             self._local.trace = self._latest = now.trace
 
     # -- blocks and operations -----------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class OperationSite(DenoiserSite):
         now.trace.work.append(Work(operation, rows.shape[1], m, rows.shape[1] * keys, m * left))
         size = plan.sizes(None) if method is not None and method.proportional else None
         if operation.kind != "attention":
-            return self._beside(plan, self._front(operation, rows, words_inside, None), own, rows)
+            return self._beside(now, plan, self._front(operation, rows, words_inside, None), own, rows)
         joined = kwargs.get("encoder_hidden_states")
         if words_inside or self.host.rotates(args, kwargs):
             front = self._front(operation, rows, words_inside, joined)
@@ -59,8 +59,7 @@ class OperationSite(DenoiserSite):
             now.trace.notes.append(f"block {operation.block}: its attention is masked, so nothing was reduced in it")
             return own(rows)
         if size is None:
-            out, rest = first(own(plan.reduce(rows)))
-            return again(plan.restore(out), rest)
+            return self._around(now, plan, own, rows)
         front = 0 if joined is None else self.host.front(self.host.part(operation), rows, joined)
         behind = 0 if joined is None else joined.shape[1] - front
         bias = F.pad(log_size(size, rows.dtype), (front, behind))
@@ -69,9 +68,16 @@ class OperationSite(DenoiserSite):
             return q, k, v, bias if mask is None else mask + bias, lambda out: out
 
         with inside(weighed) as mode:
-            out, rest = first(own(plan.reduce(rows)))
+            out = self._around(now, plan, own, rows)
         self._reached(mode, operation)
-        return again(plan.restore(out), rest)
+        return out
+
+    @staticmethod
+    def _around(now: Evaluation, plan: Plan, own: Callable[..., Any], rows: Tensor) -> Any:
+        """Merge, run, put back."""
+        clocked = now.trace.clocked
+        out, rest = first(own(clocked(plan.reduce, rows)))
+        return again(clocked(plan.restore, out), rest)
 
     # -- plans ---------------------------------------------------------------------------------------------------------
     def _plan(
@@ -111,7 +117,7 @@ class OperationSite(DenoiserSite):
             at_step=at(now.moment, operation, grid.factor), memory=now.memory(turn.method, operation.block),
         )  # fmt: skip
         with torch.no_grad():
-            plan = method.plan(signals, tokens)
+            plan: Plan = trace.clocked(method.plan, signals, tokens)
         return None if isinstance(plan, Hard) and plan.m == plan.n and not plan.averages else plan
 
     @staticmethod
@@ -132,12 +138,10 @@ class OperationSite(DenoiserSite):
             return self.host.front(self.host.part(operation), rows, joined)
         return words_inside if self.host.words_first(operation.block) else 0
 
-    @staticmethod
-    def _beside(plan: Plan, front: int, own: Callable[..., Any], rows: Tensor) -> Any:
+    def _beside(self, now: Evaluation, plan: Plan, front: int, own: Callable[..., Any], rows: Tensor) -> Any:
         """An operation that treats each row by itself; words among them stay."""
         if rows.shape[1] == plan.n:
-            out, rest = first(own(plan.reduce(rows)))
-            return again(plan.restore(out), rest)
+            return self._around(now, plan, own, rows)
         before, mine, behind = rows.split([front, plan.n, rows.shape[1] - front - plan.n], 1)
         out = own(torch.cat([before, plan.reduce(mine), behind], 1))
         before, mine, behind = out.split([front, plan.m, out.shape[1] - front - plan.m], 1)
