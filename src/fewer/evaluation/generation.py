@@ -177,11 +177,11 @@ class _Bench(Runner):
         real = self.subject.real
         halves = self.subject.like[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))].chunk(2)
         scores, _ = self.subject.judged(real[:500])
-        right = (scores.argmax(-1) == datasets.embedded().labels[:500]).float().mean()
+        right = (scores.argmax(-1) == datasets.embedded().labels[: len(scores)]).float().mean()
         few = [half[: min(s.limit, len(half))] for half in halves]
         return [
             f"{s.steps} steps of {type(self.subject.sampler.scheduler).__name__}, guidance {s.guidance:g}; judged by "
-            f"vit-fashion, which is right on {100 * right:.1f} % of 500 real pictures of this size",
+            f"vit-fashion, which is right on {100 * right:.1f} % of {len(scores)} real pictures of this size",
             f"two halves of {len(few[0])} real pictures each lie {frechet(*few):.2f} (Fréchet) and "
             f"{kernel(*few):.4f} (kernel) apart: nothing can be told below that",
         ]

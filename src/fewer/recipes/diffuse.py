@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -93,7 +94,7 @@ def pictures(data: ImageSet) -> Tensor:
 
     Raises   ValueError where the pictures are no 28 x 28 grey arrays.
     """
-    raw = torch.as_tensor(data.pictures)
+    raw = torch.as_tensor(np.asarray(data.pictures))
     if raw.dim() != 3 or raw.shape[1:] != (28, 28):
         raise ValueError(f"{data.name}: pictures are {tuple(raw.shape[1:])}; this recipe takes 28 x 28 grey ones")
     return F.interpolate(raw[:, None].float() / 127.5 - 1, size=(SIDE, SIDE), mode="bilinear", align_corners=False)

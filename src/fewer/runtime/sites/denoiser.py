@@ -310,9 +310,10 @@ class _Call:
 
     def place(self, sample: Tensor, time: Any, context: str | None) -> tuple[Any, int]:
         """The branch of guidance, and the number of this evaluation in it."""
-        same = self._sample() is sample and self._version == sample._version
+        version = 0 if sample.is_inference() else sample._version
+        same = self._sample() is sample and self._version == version
         self._branch = self._branch + 1 if same and context is None else 0
-        self._sample, self._version = _weak(sample), sample._version
+        self._sample, self._version = _weak(sample), version
         self._time = _number(time)
         self._shape = (sample.shape[-2:] if sample.dim() > 3 else sample.shape[1:], sample.dtype, sample.device)
         branch = (context or self._branch, sample.shape[0])
