@@ -1,4 +1,4 @@
-"""Places that are in no block, or over many passes: the input text, the training loss, denoising steps."""
+"""Places that are in no block: the input text, the training loss."""
 
 from __future__ import annotations
 
@@ -260,39 +260,7 @@ def test_all_tokens_teach_as_ever_and_a_call_without_labels_is_untouched() -> No
     assert session.last.tokens.n == 11
 
 
-# -- over denoising steps ----------------------------------------------------------------------------------------------
-def test_rows_left_out_of_a_step_keep_what_the_block_added_before() -> None:
-    model = tiny_vit()
-    x, y = (torch.randn(2, 3, *[model.config.image_size] * 2) for _ in range(2))
-    seen: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), fewer.apply(model, "random:site=denoising,keep=0.5,layers=1") as session:
-        block = session.host.blocks[1]
-        hook = block.register_forward_hook(
-            lambda _, args, out: seen.append((args[0], out[0] if isinstance(out, tuple) else out))
-        )
-        first, second = model(x), model(y)
-        hook.remove()
-    added = seen[0][1] - seen[0][0]
-    reused = torch.isclose(seen[1][1], seen[1][0] + added, atol=1e-6).all(-1)
-    assert reused.sum(-1).tolist() == [session.last.first.free_count // 2] * 2
-    with torch.no_grad():
-        assert torch.equal(model(x)[0], first[0]), "the first step computes all rows"
-        assert not torch.equal(model(y)[0], second[0])
-
-
-def test_a_step_of_another_shape_and_a_new_call_compute_all_rows() -> None:
-    model = tiny_vit()
-    x = torch.randn(2, 3, *[model.config.image_size] * 2)
-    with torch.no_grad():
-        plain = model(x[:1])[0]
-        with fewer.apply(model, "random:site=denoising,keep=0.5,layers=1") as session:
-            model(x)
-            assert torch.equal(model(x[:1])[0], plain)
-            session.begin()
-            assert torch.equal(model(x[:1])[0], plain)
-            assert session.counts == [session.last.first.n] * 4
-
-
+# -- what is remembered ------------------------------------------------------------------------------------------------
 def test_state_ends_with_its_lifetime() -> None:
     state = State()
     state.of(Lifetime.CALL, 0, "guided")["added"] = 1

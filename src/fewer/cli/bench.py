@@ -107,7 +107,13 @@ def command(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Tokens written behind a context. Default: 32.", rich_help_panel=WORDS)
+        int | None, typer.Option(
+            help="Tokens written behind a context, default: 32; steps of a picture generator, default: 20.",
+            rich_help_panel=WORDS,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of a picture generator; 1 = none, the default.", rich_help_panel=PICTURES)
     ] = None,
     horizon: Annotated[
         int | None, typer.Option(help="Tokens of the book to foretell. Default: 128.", rich_help_panel=WORDS)
@@ -193,7 +199,7 @@ def _run_suite(name: str, given: dict[str, Any], folder: Path, json: bool) -> No
 def _kinds() -> list[Kind]:
     """What can be measured: pictures, texts, contexts, scenes."""
     from fewer.evaluation import bench as images
-    from fewer.evaluation import encoders, video, visual
+    from fewer.evaluation import encoders, generation, video, visual
     from fewer.evaluation.language import bench as language
     from fewer.studio.asked import asked
     from fewer.studio.gallery import gallery
@@ -210,15 +216,20 @@ def _kinds() -> list[Kind]:
              lambda s, m, out, watch: visual.run(s, out, watch=watch, subject=visual.load(s, m), picture=asked)),
         Kind("video model", video.Settings,
              lambda s, m, out, watch: video.run(s, out, watch=watch, subject=video.load(s, m), picture=strips)),
+        Kind("picture generator", generation.Settings,
+             lambda s, m, out, watch: generation.run(s, out, watch=watch, subject=generation.load(s, m))),
     ]  # fmt: skip
 
 
 def _kind(network: Any, processor: Any) -> Kind:
     """What measures a model."""
     from fewer.evaluation.video import is_video
+    from fewer.models.sampler import Sampler
     from fewer.models.zoo import Processor
 
-    pictures, texts, contexts, scenes, moving = _kinds()
+    pictures, texts, contexts, scenes, moving, generators = _kinds()
+    if isinstance(processor, Sampler):
+        return generators
     if is_video(network):
         return moving
     if hasattr(network, "generate"):

@@ -21,7 +21,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, influx, or a method: "
+            help="vit-fashion, dit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, influx, or a method: "
             "dynamicvit:keep=0.7."
         ),
     ],
@@ -64,6 +64,10 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import classify
 
         return classify.Recipe(), lambda recipe, out: classify.train(out, recipe=recipe, log=say)
+    if name == "dit-fashion":
+        from fewer.recipes import diffuse
+
+        return diffuse.Recipe(), lambda recipe, out: diffuse.train(out, recipe=recipe, log=say)
     if name in ("bert-eras", "minilm-r8"):
         from fewer.recipes import texts
 

@@ -24,11 +24,12 @@ def unit(x: Tensor) -> Tensor:
 
 
 def best_partner(
-    a: Tensor, b: Tensor, forbidden: Tensor | int | None = None
+    a: Tensor, b: Tensor, forbidden: Tensor | int | None = None, few: bool = True
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:  # fmt: skip
     """For each row of a its most similar row of b. a: (B, Na, d), b: (B, Nb, d).
 
-    forbidden: (B or 1, Nb) bool, or how many of the first rows of b take no part.
+    forbidden: (B or 1, Nb) bool, or how many of the first rows of b take no part. few: whether fewer than half of the
+    pairs will be asked for.
     Returns the similarities (B, Na), and a function from some rows of a, (B, r), to their partners, (B, r): only the
     pairs that merge need one. The first index wins ties. Memory is linear in Na + Nb: rows of a are taken in chunks of
     at most `CHUNK` similarities.
@@ -46,7 +47,7 @@ def best_partner(
             s[..., :forbidden] = float("-inf")
         return s
 
-    if na <= step:
+    if na <= step and few:
         s = similar(a)
         return s.amax(-1), lambda rows: take(s, rows).argmax(-1)
     parts = [similar(a[:, i : i + step]).max(dim=-1) for i in range(0, na, step)]
@@ -316,7 +317,7 @@ def _fold(
         else:
             movable = tokens.movable
             fixed = None if movable is None else [~_part(movable.expand(tokens.batch, -1), part) for part in parts]
-            best, partner = best_partner(a, b, None if fixed is None else fixed[1])
+            best, partner = best_partner(a, b, None if fixed is None else fixed[1], 2 * r < a.shape[1])
             if fixed is not None:
                 best = best.masked_fill(fixed[0], float("-inf"))
         if penalty is not None:

@@ -20,6 +20,7 @@ class Site(Enum):
     BRIDGE = "between vision tower and language model"
     TEXT = "the input text"
     LOSS = "the training loss"
+    AROUND_OPERATION = "around an operation"
     DENOISING = "over denoising steps"
 
     @property

@@ -16,6 +16,7 @@ from .place import Place
 from .tokens import Group, Tokens
 
 if TYPE_CHECKING:
+    from .denoising import Moment
     from .visual.view import Visual
     from .written import Written
 
@@ -50,6 +51,7 @@ class Signals:
     pixels     (B, C, frames, height, width), the video that was cut into patches; read it as `clip`
     shared     what all methods of a pass know of the rows that are left
     against    asks the model that losses are held against; read it as `reference`
+    at_step    where a denoiser's run is; read it as `moment`
     """
 
     hidden: Tensor
@@ -88,6 +90,14 @@ class Signals:
                 "cuts a clip into a grid of patches (VideoMAE, ViViT, V-JEPA 2)"
             )
         return self.frames, *self.grid
+    at_step: Moment | None = None
+
+    @property
+    def moment(self) -> Moment:
+        """Where the run over denoising steps is."""
+        if self.at_step is None:
+            raise SignalError("this method acts in a denoiser (a UNet or transformer of diffusers), step by step")
+        return self.at_step
 
     @lazy
     def reference(self) -> Tensor:

@@ -111,6 +111,21 @@ class Writing:
 
 
 @dataclass
+class Drawn:
+    """What is said of the pictures a generator made.
+
+    frechet, kernel   distances of a classifier's features from those of real pictures
+    moved             mean squared difference of pixels from the unreduced sample that began at the same noise
+    steps             of each picture's path
+    """
+
+    frechet: float
+    kernel: float
+    moved: float
+    steps: int
+
+
+@dataclass
 class Row:
     """One method at one setting: what every kind of model has, and the parts that only some have.
 
@@ -126,7 +141,7 @@ class Row:
     speedup         median and quartiles of the pairwise ratios; of a language model: of decoding
     own_time        the method's share of the forward pass, planning and combining; None where there is no clock
     error           why there are no numbers, where there are none
-    cost            operations and memory; writing: of language models only
+    cost            operations and memory; writing: of language models only; drawn: of picture generators only
     """
 
     key: str
@@ -156,6 +171,7 @@ class Row:
     error: str = ""
     cost: Cost = field(default_factory=Cost)
     writing: Writing | None = None
+    drawn: Drawn | None = None
 
     @property
     def name(self) -> str:

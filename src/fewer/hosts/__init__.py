@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from . import timm_vision, transformers_crossmodal, vision_language
+from . import diffusion, timm_vision, transformers_crossmodal, vision_language
 from .anatomy import Anatomy, Layer, Stream, placed, reach
 from .attention import Call, HostError, Table, running, under
 from .base import BlockRun, Host, PlainRun
 from .decoder import DecoderHost
+from .diffusion import DiffusionHost, denoiser
 from .discovery import anatomy
 from .stacks import Stack, in_lists, stacks
 from .state_space import StateSpaceHost
@@ -25,6 +26,7 @@ __all__ = [
     "BlockRun",
     "Call",
     "DecoderHost",
+    "DiffusionHost",
     "Host",
     "HostError",
     "Layer",
@@ -35,6 +37,7 @@ __all__ = [
     "Table",
     "VisionLanguageHost",
     "bind",
+    "denoiser",
     "find",
     "placed",
     "reach",
@@ -54,6 +57,8 @@ def find(model: nn.Module) -> Host:
         raise HostError(
             f"{model!r} is not a model but a {type(model).__name__}; load it first, then apply a method to it"
         )
+    if diffusion.is_one(model):
+        return DiffusionHost(model)
     if (seeing := vision_language.find(model)) is not None:
         return seeing
     for path, module in model.named_modules():

@@ -33,6 +33,7 @@ __all__ = ["NAMED", "ModelError", "Processor", "load_clip", "load_model", "load_
 
 NAMED: Mapping[str, str] = {
     "vit-fashion": "ViT, 12 layers of width 96, 196 patches, Fashion-MNIST; in the package",
+    "dit-fashion": "DiT, 8 layers of width 96, 256 tokens: clothes drawn by class; needs diffusers; in the package",
     "bert-eras": "BERT, 6 layers of width 128, 256 tokens: the era of a president's words; in the package",
     "video-actions": "VideoMAE, 6 layers of width 96, 8 x 49 tokens: how and when things move; in the package",
     "llava-scenes": "LLaVA, CLIP tower and Llama of width 160, 6 layers each, 144 visual tokens; in the package",
@@ -42,7 +43,7 @@ NAMED: Mapping[str, str] = {
     "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
-EMBEDDED = ("vit-fashion", "bert-eras", "llava-scenes", "video-actions")
+EMBEDDED = ("vit-fashion", "bert-eras", "llava-scenes", "video-actions", "dit-fashion")
 """Those whose weights are in the package."""
 
 DINOV2_HUB = "facebook/dinov2-small"
@@ -297,7 +298,29 @@ def load_clip(name: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module
     return clip.to(device=own.device, dtype=own.dtype).eval(), tokenizer
 
 
+def _generator(name: str) -> tuple[nn.Module, Any]:
+    """A denoiser of diffusers, and what makes pictures with it, where it works on pixels by class."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ModelError(f"{name} is a model of diffusers: pip install 'fewer[diffusers]'") from error
+    from .sampler import Sampler
+
+    config = json.loads((Path(name) / "config.json").read_text())
+    model: Any = getattr(diffusers, config["_class_name"]).from_pretrained(name, torch_dtype=torch.float32)
+    by_class = config["_class_name"] == "DiTTransformer2DModel" and config.get("in_channels") == 1
+    return model, Sampler(model) if by_class else None
+
+
+def _diffuses(name: str) -> bool:
+    """Whether a folder holds a model of diffusers."""
+    config = Path(name) / "config.json"
+    return config.is_file() and "_class_name" in json.loads(config.read_text())
+
+
 def _pretrained(name: str, *, cached_only: bool = False) -> tuple[nn.Module, Any]:
+    if _diffuses(name):
+        return _generator(name)
     import transformers
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 

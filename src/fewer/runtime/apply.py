@@ -12,6 +12,7 @@ from .. import hosts
 from ..adapters.clip_guide import Guide
 from ..adapters.kvpress import Press, adapt
 from ..core import Reducer, Site
+from ..core.denoising import StepReducer
 from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
 from . import saving, verify, verify_visual
@@ -34,7 +35,7 @@ def apply(
 ) -> Session:
     """Put a method, or several, into a model. The model is then called as before, `generate()` included.
 
-    model       a model of transformers or timm; see `fewer doctor`
+    model       a model of transformers, timm or diffusers, or a pipeline of diffusers; see `fewer doctor`
     method      a name with its parameters as keywords, a text form ("tome:r=8", "snapkv:keep=0.5,window=64"), a
                 reducer, a press of kvpress (see `fewer.adapters.kvpress`), or a list of these
     execution   how samples with different counts are run; see Session
@@ -59,7 +60,10 @@ def apply(
     reducers = [parse(adapt(item), **parameters) for item in items]
     if execution not in get_args(Execution):
         raise SessionError(f"execution={execution!r}: choose {', '.join(get_args(Execution))}")
+    model, pipe = hosts.denoiser(model)
     host = hosts.find(model)
+    if isinstance(host, hosts.DiffusionHost):
+        host.pipe = pipe
     host.learned = LearnedRows.of(model)
     if host.learned is not None:
         host.learned.check(host, reducers)
@@ -67,7 +71,8 @@ def apply(
     try:
         if isinstance(modules, str | Path) and modules != UNTRAINED and not any(True for _ in opened.parameters()):
             raise ModulesError(f"{', '.join(map(text, reducers))}: no trained modules to load; leave modules= out")
-        saving.carry(opened, saving.Setup(tuple(reducers), execution, positions, guide), apply)
+        if not isinstance(host, hosts.DiffusionHost):
+            saving.carry(opened, saving.Setup(tuple(reducers), execution, positions, guide), apply)
     except BaseException:
         opened.remove()
         raise
@@ -79,6 +84,8 @@ def _open(
     modules: nn.Module | str | Path | None, guide: Guide | nn.Module | None, positions: Positions,
 ) -> Session:  # fmt: skip
     """The session of the place where the methods act."""
+    if _in_denoiser(host, reducers):
+        return start(model, reducers, execution, modules, host, guide)
     if isinstance(host, hosts.VisionLanguageHost):
         for reducer in reducers:
             verify_visual.check(host, reducer, text(reducer))
@@ -112,3 +119,26 @@ def _open(
             )
         host.reads = read.rows
     return start(model, reducers, execution, modules, host, guide)
+
+
+def _in_denoiser(host: hosts.Host, reducers: Sequence[Reducer]) -> bool:
+    """Whether this is a denoiser.
+
+    Raises   HostError where a method is for one and the host is none, or the other way round; SessionError for several.
+    """
+    theirs = [r.site is Site.AROUND_OPERATION or isinstance(r, StepReducer) for r in reducers]
+    one = isinstance(host, hosts.DiffusionHost)
+    if wrong := [text(r) for r, mine in zip(reducers, theirs, strict=True) if mine != one]:
+        raise hosts.HostError(
+            f"{', '.join(wrong)} shortens the sequence from block to block, and {host.name} is a denoiser, which needs "
+            "all its rows: choose a method that puts them back, such as tomesd"
+            if one
+            else f"{', '.join(wrong)} acts in a denoiser, and {host.name} is none: give a UNet or transformer of "
+            "diffusers, or a pipeline with one"
+        )
+    if one and len(reducers) > 1:
+        raise SessionError(
+            f"{' and '.join(map(text, reducers))}: a denoiser takes one method at a time, for what one puts back or "
+            "reuses the other would have to know"
+        )
+    return one

@@ -148,3 +148,27 @@ class CacheLedger:
     def logical(self) -> list[int]:
         """Tokens each layer has seen."""
         return [r.logical for r in self.layers]
+
+
+@dataclass
+class StepLedger:
+    """What one evaluation, or a call's evaluations so far, cost in the operations inside the blocks, per sample. A
+    multiply-add counts once; left out are convolutions, norms, activations and embeddings, which no method touches.
+
+    computed     evaluations of this call that computed every row, and how many there were
+    seconds      of this thread that the last evaluation took, launching alone on a GPU; own_seconds: of the method
+                 itself: planning, merging, putting back
+    """
+
+    gflops_full: float
+    gflops: float
+    gflops_own: float
+    computed: tuple[int, int]
+    notes: list[str]
+    seconds: float | None = None
+    own_seconds: float = 0.0
+
+    @property
+    def ceiling(self) -> float:
+        """Speed-up of these operations that their remaining FLOPs would allow; inf where nothing is computed."""
+        return self.gflops_full / self.gflops if self.gflops else float("inf")

@@ -18,7 +18,7 @@ from ..core.visual.layout import Layout
 from ..hosts import MATRICES, DecoderHost, Host, VisionLanguageHost
 from ..spec import text
 from . import modules as trained
-from .costs import CacheLedger, Ledger
+from .costs import CacheLedger, Ledger, StepLedger
 from .program import Bound, Execution, Program, SessionError, check_free, check_readers
 from .sites import bridge
 from .sites.blocks import BlockSite
@@ -26,6 +26,7 @@ from .sites.bridge import BridgeSite, Positions
 from .sites.denoising import DenoisingSite
 from .sites.kv_cache import KVCacheSite
 from .sites.loss import LossSite
+from .sites.operations import OperationSite
 from .sites.scan import StateSpaceRun
 from .sites.text import TextSite
 from .sites.tower import TowerSite
@@ -195,8 +196,9 @@ class Session:
 
     @property
     def ledger(self) -> Any:
-        """What the last pass cost, a `Ledger`; what the last cache holds, a `CacheLedger`."""
-        ledger: Ledger | CacheLedger = self.trace.ledger
+        """What the last pass cost, a `Ledger`; what the last cache holds, a `CacheLedger`; what a denoiser computed, a
+        `StepLedger`."""
+        ledger: Ledger | CacheLedger | StepLedger = self.trace.ledger
         return ledger
 
     @property
@@ -316,7 +318,7 @@ def bind(
 
 
 DOORS: dict[Site, Callable[[Bound], ActiveSite]] = {
-    Site.TEXT: TextSite, Site.LOSS: LossSite, Site.DENOISING: DenoisingSite,
+    Site.TEXT: TextSite, Site.LOSS: LossSite, Site.AROUND_OPERATION: OperationSite, Site.DENOISING: DenoisingSite,
 }  # fmt: skip
 """Places that need no more than a program: what carries it out there."""
 

@@ -14,7 +14,7 @@ from ..core import Hard, Masked, Plan, Tokens
 from ..core.plan import take
 from ..core.visual.layout import Layout
 from ..hosts import Host
-from .costs import CacheLedger, Entry, Ledger
+from .costs import CacheLedger, Entry, Ledger, StepLedger
 from .kv.state import Record
 from .program import SessionError
 
@@ -38,7 +38,7 @@ class Readable(Protocol):
     @property
     def counts(self) -> list[int] | list[float] | Tensor: ...
     @property
-    def ledger(self) -> Ledger | CacheLedger: ...
+    def ledger(self) -> Ledger | CacheLedger | StepLedger: ...
     @property
     def origin(self) -> Tensor: ...
     def kept(self, layer: int) -> Tensor: ...

@@ -49,7 +49,6 @@ class Verdict:
 
     def of(self, site: Site) -> str:
         """Why a place is not trusted; empty where it is. Those that are in no block are not judged here."""
-        site = Site.AROUND_BLOCK if site is Site.DENOISING else site  # which sets rows aside in the same way
         return self.places.get(site, "there is no such place in it" if site.in_blocks else "")
 
 

@@ -57,6 +57,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
                lambda r: NONE if r.kl is None else f"{r.kl:.3f}"),
         Column("moved", "1 - cos", "how far features moved from the unreduced model's",
                lambda r: NONE if r.movement is None else f"{r.movement:.4f}"),
+        *_drawing(),
         *_language(rows),
         Column("GFLOPs", "", "multiply-adds of one image, the method's own included",
                lambda r: f"{r.cost.gflops:.3f}" if r.cost.gflops else NONE),
@@ -128,6 +129,18 @@ def _language(rows: Sequence[Row]) -> list[Column]:
                _wrote(lambda w: ratio(w.first_ratio))),
         Column("decoding", "tokens/s", "tokens written per second behind the first one",
                _wrote(lambda w: w.decoding and f"{w.decoding:.1f}")),
+    ]  # fmt: skip
+
+
+def _drawing() -> list[Column]:
+    """The columns only a generator of pictures has."""
+    return [
+        Column("Fréchet", "", "distance of a classifier's features from those of real pictures, as two normals",
+               lambda r: NONE if r.drawn is None else f"{r.drawn.frechet:.2f}"),
+        Column("kernel", "", "the same by the maximum mean discrepancy under a cubic kernel, unbiased",
+               lambda r: NONE if r.drawn is None else f"{r.drawn.kernel:.4f}"),
+        Column("moved", "MSE", "of pixels, from the unreduced sample that began at the same noise",
+               lambda r: NONE if r.drawn is None else f"{r.drawn.moved:.4f}"),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fewer.evaluation.generation import best_at_cost
 from fewer.evaluation.levels import BOUNDS, Level, able, levels, near
 from fewer.evaluation.record import Row
 from fewer.evaluation.settings import RANDOM, UNREDUCED
@@ -21,8 +22,22 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if base is None or not able(rows):
         return ["Nothing to compare yet."]
     found = levels(rows)
+    if any(row.drawn for row in rows):
+        return [_generating(rows), *best_at_cost(rows)]
     said = [_plainly(base, rows, found), *(_level(level, base) for level in found), _near(rows, base)]
     return [line for line in (*said, _imagined(rows) if of_seeing(rows) else "") if line]
+
+
+def _generating(rows: Sequence[Row]) -> str:
+    """Whether any method beats fewer steps at equal cost."""
+    said = best_at_cost(rows)
+    better = sum("is nearer" in line for line in said)
+    if not said:
+        return "No method here is dearer than a row with fewer steps, so none can be held against one."
+    return (
+        f"{better or 'None'} of {len(said)} settings {'are' if better != 1 else 'is'} nearer to real pictures than "
+        "the unreduced model with fewer steps, at equal cost."
+    )
 
 
 def _plainly(base: Row, rows: Sequence[Row], found: Sequence[Level]) -> str:

@@ -556,7 +556,7 @@ class Pass:
         self._acted = True
         plan, hidden = self._planned(turn.method, hidden, tokens, place, there.seen, there.branch)
         left = None
-        if self.dense or site in (Site.AROUND_BLOCK, Site.DENOISING):
+        if self.dense or site is Site.AROUND_BLOCK:
             left = hidden if there.entry is None else there.entry
         self.steps.append(Step(layer, turn.method, plan, left))
         self.leaving(reducer, plan, hidden, layer)
