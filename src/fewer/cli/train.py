@@ -21,21 +21,31 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, dit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, influx, or a method: "
-            "dynamicvit:keep=0.7."
+            help="vit-fashion, dit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, "
+            "influx, reasoner, tokenskip, shorten, or a method: dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model whose method's modules are trained. Default: what the recipe is made for.")
     ] = None,
     out_: Annotated[Path, typer.Option("--out", help="Folder for the weights and the log.")] = Path("runs/train"),
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="For shorten: thinkprune, fast, zipr1, lcpo, o1-pruner, dast, kimi, correct.", show_default=False
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe: --set steps=300; repeat.")
     ] = None,
 ) -> None:
     """Train a packaged model, or a method's own modules on a model; find the settings of methods that have such."""
     quiet()
+    if reward is not None and name != "shorten":
+        raise ValueError(f"--reward does not apply to {name}: only shorten learns from a reward")
     recipe, run = _recipe(name, model)
+    if reward is not None:
+        recipe = _changed(recipe, {"reward": reward})
     recipe = _changed(recipe, dict(_assignment(item) for item in set_ or ()))
     say(recipe)
     say(run(recipe, writable(out_, folder=True)))
@@ -93,6 +103,18 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import influx
 
         return influx.Influencing(**chosen), partial(influx.train, log=say)
+    if name == "reasoner":
+        from fewer.recipes import reasoner
+
+        return reasoner.Reasoning(), partial(reasoner.train, log=say)
+    if name == "tokenskip":
+        from fewer.recipes import skipping
+
+        return skipping.Skipping(**chosen), partial(skipping.train, log=say)
+    if name == "shorten":
+        from fewer.recipes import shorten
+
+        return shorten.Shortening(**chosen), partial(shorten.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 

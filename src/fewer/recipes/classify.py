@@ -244,8 +244,11 @@ def _float32_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **unused: Any
 ) -> tuple[Tensor, None]:
     """Fused attention in float32 whatever the autocast: on CPU its bfloat16 backward pass takes five times as long."""
+    causal = mask is None and getattr(module, "is_causal", False)  # then transformers leaves the mask to the kernel
     with torch.autocast(q.device.type, enabled=False):
-        mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scaling)
+        mixed = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=mask, scale=scaling, is_causal=causal
+        )
     return mixed.transpose(1, 2).contiguous(), None
 
 

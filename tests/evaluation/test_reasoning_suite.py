@@ -1,0 +1,57 @@
+"""`fewer bench --suite reasoning`: its dispatch, its rows and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewer.datasets import reasoning
+from fewer.evaluation import reasoning as suite
+from fewer.evaluation import suites
+from fewer.evaluation.thoughts import Score
+
+
+def test_what_there_is_not_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no suite 'cooking': choose .*reasoning"):
+        suites.run("cooking", {}, tmp_path)
+    with pytest.raises(ValueError, match="--model does not apply to the suite reasoning; it takes --limit, --threads"):
+        suites.run("reasoning", {"model": "x"}, tmp_path)
+
+
+def test_a_row_of_one_run_and_of_several():
+    base = Score((True,) * 90 + (False,) * 10, (100,) * 100)
+    short = Score((True,) * 89 + (False,) * 11, (50,) * 100)
+    one = suite.line("one", [short], base, "here")
+    assert (one.accuracy.value, one.tokens.value) == (0.89, 50)
+    assert one.accuracy.low < 0.89 < one.accuracy.high
+    assert one.difference is not None
+    assert one.difference.value == pytest.approx(-0.01)
+    assert one.per_right.value == pytest.approx(5000 / 89)
+    two = suite.line("two", [short, base], base, "recorded")
+    assert (two.accuracy.value, two.accuracy.low, two.accuracy.high) == (pytest.approx(0.895), 0.89, 0.9)
+    assert two.seeds == 2
+
+
+def test_the_record_says_how_it_was_made_and_reads_back():
+    record = suite.recorded()
+    assert {"command", "problems", "hardware", "commit"} <= set(record["made"])
+    assert record["lines"]
+    for each in record["lines"]:
+        row = suite.Line(**each)
+        assert 0 <= row.accuracy.low <= row.accuracy.value <= row.accuracy.high <= 1
+        assert row.source == "recorded"
+
+
+@pytest.mark.slow
+def test_the_suite_prints_what_it_measured(tmp_path: Path):
+    table, file = suites.run("reasoning", {"limit": 30}, tmp_path, log=lambda _: None)
+    names = [row[0] for row in table.rows]
+    assert names[0] == suite.UNTOUCHED
+    assert "TokenSkip, 0.5 asked" in names
+    assert file.is_file()
+    measured = {each["name"]: each for each in table.record["lines"]}
+    assert measured[suite.UNTOUCHED]["accuracy"]["value"] > 0.8
+    whole, half = (measured[name]["tokens"]["value"] for name in (suite.UNTOUCHED, "TokenSkip, 0.5 asked"))
+    assert half < 0.7 * whole
+    assert len(reasoning.load()) >= 30
