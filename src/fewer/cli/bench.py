@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .inputs import NAMES, load, quiet, sees
-from .output import ACCENT, Json, Threads, as_json, clean, complain, err, note, out, say, shown, wide_grid, wrote
+from .output import (
+    ACCENT,
+    Json,
+    Threads,
+    as_json,
+    clean,
+    complain,
+    err,
+    note,
+    out,
+    say,
+    shown,
+    wide_grid,
+    writable,
+    wrote,
+)
 
 if TYPE_CHECKING:
     from fewer.evaluation.record import Row
@@ -43,6 +58,10 @@ def command(
     methods: Annotated[
         list[str] | None,
         typer.Option(help="Text forms like tome:r=8; repeat or join by ';'. Default: some that differ."),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="A fixed set of tasks on packaged weights instead: reasoning.", show_default=False),
     ] = None,
     all: Annotated[bool | None, typer.Option("--all", help="Every method and level of the default list.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cpu.")] = None,
@@ -105,8 +124,11 @@ def command(
     given = {
         name: value
         for name, value in locals().items()
-        if value is not None and name not in ("context_", "out_", "json")
+        if value is not None and name not in ("context_", "out_", "json", "suite")
     }
+    if suite is not None:
+        _run_suite(suite, given, out_, json)
+        return
     from fewer.evaluation.record import Journal
     from fewer.evaluation.runner import FILE
     from fewer.evaluation.settings import Settings
@@ -146,6 +168,22 @@ def command(
     _print_passport(rows)
     for path in written:
         wrote(path)
+
+
+def _run_suite(name: str, given: dict[str, Any], folder: Path, json: bool) -> None:
+    from rich.text import Text
+
+    from fewer.evaluation import suites
+
+    quiet()
+    table, file = suites.run(name, given, writable(folder, folder=True), note)
+    if json:
+        as_json({**asdict(table), "files": [file]})
+        return
+    wide_grid(table.heads, [[Text(clean(cell)) for cell in row] for row in table.rows])
+    for line in table.notes:
+        out.print(f"[dim]{shown(line)}[/]", soft_wrap=True)
+    wrote(file)
 
 
 def _kinds() -> list[Kind]:
