@@ -180,6 +180,29 @@ def test_no_hub_and_no_index_names_both(no_hub, monkeypatch, name):
     assert list(no_hub.iterdir()) == []
 
 
+def test_the_hubs_name_finds_the_packaged_copy_too(no_hub, monkeypatch, tmp_path):
+    stored = tiny_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    pieces = [whole[at : at + -(-len(whole) // 6)] for at in range(0, len(whole), -(-len(whole) // 6))]
+    served = dict(zip(zoo.QWEN, pieces, strict=True))
+    monkeypatch.setattr(zoo, "read", lambda package, *patterns: {"part.bin": served[package]})
+    with pytest.warns(
+        UserWarning, match=r"Qwen2\.5-Coder-0\.5B-Instruct was out of reach; using the weights in pandas"
+    ):
+        model, _ = load_model("Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    assert model.dtype == torch.float32
+    weight = model.model.embed_tokens.weight.data
+    torch.testing.assert_close(weight, stored["token_embd"], rtol=2**-11, atol=1e-6)
+
+
+def test_a_folder_named_like_a_hub_model_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2"
+    tiny().save_pretrained(folder)
+    Processor((8, 8), **IMAGENET).save(folder)
+    assert isinstance(load_model("sentence-transformers/all-MiniLM-L6-v2")[0], ViTForImageClassification)
+
+
 def tiny_gguf(path):
     """A Llama of one layer, matrices in Q4_1, letters for a vocabulary. Returns what the weights multiply out to."""
     gguf = pytest.importorskip("gguf")
@@ -287,6 +310,21 @@ def test_smollm2_knows_a_capital_and_how_to_chat():
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_qwen_answers_from_what_it_was_told():
+    model, tokenizer = named("qwen2.5-coder-0.5b")
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (24, 896)
+    assert tokenizer.decode(tokenizer(AWKWARD).input_ids) == AWKWARD
+    told = "The parcel for Mira lies in the green shed behind the mill. Where does the parcel lie? Answer in few words."
+    batch = tokenizer.apply_chat_template(
+        [{"role": "user", "content": told}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        said = model.generate(**batch, max_new_tokens=16, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert "green shed" in tokenizer.decode(said)
 
 
 @pytest.mark.download

