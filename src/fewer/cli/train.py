@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,18 +14,29 @@ import typer
 from .inputs import quiet
 from .output import say, writable
 
-ENCODING = ("power_bert", "ltp", "length_adaptive", "pyramid_bert", "trbert", "leap")
-PROMPTING = ("sdtp", "dynamic_context_pruning")
+NAMED = {  # what is no method: the module of fewer.recipes, and its recipe
+    "vit-fashion": ("classify", "Recipe"), "dit-fashion": ("diffuse", "Recipe"), "bert-eras": ("texts", "Recipe"),
+    "minilm-r8": ("texts", "MINILM"), "llava-scenes": ("vlm", "Recipe"), "video-actions": ("actions", "Recipe"),
+    "reasoner": ("reasoner", "Reasoning"), "tokenskip": ("skipping", "Skipping"), "shorten": ("shorten", "Shortening"),
+    "autocompressor": ("condense", "Condensing"), "multitoken": ("multitoken", "MultiTokens"),
+    "influx": ("influx", "Influencing"),
+}  # fmt: skip
+TEXTS = dict.fromkeys(("power_bert", "ltp", "length_adaptive", "pyramid_bert", "trbert", "leap"), "encode") | {
+    "sdtp": "prompt", "dynamic_context_pruning": "prompt", "tokenbutler": "predict", "dynamic_pooling": "pooling",
+}  # fmt: skip
+"""Methods in text models, by the module that trains them."""
+METHODS = {
+    "encode": "Encode", "prompt": "Prompting", "predict": "Prediction", "pooling": "Recipe", "watch": "Watching",
+    "reduce": "Reduction",
+}  # fmt: skip
+"""The recipe of each module that trains a method."""
 SEEING = ("dynamic_llava_decode", "voco_llama")  # their tokens are visual ones, though they act on the cache
 
 
 def command(
     name: Annotated[
         str,
-        typer.Argument(
-            help="vit-fashion, dit-fashion, bert-eras, minilm-r8, llava-scenes, video-actions, autocompressor, multitoken, "
-            "influx, reasoner, tokenskip, shorten, or a method: dynamicvit:keep=0.7."
-        ),
+        typer.Argument(help=f"{', '.join(NAMED)}, or a method with modules of its own: dynamicvit:keep=0.7."),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model whose method's modules are trained. Default: what the recipe is made for.")
@@ -48,7 +61,7 @@ def command(
         recipe = _changed(recipe, {"reward": reward})
     recipe = _changed(recipe, dict(_assignment(item) for item in set_ or ()))
     say(recipe)
-    say(run(recipe, writable(out_, folder=True)))
+    say(run(recipe=recipe, out=writable(out_, folder=True), log=say))
 
 
 def _visual(name: str) -> bool:
@@ -66,83 +79,38 @@ def _moving(name: str) -> bool:
     return parse(name).card.on == "video"
 
 
-def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], Any]]:
-    """What a name to train stands for, and what runs it. model: None = the one the recipe is made for."""
+def _recipe(name: str, model: str | None) -> tuple[Any, Callable[..., Any]]:
+    """What a name to train stands for, and what runs it. model: None = the one the recipe is made for.
+
+    Raises   ValueError for a model where the recipe makes its own.
+    """
+    if name in NAMED:
+        module, made = NAMED[name]
+        recipes = import_module(f"fewer.recipes.{module}")
+        found = getattr(recipes, made)
+        recipe = found() if isinstance(found, type) else found
+    else:
+        module = _of_method(name)
+        recipes = import_module(f"fewer.recipes.{module}")
+        if module == "visual":
+            return recipes.recipe_for(name), recipes.train if model is None else partial(recipes.train, model=model)
+        made = METHODS[module]
+        recipe = getattr(recipes, made)() if name == "dynamic_pooling" else getattr(recipes, made)(method=name)
+    if model is not None:
+        if "model" not in {field.name for field in fields(recipe)}:
+            raise ValueError(f"--model {model} does not apply to {name}: its recipe makes the model; leave --model out")
+        recipe = replace(recipe, model=model)
+    return recipe, recipes.train
+
+
+def _of_method(name: str) -> str:
+    """The module whose recipe trains a method's own modules."""
     method = name.partition(":")[0]
-    chosen: dict[str, Any] = {} if model is None else {"model": model}
-    if name == "vit-fashion":
-        from fewer.recipes import classify
-
-        return classify.Recipe(), lambda recipe, out: classify.train(out, recipe=recipe, log=say)
-    if name == "dit-fashion":
-        from fewer.recipes import diffuse
-
-        return diffuse.Recipe(), lambda recipe, out: diffuse.train(out, recipe=recipe, log=say)
-    if name in ("bert-eras", "minilm-r8"):
-        from fewer.recipes import texts
-
-        base = texts.Recipe() if name == "bert-eras" else texts.MINILM
-        return base, lambda recipe, out: texts.train(out, recipe=recipe, log=say)
-    if name == "llava-scenes":
-        from fewer.recipes import vlm
-
-        return vlm.Recipe(), lambda recipe, out: vlm.train(out, recipe=recipe, log=say)
-    if name == "video-actions":
-        from fewer.recipes import actions
-
-        return actions.Recipe(), lambda recipe, out: actions.train(out, recipe, log=say)
-    if name == "autocompressor":
-        from fewer.recipes import condense
-
-        return condense.Condensing(**chosen), partial(condense.train, log=say)
-    if name == "multitoken":
-        from fewer.recipes import multitoken
-
-        return multitoken.MultiTokens(**chosen), partial(multitoken.train, log=say)
-    if name == "influx":
-        from fewer.recipes import influx
-
-        return influx.Influencing(**chosen), partial(influx.train, log=say)
-    if name == "reasoner":
-        from fewer.recipes import reasoner
-
-        return reasoner.Reasoning(), partial(reasoner.train, log=say)
-    if name == "tokenskip":
-        from fewer.recipes import skipping
-
-        return skipping.Skipping(**chosen), partial(skipping.train, log=say)
-    if name == "shorten":
-        from fewer.recipes import shorten
-
-        return shorten.Shortening(**chosen), partial(shorten.train, log=say)
-    if method == "dynamic_pooling":
-        from fewer.recipes import pooling
-
-        pooled = pooling.Recipe() if name == method else pooling.Recipe(method=name)
-        return pooled, lambda recipe, out: pooling.train(out, recipe, log=say)
-    if method in ENCODING:
-        from fewer.recipes import encode
-
-        return encode.Encode(method=name, **chosen), partial(encode.train, log=say)
-    if method == "tokenbutler":
-        from fewer.recipes import predict
-
-        return predict.Prediction(method=name, **chosen), partial(predict.train, log=say)
+    if method in TEXTS:
+        return TEXTS[method]
     if method in SEEING or _visual(name):
-        from fewer.recipes import visual
-
-        return visual.recipe_for(name), partial(visual.train, log=say, **chosen)
-    if method in PROMPTING:
-        from fewer.recipes import prompt
-
-        return prompt.Prompting(method=name, **chosen), partial(prompt.train, log=say)
-    if _moving(name):
-        from fewer.recipes import watch
-
-        return watch.Watching(method=name, **chosen), partial(watch.train, log=say)
-    from fewer.recipes import reduce
-
-    return reduce.Reduction(method=name, **chosen), partial(reduce.train, log=say)
+        return "visual"
+    return "watch" if _moving(name) else "reduce"
 
 
 def _assignment(item: str) -> tuple[str, Any]:
@@ -156,8 +124,6 @@ def _assignment(item: str) -> tuple[str, Any]:
 
 def _changed(recipe: Any, changes: dict[str, Any]) -> Any:
     """A recipe with some fields replaced; the error for an unknown one lists them all."""
-    from dataclasses import fields, replace
-
     known = [f.name for f in fields(recipe)]
     for name in changes:
         if name not in known:

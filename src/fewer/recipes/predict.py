@@ -97,7 +97,7 @@ class Report:
 
 
 def train(
-    prediction: Prediction, out: str | Path, *, model: tuple[nn.Module, Any] | None = None, ids: Tensor | None = None,
+    recipe: Prediction, out: str | Path, *, model: tuple[nn.Module, Any] | None = None, ids: Tensor | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:  # fmt: skip
     """Train the predictor and save it where `fewer.apply(..., modules=out)` finds it.
@@ -107,41 +107,41 @@ def train(
     ids: (T,) token ids instead of the named text's. log: receives a line every 25 steps and the results.
     Raises   ValueError for a text too short; HostError for a model that is no decoder; what `load_model` and `book` do.
     """
-    method, out = parse(prediction.method), Path(out)
-    folder = Folder(out, prediction, log)
+    method, out = parse(recipe.method), Path(out)
+    folder = Folder(out, recipe, log)
     out = folder.path
-    net, tokenizer = model or load_model(prediction.model)
+    net, tokenizer = model or load_model(recipe.model)
     host = hosts.find(net)
     if not isinstance(host, DecoderHost):
         raise hosts.HostError(f"{type(net).__name__} is {host.name}; TokenButler predicts a decoder's attention")
     if ids is None:
-        ids = torch.tensor(tokenizer(book(prediction.text), verbose=False)["input_ids"])
+        ids = torch.tensor(tokenizer(book(recipe.text), verbose=False)["input_ids"])
     device = next(net.parameters()).device
-    cut = len(ids) - max(len(ids) // 10, prediction.length)
-    if cut < prediction.length:
+    cut = len(ids) - max(len(ids) // 10, recipe.length)
+    if cut < recipe.length:
         raise ValueError(
-            f"the text has {len(ids)} tokens; {2 * prediction.length} are needed for one passage of "
-            f"{prediction.length} to train on and one to test on: give a longer text, or length="
+            f"the text has {len(ids)} tokens; {2 * recipe.length} are needed for one passage of "
+            f"{recipe.length} to train on and one to test on: give a longer text, or length="
         )
     modules = trained.build(method, host, 1).to(device)
     butler = next(m for m in modules.modules() if isinstance(m, Butler))
-    lines = learn(prediction, host, butler, ids[:cut].to(device), folder)
-    kept = copy.deepcopy(modules).half() if prediction.half else modules
+    lines = learn(recipe, host, butler, ids[:cut].to(device), folder)
+    kept = copy.deepcopy(modules).half() if recipe.half else modules
     modules.load_state_dict(kept.state_dict())
-    starts = torch.linspace(0, len(ids) - cut - prediction.length, prediction.test).long().tolist()
-    passages = [read(host, ids[cut + s : cut + s + prediction.length].to(device)) for s in starts]
-    found = measure(butler, passages, seed=prediction.seed)
+    starts = torch.linspace(0, len(ids) - cut - recipe.length, recipe.test).long().tolist()
+    passages = [read(host, ids[cut + s : cut + s + recipe.length].to(device)) for s in starts]
+    found = measure(butler, passages, seed=recipe.seed)
     report = Report(
         method=text(method),
         parameters=sum(p.numel() for p in modules.parameters()),
-        tokens=-(-prediction.steps // prediction.reuse) * prediction.length,
-        steps=prediction.steps,
+        tokens=-(-recipe.steps // recipe.reuse) * recipe.length,
+        steps=recipe.steps,
         seconds=lines[-1]["seconds"],
         results={k: {name: round(sum(v) / len(v), 4) for name, v in row.items()} for k, row in found.items()},
         passages={k: {name: [round(x, 4) for x in v] for name, v in row.items()} for k, row in found.items()},
     )
     card = {
-        "recipe": json.dumps(asdict(prediction)),
+        "recipe": json.dumps(asdict(recipe)),
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "passages"},
     }
     trained.save(out, [method], ModuleListOf([kept]), host, {k: v for k, v in card.items() if k != "method"})

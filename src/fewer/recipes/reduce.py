@@ -117,7 +117,7 @@ class Report:
 
 
 def train(
-    reduction: Reduction,
+    recipe: Reduction,
     out: str | Path,
     *,
     model: tuple[nn.Module, Processor] | None = None,
@@ -132,14 +132,14 @@ def train(
     data: (train, test) sets instead of the named ones. log: receives a line every 25 steps and the results.
     Raises   ValueError for a method without modules; what `apply`, `load_model` and `data.load` raise.
     """
-    method, out = parse(reduction.method), Path(out)
-    folder = Folder(out, reduction, log)
+    method, out = parse(recipe.method), Path(out)
+    folder = Folder(out, recipe, log)
     out = folder.path
-    net, processor = model or load_model(reduction.model)
-    train_set, test_set = data or (load(reduction.data, split="train"), load(reduction.test))
+    net, processor = model or load_model(recipe.model)
+    train_set, test_set = data or (load(recipe.data, split="train"), load(recipe.test))
     with ExitStack() as undo:
         teacher = copy.deepcopy(net).eval().requires_grad_(False)
-        frozen = [p for p in net.parameters() if p.requires_grad] if not reduction.backbone else []
+        frozen = [p for p in net.parameters() if p.requires_grad] if not recipe.backbone else []
         undo.callback(lambda: [p.requires_grad_(True) for p in frozen])
         undo.callback(net.train, net.training)
         for parameter in frozen:
@@ -148,7 +148,7 @@ def train(
         if not list(session.modules.parameters()):
             raise ValueError(f"{text(method)} has nothing to train; methods that have: see `fewer list`")
         untrained = copy.deepcopy(session.modules)
-        lines = _learn(reduction, session, teacher, train_set, processor, folder)
+        lines = _learn(recipe, session, teacher, train_set, processor, folder)
         answers = {"trained": _answers(net, test_set, processor)}
         counts, ledger, final = session.counts, session.ledger, session.methods[0]
         learned = _found(session)
@@ -172,7 +172,7 @@ def train(
         tokens=[int(c) for c in counts],
         gflops=round(ledger.gflops, 4),
         gflops_full=round(ledger.gflops_full, 4),
-        steps=reduction.steps,
+        steps=recipe.steps,
         seconds=lines[-1]["seconds"],
         parameters=sum(p.numel() for p in session.modules.parameters()),
         hardware=hardware(_device(net)),
@@ -180,12 +180,12 @@ def train(
         lines=lines,
     )
     card = {
-        "recipe": json.dumps(asdict(reduction)),
+        "recipe": json.dumps(asdict(recipe)),
         "data": f"{train_set.name} (train), {test_set.name} (test)",
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "lines"},
     }
     session.save_modules(out, card)
-    if reduction.backbone:
+    if recipe.backbone:
         pretrained(net).save_pretrained(out)
         processor.save(out)
     folder.finish(report)

@@ -81,7 +81,7 @@ class Report:
 
 
 def train(
-    watching: Watching, out: str | Path, *, model: nn.Module | None = None, log: Callable[[str], None] = print
+    recipe: Watching, out: str | Path, *, model: nn.Module | None = None, log: Callable[[str], None] = print
 ) -> Report:
     """Train a method's modules and save them where `fewer.apply(..., modules=out)` finds them.
 
@@ -90,11 +90,11 @@ def train(
     """
     from fewer.evaluation.video import answers_questions
 
-    method, out = parse(watching.method), Path(out)
-    folder = Folder(out, watching, log)
-    net: Any = load_model(watching.model)[0] if model is None else model
+    method, out = parse(recipe.method), Path(out)
+    folder = Folder(out, recipe, log)
+    net: Any = load_model(recipe.model)[0] if model is None else model
     if not answers_questions(net):
-        raise ValueError(f"{watching.model} does not answer questions about clips; video-actions does")
+        raise ValueError(f"{recipe.model} does not answer questions about clips; video-actions does")
     teacher = copy.deepcopy(net).eval().requires_grad_(False)
     with ExitStack() as undo:
         frozen = [p for p in net.parameters() if p.requires_grad]
@@ -120,25 +120,25 @@ def train(
                 with torch.no_grad():
                     taught = split(teacher(pixel_values=x).logits.float())
                 given = split(net(pixel_values=x).logits.float())
-            return _losses(watching, given, taught, batch.answers)
+            return _losses(recipe, given, taught, batch.answers)
 
-        optimizer = torch.optim.AdamW(decayed(session.parameters(), watching.weight_decay), lr=watching.lr)
+        optimizer = torch.optim.AdamW(decayed(session.parameters(), recipe.weight_decay), lr=recipe.lr)
         net.train()
-        loop = Loop(watching.steps, watching.warmup, bfloat16=watching.bfloat16)
-        lines = loop.run(session.modules, [optimizer], _batches(watching), loss, folder)
-        asked = clips.exam(watching.test)
+        loop = Loop(recipe.steps, recipe.warmup, bfloat16=recipe.bfloat16)
+        lines = loop.run(session.modules, [optimizer], _batches(recipe), loss, folder)
+        asked = clips.exam(recipe.test)
         found = {"unreduced": correct(teacher, asked), "trained": correct(net, asked)}
         counts = session.counts
     with apply(net, method, modules=untrained):
         found["untrained"] = correct(net, asked)
     report = Report(
-        text(method), {k: round(float(v.float().mean()), 4) for k, v in found.items()}, watching.test,
-        [int(c) for c in counts], watching.steps, lines[-1]["seconds"],
+        text(method), {k: round(float(v.float().mean()), 4) for k, v in found.items()}, recipe.test,
+        [int(c) for c in counts], recipe.steps, lines[-1]["seconds"],
         sum(p.numel() for p in session.modules.parameters()), hardware(next(net.parameters()).device), lines,
     )  # fmt: skip
     card = {
-        "recipe": json.dumps(asdict(watching)),
-        "data": f"clips of Fashion-MNIST's {watching.split} pictures; tested on those in the package",
+        "recipe": json.dumps(asdict(recipe)),
+        "data": f"clips of Fashion-MNIST's {recipe.split} pictures; tested on those in the package",
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(report).items() if k != "lines"},
     }
     session.save_modules(out, card)
