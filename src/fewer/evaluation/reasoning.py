@@ -25,7 +25,7 @@ from fewer.recipes.skipping import RATIOS, asking
 
 __all__ = ["OPTIONS", "RECORD", "Line", "line", "measured", "recorded", "run", "table"]
 
-OPTIONS: Mapping[str, Any] = {"limit": 500, "threads": None}
+OPTIONS: Mapping[str, Any] = {"limit": 300, "threads": None}
 """limit: of the packaged problems, the first so many."""
 RECORD = "assets/reasoner/trained.json"
 CUTS = (20, 40, 60)
@@ -101,8 +101,11 @@ def line(name: str, scores: Sequence[Score], base: Score | None, source: str) ->
 
 
 def recorded() -> dict[str, Any]:
-    """The rows of runs whose weights are not in the package; `made` says how they came about."""
-    found = json.loads(resources.files("fewer").joinpath(RECORD).read_text())
+    """The rows of runs whose weights are not in the package; `made` says how they came about. None where none are."""
+    file = resources.files("fewer").joinpath(RECORD)
+    if not file.is_file():
+        return {"made": {}, "lines": []}
+    found = json.loads(file.read_text())
     for each in found["lines"]:
         for name in ("accuracy", "difference", "tokens", "per_right"):
             each[name] = None if each[name] is None else stats.Interval(**each[name])
@@ -122,10 +125,10 @@ def table(lines: Sequence[Line], made: Mapping[str, Any]) -> Table:
         )  # fmt: skip
     heads = [("method", ""), ("right", "%"), ("difference", "points"), ("chain", "tokens"), ("fewer", "%"),
              ("per right answer", "tokens"), ("seeds", ""), ("measured", "")]  # fmt: skip
-    notes = (
-        "in brackets: 95 % intervals over the problems; of several seeds, the lowest and the highest",
-        f"recorded: {made['command']}; {made['problems']} problems, {made['hardware']}, commit {made['commit']}",
-    )
+    notes = ["in brackets: 95 % intervals over the problems; of several seeds, the lowest and the highest"]
+    if made:
+        how = f"{made['problems']} problems, {made['hardware']}, commit {made['commit']}"
+        notes.append(f"recorded: {made['command']}; {how}")
     return Table(heads, rows, notes, {"lines": [asdict(each) for each in lines], "recorded": dict(made)})
 
 

@@ -52,11 +52,11 @@ class Skipping(Settings):
 
     model: str = "reasoner"
     by: Literal["words", "random"] = "words"
-    problems: int = 1500
-    test: int = 500
+    problems: int = 1000
+    test: int = 300
     ratios: tuple[float, ...] = RATIOS
-    steps: int = 120
-    tokens: int = 6000
+    steps: int = 100
+    tokens: int = 3000
     lr: float = 1e-3
     warmup: float = 0.1
     word_steps: int = 150
