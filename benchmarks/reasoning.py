@@ -62,7 +62,7 @@ def made(name: str, out: Path, weak: Path | None) -> dict[str, dict[str, object]
     folder = out / name.replace(":", "-")
     if kind in ("words", "random"):
         ran = skipping.train(skipping.Skipping(by=kind, seed=int(seed)), folder)  # type: ignore[arg-type]
-        title = "TokenSkip, {} asked, other seeds" if kind == "words" else "random words skipped, {} asked"
+        title = "TokenSkip, {} asked" if kind == "words" else "random words skipped, {} asked"
         return {title.format(ratio): asdict(ran.scores[ratio]) for ratio in RATIOS}
     if kind in ("traces", "upft"):
         if weak is None:

@@ -1,7 +1,7 @@
 """The suite "reasoning": how short a small reasoner's chains can be made, by what, and what it costs in right answers.
 
-Rows that training made are of two sorts: TokenSkip's weights are in the package and measured here; those of other runs
-come from `RECORD`, which `benchmarks/reasoning.py` writes and says how it was made.
+The packaged weights are measured here. Rows that further training makes come from `RECORD`, which
+`benchmarks/reasoning.py` writes and which says how it was made; there are none where it has not been run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from fewer.datasets import reasoning
 from fewer.evaluation import stats
 from fewer.evaluation.suites import Table
-from fewer.evaluation.thoughts import LONGEST, Score, answers, scored
+from fewer.evaluation.thoughts import Score, answers, scored
 from fewer.models.zoo import load_model
-from fewer.recipes.skipping import RATIOS, asking
 
 __all__ = ["OPTIONS", "RECORD", "Line", "line", "measured", "recorded", "run", "table"]
 
@@ -65,7 +64,7 @@ def run(options: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> Ta
 
 
 def measured(problems: Sequence[reasoning.Problem], log: Callable[[str], None] = print) -> dict[str, Score]:
-    """The packaged weights: untouched, cut short, and TokenSkip at every ratio."""
+    """The packaged weights: untouched, and cut short."""
     found = {}
     model, tokenizer = load_model("reasoner", dtype=torch.bfloat16)
     prompts = [p.prompt for p in problems]
@@ -73,13 +72,6 @@ def measured(problems: Sequence[reasoning.Problem], log: Callable[[str], None] =
     log(f"{UNTOUCHED}: {found[UNTOUCHED].accuracy:.1%}, {found[UNTOUCHED].tokens:.1f} tokens")
     for most in CUTS:
         found[f"cut after {most} tokens"] = scored(answers(model, tokenizer, prompts, most=most), problems)
-    model, tokenizer = load_model("reasoner-skipping", dtype=torch.bfloat16)
-    skipping = asking(tokenizer)
-    for ratio in RATIOS:
-        asked = [skipping.prompt(p.question, ratio) for p in problems]
-        wrote = answers(model, tokenizer, asked, longest=skipping.cap(LONGEST, ratio))
-        found[f"TokenSkip, {ratio:g} asked"] = scored(wrote, problems)
-        log(f"TokenSkip, {ratio:g} asked: {found[f'TokenSkip, {ratio:g} asked'].accuracy:.1%}")
     return found
 
 
