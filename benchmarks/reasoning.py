@@ -62,7 +62,7 @@ def made(name: str, out: Path, weak: Path | None) -> dict[str, dict[str, object]
     folder = out / name.replace(":", "-")
     if kind in ("words", "random"):
         ran = skipping.train(skipping.Skipping(by=kind, seed=int(seed)), folder)  # type: ignore[arg-type]
-        title = "TokenSkip, {} asked, other seeds" if kind == "words" else "random words skipped, {} asked"
+        title = "TokenSkip, {} asked" if kind == "words" else "random words skipped, {} asked"
         return {title.format(ratio): asdict(ran.scores[ratio]) for ratio in RATIOS}
     if kind in ("traces", "upft"):
         if weak is None:
@@ -77,7 +77,7 @@ def name_of(kind: str) -> str:
     return f"weak, UPFT on {PREFIX} tokens" if kind == "upft" else "weak, own right traces"
 
 
-def own(kind: str, seed: int, weak: Path, folder: Path, problems: int = 1500, steps: int = 60) -> dict[str, Score]:
+def own(kind: str, seed: int, weak: Path, folder: Path, problems: int = 1000, steps: int = 60) -> dict[str, Score]:
     """Fine-tune a weak reasoner on its own sampled chains, for as many steps either way."""
     recipe = skipping.Skipping(model=str(weak), seed=seed, problems=problems, steps=steps)
     at = Folder(folder, recipe, print)

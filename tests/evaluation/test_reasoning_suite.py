@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,18 @@ def test_a_row_of_one_run_and_of_several():
     assert two.seeds == 2
 
 
-def test_the_record_says_how_it_was_made_and_reads_back():
+def test_a_record_reads_back_and_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = Score((True,) * 90 + (False,) * 10, (100,) * 100)
+    row = suite.line("Kimi k1.5", [base], base, "recorded")
+    made = {"command": "c", "problems": 100, "hardware": "h", "commit": "abc"}
+    monkeypatch.setattr(suite.resources, "files", lambda _: tmp_path)
+    assert suite.recorded()["lines"] == []
+    file = tmp_path / suite.RECORD
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"made": made, "lines": [asdict(row)]}))
     record = suite.recorded()
-    assert {"command", "problems", "hardware", "commit"} <= set(record["made"])
-    assert record["lines"]
-    for each in record["lines"]:
-        row = suite.Line(**each)
-        assert 0 <= row.accuracy.low <= row.accuracy.value <= row.accuracy.high <= 1
-        assert row.source == "recorded"
+    assert [suite.Line(**each) for each in record["lines"]] == [row]
+    assert "commit abc" in suite.table([row], made).notes[1]
 
 
 @pytest.mark.slow
@@ -48,10 +54,10 @@ def test_the_suite_prints_what_it_measured(tmp_path: Path):
     table, file = suites.run("reasoning", {"limit": 30}, tmp_path, log=lambda _: None)
     names = [row[0] for row in table.rows]
     assert names[0] == suite.UNTOUCHED
-    assert "TokenSkip, 0.5 asked" in names
+    assert "cut after 20 tokens" in names
     assert file.is_file()
     measured = {each["name"]: each for each in table.record["lines"]}
-    assert measured[suite.UNTOUCHED]["accuracy"]["value"] > 0.8
-    whole, half = (measured[name]["tokens"]["value"] for name in (suite.UNTOUCHED, "TokenSkip, 0.5 asked"))
-    assert half < 0.7 * whole
+    assert measured[suite.UNTOUCHED]["accuracy"]["value"] > 0.7
+    whole, half = (measured[name]["tokens"]["value"] for name in (suite.UNTOUCHED, "cut after 20 tokens"))
+    assert half <= 20 < whole
     assert len(reasoning.load()) >= 30

@@ -25,9 +25,9 @@ __all__ = ["KINDS", "THINK", "THOUGHT", "Problem", "ReasoningError", "load", "pr
 THINK, THOUGHT = "<think>", "</think>"
 """What stands before a chain, and behind it."""
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "chain_sum": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 2},
+    "chain_sum": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
     "leg_counting": {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 10},
-    "simple_equations": {"min_terms": 2, "max_terms": 3, "max_value": 10, "operators_weights": [0.5, 0.5, 0.0]},
+    "simple_equations": {"min_terms": 2, "max_terms": 3, "max_value": 8, "operators_weights": [0.5, 0.5, 0.0]},
 }
 """The generators drawn from, each with the settings that differ from its defaults."""
 HELD = "reasoning-test-1000.json.xz"

@@ -1,7 +1,7 @@
 """The suite "reasoning": how short a small reasoner's chains can be made, by what, and what it costs in right answers.
 
-Rows that training made are of two sorts: TokenSkip's weights are in the package and measured here; those of other runs
-come from `RECORD`, which `benchmarks/reasoning.py` writes and says how it was made.
+The packaged weights are measured here. Rows that further training makes come from `RECORD`, which
+`benchmarks/reasoning.py` writes and which says how it was made; there are none where it has not been run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import torch
 from fewer.datasets import reasoning
 from fewer.evaluation import stats
 from fewer.evaluation.suites import Table
-from fewer.evaluation.thoughts import LONGEST, Score, answers, scored
+from fewer.evaluation.thoughts import Score, answers, scored
 from fewer.models.zoo import load_model
-from fewer.recipes.skipping import RATIOS, asking
 
 __all__ = ["OPTIONS", "RECORD", "Line", "line", "measured", "recorded", "run", "table"]
 
-OPTIONS: Mapping[str, Any] = {"limit": 500, "threads": None}
+OPTIONS: Mapping[str, Any] = {"limit": 300, "threads": None}
 """limit: of the packaged problems, the first so many."""
 RECORD = "assets/reasoner/trained.json"
 CUTS = (20, 40, 60)
@@ -65,7 +64,7 @@ def run(options: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> Ta
 
 
 def measured(problems: Sequence[reasoning.Problem], log: Callable[[str], None] = print) -> dict[str, Score]:
-    """The packaged weights: untouched, cut short, and TokenSkip at every ratio."""
+    """The packaged weights: untouched, and cut short."""
     found = {}
     model, tokenizer = load_model("reasoner", dtype=torch.bfloat16)
     prompts = [p.prompt for p in problems]
@@ -73,13 +72,6 @@ def measured(problems: Sequence[reasoning.Problem], log: Callable[[str], None] =
     log(f"{UNTOUCHED}: {found[UNTOUCHED].accuracy:.1%}, {found[UNTOUCHED].tokens:.1f} tokens")
     for most in CUTS:
         found[f"cut after {most} tokens"] = scored(answers(model, tokenizer, prompts, most=most), problems)
-    model, tokenizer = load_model("reasoner-skipping", dtype=torch.bfloat16)
-    skipping = asking(tokenizer)
-    for ratio in RATIOS:
-        asked = [skipping.prompt(p.question, ratio) for p in problems]
-        wrote = answers(model, tokenizer, asked, longest=skipping.cap(LONGEST, ratio))
-        found[f"TokenSkip, {ratio:g} asked"] = scored(wrote, problems)
-        log(f"TokenSkip, {ratio:g} asked: {found[f'TokenSkip, {ratio:g} asked'].accuracy:.1%}")
     return found
 
 
@@ -101,8 +93,11 @@ def line(name: str, scores: Sequence[Score], base: Score | None, source: str) ->
 
 
 def recorded() -> dict[str, Any]:
-    """The rows of runs whose weights are not in the package; `made` says how they came about."""
-    found = json.loads(resources.files("fewer").joinpath(RECORD).read_text())
+    """The rows of runs whose weights are not in the package; `made` says how they came about. None where none are."""
+    file = resources.files("fewer").joinpath(RECORD)
+    if not file.is_file():
+        return {"made": {}, "lines": []}
+    found = json.loads(file.read_text())
     for each in found["lines"]:
         for name in ("accuracy", "difference", "tokens", "per_right"):
             each[name] = None if each[name] is None else stats.Interval(**each[name])
@@ -122,10 +117,10 @@ def table(lines: Sequence[Line], made: Mapping[str, Any]) -> Table:
         )  # fmt: skip
     heads = [("method", ""), ("right", "%"), ("difference", "points"), ("chain", "tokens"), ("fewer", "%"),
              ("per right answer", "tokens"), ("seeds", ""), ("measured", "")]  # fmt: skip
-    notes = (
-        "in brackets: 95 % intervals over the problems; of several seeds, the lowest and the highest",
-        f"recorded: {made['command']}; {made['problems']} problems, {made['hardware']}, commit {made['commit']}",
-    )
+    notes = ["in brackets: 95 % intervals over the problems; of several seeds, the lowest and the highest"]
+    if made:
+        how = f"{made['problems']} problems, {made['hardware']}, commit {made['commit']}"
+        notes.append(f"recorded: {made['command']}; {how}")
     return Table(heads, rows, notes, {"lines": [asdict(each) for each in lines], "recorded": dict(made)})
 
 

@@ -38,7 +38,6 @@ NAMED: Mapping[str, str] = {
     "video-actions": "VideoMAE, 6 layers of width 96, 8 x 49 tokens: how and when things move; in the package",
     "llava-scenes": "LLaVA, CLIP tower and Llama of width 160, 6 layers each, 144 visual tokens; in the package",
     "reasoner": "Llama, 4 layers of width 192: sums, legs and equations with a chain of thought; in the package",
-    "reasoner-skipping": "reasoner after TokenSkip: writes the share of its chain that is asked for; in the package",
     "dinov2-small": "DINOv2 ViT-S/14, 12 layers of width 384, features only; facebook/dinov2-small or a packaged twin",
     "smollm2-135m": "SmolLM2 135M Instruct, Llama, 30 layers of width 576, 8k context; float32, chat template",
     "gemma3-270m": "Gemma 3 270M base, 18 layers of width 640 (15 slide over 512 tokens), 32k context; float32",
@@ -46,9 +45,7 @@ NAMED: Mapping[str, str] = {
     "minilm": "all-MiniLM-L6-v2, BERT, 6 layers of width 384; its mean over tokens is a sentence's vector",
 }
 """Names `load_model` knows by itself, with a line on each."""
-EMBEDDED = (
-    "vit-fashion", "dit-fashion", "bert-eras", "video-actions", "llava-scenes", "reasoner", "reasoner-skipping",
-)  # fmt: skip
+EMBEDDED = ("vit-fashion", "dit-fashion", "bert-eras", "video-actions", "llava-scenes", "reasoner")
 """Those whose weights are in the package."""
 
 DINOV2_HUB = "facebook/dinov2-small"

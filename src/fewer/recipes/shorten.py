@@ -65,7 +65,7 @@ class Shortening(Settings):
     asked: int = 48
     alpha: float = 0.01
     weight: float = 0.5
-    test: int = 500
+    test: int = 300
     seed: int = 0
     threads: int | None = None
 

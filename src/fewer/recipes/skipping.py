@@ -1,6 +1,6 @@
 """TokenSkip on a small reasoner: it learns from its own chains, shortened, to write as much as it is asked for.
 
-    report = train(Skipping(), "out")                       # the packaged "reasoner-skipping" (fewer[reasoning])
+    report = train(Skipping(), "out")                       # needs fewer[reasoning]
     skipping = asking(tokenizer)
     model.generate(**tokenizer(skipping.prompt(question, 0.5), return_tensors="pt"))
 
@@ -39,7 +39,7 @@ WORDS = "words"
 
 @dataclass(frozen=True)
 class Skipping(Settings):
-    """Everything a run depends on; the defaults made the packaged weights.
+    """Everything a run depends on; the defaults are for the packaged reasoner.
 
     model     a reasoner, as in `load_model`
     by        what chooses the words: the trained encoder, or chance
@@ -52,11 +52,11 @@ class Skipping(Settings):
 
     model: str = "reasoner"
     by: Literal["words", "random"] = "words"
-    problems: int = 1500
-    test: int = 500
+    problems: int = 1000
+    test: int = 300
     ratios: tuple[float, ...] = RATIOS
-    steps: int = 120
-    tokens: int = 6000
+    steps: int = 100
+    tokens: int = 3000
     lr: float = 1e-3
     warmup: float = 0.1
     word_steps: int = 150
