@@ -47,10 +47,11 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--methods", nargs="+", default=list(Selection.methods))
     arguments.add_argument("--noise", type=float, default=Selection.noise)
+    arguments.add_argument("--known", type=float, default=Selection.known, help="steps of the reference, over --steps")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    recipe = Selection(steps=given.steps, noise=given.noise, methods=tuple(given.methods))
+    recipe = Selection(steps=given.steps, noise=given.noise, known=given.known, methods=tuple(given.methods))
     for seed in given.seeds:  # what is there is written: three seeds take a while
         rows = rows_of(runs(recipe, seeds=[seed], log=lambda line: print(line, flush=True)), recipe.spike)
         if given.out:

@@ -140,7 +140,7 @@ class Bench:
         before = self.clocks[0]
         first, answer = self.timed(self.url, known)
         facts: dict[str, Any] = {
-            "history_tokens": int(answer.headers["x-fewer-tokens-before"]), "rounds": rounds,
+            "history_tokens": int(answer.headers["x-fewer-tokens-before"]), "each": self.each, "rounds": rounds,
             "first_wall_ms": round(first), "first_forwards_wall_ms": round(1e3 * (self.clocks[0] - before)),
         }  # fmt: skip
         self.waits = facts["idle_ms_per_s"] = round(self.idle(), 2)
@@ -186,6 +186,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=256, help="tokens of a message, about")
     parser.add_argument("--history", type=int, nargs="+", default=[512, 4096, 8192])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--add", action="store_true", help="keep the rows that are there")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     words = texts.book("moby-dick").split()
@@ -207,6 +208,8 @@ def main() -> int:
     finally:
         for process in processes:
             process.terminate()
+    if arguments.add:
+        rows = json.loads(arguments.out.read_text())["rows"] + rows
     result = {
         "what": (__doc__ or "").strip(), "unit": "ms", "rows": rows, "rounds": arguments.rounds,
         "reader": "smollm2-135m, llmlingua:keep=0.5", "threads": arguments.threads,
@@ -214,7 +217,7 @@ def main() -> int:
         "versions": record.versions(), "commit": record.commit(), "when": record.now(),
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
+    for row in rows[-len(arguments.history) :]:
         print(json.dumps(row))
     return 0
 

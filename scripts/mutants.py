@@ -193,6 +193,25 @@ FAULTS = [
           "heads do not build on each other", GUESSES),
     Fault("generation/tree.py", "(hits + self.TRUST * guess.chance) / (tests + self.TRUST)", "guess.chance",
           "what came true is forgotten", GUESSES),
+    # -- learning, and models that talk --------------------------------------------------------------------------------
+    Fault("training/influx.py", "torch.where(stays, example[:, 1], example[:, 0])", "torch.where(stays, example[:, 1], 0)",
+          "examples that leave were not decided", "tests/text/test_influx.py"),
+    Fault("training/influx.py", "shaped = torch.where(tokens <= limit, share.pow(weight), share.pow(-weight))",
+          "shaped = share.pow(weight)", "ever longer prompts are rewarded", "tests/text/test_influx.py"),
+    Fault("methods/text/influx.py", "leading(example, size, count)", "leading(-example, size, count)",
+          "the least wanted examples stay", "tests/text/test_influx.py"),
+    Fault("agents/debate.py", "known = [views[who], *self.seen[who]]", "known = [views[who]]",
+          "what was read once is read again", "tests/agents/test_debate.py"),
+    Fault("agents/debate.py", "heard = [self._heard(who, number, views)", "heard = [self._heard(who, 1, views)",
+          "groups never hear each other", "tests/agents/test_debate.py"),
+    Fault("agents/density.py", "if lost := sorted(before.entities - step.entities):", "if lost := sorted(frozenset()):",
+          "a summary forgets what it named", "tests/agents/test_density.py"),
+    Fault("evaluation/selection.py", "_at(plain.curve, one.curve[-1][1])", "_at(plain.curve, plain.curve[-1][1])",
+          "equal tokens are equal steps", "tests/evaluation/test_selection.py"),
+    Fault("recipes/loop.py", "step_scheduler_with_optimizer=False", "step_scheduler_with_optimizer=True",
+          "two processes run through a schedule twice as fast", "tests/training/test_launched.py"),
+    Fault("runtime/sites/loss.py", "    dist.all_reduce(counts)\n", "", "each process has a share of its own",
+          "tests/training/test_launched.py"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from fewer.compression import Compressor
+from fewer.compression import CompressionError, Compressor
 from fewer.compression.compressed import counted
 from fewer.core import SignalError
 from fewer.models.influx import ExemplarPruner
@@ -105,6 +105,11 @@ def test_it_is_saved_and_found_by_its_folder(tmp_path: Path) -> None:
 def test_it_foretells_no_words() -> None:
     with pytest.raises(SignalError, match="causal language model"):
         Compressor("selective_context", pruner(), tokenizer("wordpiece"))(EXAMPLES, tokens=40)
+
+
+def test_a_reader_that_knows_no_examples_is_refused() -> None:
+    with pytest.raises(CompressionError, match="LlamaForCausalLM is none: fewer train influx"):
+        Compressor("influx", *small())
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------

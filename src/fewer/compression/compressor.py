@@ -16,6 +16,7 @@ from fewer.core import KeepRatio, Reducer, SignalError, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Hard
 from fewer.core.written import Each, Unit, Written
+from fewer.methods.text.influx import Influx
 from fewer.models.influx import ExampleReader, ExemplarPruner
 from fewer.runtime.reading import LanguageReader, WordReader, around, reads_words, window_of
 from fewer.spec import parse, text
@@ -87,6 +88,11 @@ class Compressor:
             tokenizer = tokenizer or loaded
         else:
             self.name = type(model).__name__
+        if isinstance(self.method, Influx) and not isinstance(model, ExemplarPruner):
+            raise CompressionError(
+                f"influx asks a policy that learned which examples stay, and {self.name} is none: fewer train influx "
+                "makes one, and its folder is the model"
+            )
         if tokenizer is None:
             raise CompressionError(f"{self.name} reads tokens: give its tokenizer too")
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer

@@ -56,7 +56,8 @@ class Selection(Settings):
     data      "eras" (39 MB, npm) or "embedded": of its passages four fifths are for training
     methods   PLAIN, CLEAN, or forms of methods on the training loss
     noise     share of the training tokens that are noise
-    steps     updates of `batch` windows of `length` pieces each; a reference has half as many
+    steps     updates of `batch` windows of `length` pieces each
+    known     how many of them the reference had, over `steps`: 0.5 is half as many
     every     steps between two looks at the held-out text; spike: how many times the median gradient norm is a spike
     seeds     of weights, noise and batches: 0, 1, ...
     """
@@ -71,6 +72,7 @@ class Selection(Settings):
     width: int = 128
     layers: int = 3
     lr: float = 2e-3
+    known: float = 0.5
     every: int = 25
     held: int = 192
     spike: float = 2.0
@@ -86,6 +88,8 @@ class Selection(Settings):
         for name, least in (("steps", 60), ("seeds", 1), ("batch", 1), ("every", 1), ("held", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+        if self.known <= 0:
+            raise ValueError(f"known={self.known}: a reference learns, too; give more than 0")
         if self.length % NOISY or self.width % 32:
             raise ValueError(f"length={self.length}, width={self.width}: give multiples of {NOISY} and 32")
 
@@ -154,7 +158,7 @@ def runs(recipe: Selection, *, seeds: Sequence[int] | None = None, log: Callable
             order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
             fifth = clean[order[: len(clean) // 5]]
             guide = _small(recipe, 100 + seed)
-            brief = replace(recipe, steps=max(recipe.steps // 2, 60), every=recipe.steps)
+            brief = replace(recipe, steps=max(round(recipe.known * recipe.steps), 60), every=1_000_000)
             known = _train(guide, brief, seed, PLAIN, fifth, torch.zeros_like(fifth, dtype=torch.bool), held).final
             guide.eval().requires_grad_(False)
             log(f"seed {seed}: the reference has {known:.3f} nats per held-out token")

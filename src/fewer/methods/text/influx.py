@@ -43,9 +43,9 @@ class Influx(Reducer):
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         written = signals.written
         count, free = goal(self.budget, tokens, signals.at)
-        example = written.reader.relevance
         unit = written.unit(self.unit)
         score = pooled(written.reader.wanted, unit, free)
+        example = written.reader.relevance
         belongs = free & framed(written, free, self.first, self.line)
         mean, number = written.by_part(torch.where(belongs, 1.0, score), free)
         size = (mean * number).nan_to_num(0.0)  # of an example, the tokens that the policy would draw, on average
