@@ -24,6 +24,7 @@ from .forced import broken, forced
 from .source import JOINT, Source
 
 PROMISE = " We can get the answer to this question in the given documents."
+RANKED = 20_000  # documents whose rank for a question is remembered
 STRAIGHT = 6  # steps towards the length that was asked for; then halves
 NEAR = 16  # units on each side of a border that may change sides
 
@@ -91,6 +92,7 @@ class Compressor:
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
         self.shelf, self.side = shelf, side
+        self._ranked: dict[Any, float] = {}  # documents that were ranked for a question, at whatever length
         self.window = window or window_of(model)
 
     def __call__(
@@ -208,7 +210,9 @@ class Compressor:
             if task.prompt.question else [] for task in tasks
         ]  # fmt: skip
         promise, joint = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (PROMISE, JOINT))
-        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window)
+        if len(self._ranked) > RANKED:
+            self._ranked.clear()
+        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window, self._ranked)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
     def _made(self, task: Task) -> Compressed:

@@ -18,6 +18,7 @@ __all__ = ["SUITES", "Table", "run"]
 
 SUITES: Mapping[str, str] = {
     "reasoning": "fewer.evaluation.reasoning",
+    "text": "fewer.evaluation.text",
 }
 """Names, and the module that measures each."""
 
