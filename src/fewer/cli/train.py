@@ -21,7 +21,8 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, or a method: dynamicvit:keep=0.7."
+            help="vit-fashion, bert-eras, minilm-r8, llava-scenes, autocompressor, compressor, or a method: "
+            "dynamicvit:keep=0.7."
         ),
     ],
     model: Annotated[
@@ -69,6 +70,14 @@ def _recipe(name: str, model: str | None) -> tuple[Any, Callable[[Any, Path], An
         from fewer.recipes import condense
 
         return condense.Condensing(**chosen), partial(condense.train, log=say)
+    if name == "compressor":
+        if model is not None:
+            raise typer.BadParameter(
+                "a compressor is learned from one model by another: --set teacher=..., student=..."
+            )
+        from fewer.recipes import compressor
+
+        return compressor.Distilling(), partial(compressor.train, log=say)
     if method == "dynamic_pooling":
         from fewer.recipes import pooling
 
