@@ -358,6 +358,20 @@ def test_a_text_longer_than_the_readers_window() -> None:
         Compressor("llmlingua", reader(positions=128), tokenizer("bpe"))(prose(900), rate=0.5)
 
 
+@pytest.mark.parametrize("unit", ["token", "sentence"])
+@pytest.mark.parametrize("tokens", [60, 75, 90, 105, 120])
+@pytest.mark.parametrize("method", ["longllmlingua:slack=1", "llmlingua:slack=1"])
+def test_the_question_stands_behind_documents_that_came_back(method: str, tokens: int, unit: str) -> None:
+    """To be as long as asked, a text may get back some of a document that had left as a whole."""
+    whole = [f"{one} It was number {i}, and the one behind it was another." for i, one in enumerate(PROSE.split(". "))][
+        :9
+    ]
+    short = compressor(f"{method},unit={unit}")(whole, question="Who looks after the boards?", tokens=tokens)
+    assert short.text.endswith("Who looks after the boards?")
+    if method.startswith("llmlingua"):
+        assert short.order == sorted(short.order)
+
+
 # -- for real ----------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.download

@@ -54,6 +54,7 @@ def tokenized(name: str) -> Any:
     return ascii_tokenizer() if name == "llmlingua_tiny_s0" else language_model(name)[1]
 
 
+COARSE = {name: cases(name)[6] for name in LINGUA}
 REAL = [pytest.param("llmlingua_smollm2_a", marks=[pytest.mark.slow, pytest.mark.download])]
 
 
@@ -170,6 +171,18 @@ def test_contexts_are_ranked_as_the_authors_rank_them(name: str) -> None:
         assert {*chosen[0].nonzero()[:, 0].tolist()} == {*want}
 
 
+@pytest.mark.parametrize("name", [LINGUA[0], *REAL])
+def test_contexts_alone_are_chosen_as_the_authors_choose_them(name: str) -> None:
+    """Their coarse step by itself, up to a hundred tokens beyond a target that is a number."""
+    case = COARSE[name]
+    args = case["args"]
+    sizes = torch.tensor([lengths(name, args["context"])])
+    limit = args["target_token"] - lengths(name, [args["question"]])[0] + SPARE
+    far = torch.tensor([[call["loss"][0] for call in case["trace"][:3]]])
+    chosen = leading(-far, sizes, torch.tensor([limit]))[0].nonzero()[:, 0].tolist()
+    assert chosen == case["trace"][3]["context_budget_result"]["kept_context_indices_in_order"]
+
+
 def test_a_short_text_stays_nearly_whole_in_the_code() -> None:
     """The quirk the paper's way mends."""
     case = cases(LINGUA[0])[0]
@@ -255,6 +268,36 @@ def test_llmlingua2_keeps_the_authors_words(case: dict[str, Any]) -> None:
     assert [(word, stay) for word, stay in zip(merge["words"], stays, strict=True)] == [
         (label.rsplit(" ", 1)[0], label.endswith("1")) for label in labels
     ]
+
+
+def test_llmlingua2_filters_contexts_as_the_authors_do() -> None:
+    """Whole contexts leave by the mean of their words, then words of each of the others by a percentile of its own."""
+    (case,) = [c for c in cases("llmlingua2_a") if c["args"].get("use_context_level_filter")]
+    trace, args = case["trace"], case["args"]
+    coarse = next(i for i, step in enumerate(trace) if step["step"] == "percentile")
+    merges = [step for step in trace[:coarse] if step["step"] == "merge"]
+    worth = [torch.tensor(step["word_probs"]) for step in trace[:coarse] if step["step"] == "word_prob"]
+    means = torch.stack([words.mean() for words in worth])
+    assert trace[coarse]["n"] == len(means) == 3
+    # the share is cut to a whole number, here without the one that the code adds for words
+    limit = means.double().quantile(int(100 * (1 - args["context_level_rate"]) + 1e-9) / 100)
+    assert_close(float(limit), trace[coarse]["threshold"], atol=2e-6, rtol=0)
+    there = [merge for merge, mean in zip(merges, means.double(), strict=True) if mean > limit]
+    rest = trace[coarse + 1 :]
+    assert [merge["words"] for merge in there] == [step["words"] for step in rest if step["step"] == "merge"]
+    chosen = iter(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+    stays: list[tuple[str, bool]] = []
+    for own, mean in zip(merges, means.double(), strict=True):
+        kept_ = [False] * len(own["words"])
+        if mean > limit:
+            merge, scored, percentile = next(chosen)
+            times = torch.tensor(merge["target_tokens_per_word"])
+            scores = torch.tensor(scored["word_probs"]).repeat_interleave(times)
+            assert len(scores) == percentile["n"]
+            kept_ = [bool(part[0]) for part in above(scores, args["rate"]).split(times.tolist())]
+        stays += zip(own["words"], kept_, strict=True)
+    labels = case["result"]["fn_labeled_original_prompt"].split("\t\t|\t\t")
+    assert stays == [(label.rsplit(" ", 1)[0], label.endswith("1")) for label in labels]
 
 
 # -- Selective Context -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ NAMED = {  # what is no method: the module of fewer.recipes, and its recipe
     "minilm-r8": ("texts", "MINILM"), "llava-scenes": ("vlm", "Recipe"), "video-actions": ("actions", "Recipe"),
     "reasoner": ("reasoner", "Reasoning"), "tokenskip": ("skipping", "Skipping"), "shorten": ("shorten", "Shortening"),
     "autocompressor": ("condense", "Condensing"), "multitoken": ("multitoken", "MultiTokens"),
-    "influx": ("influx", "Influencing"),
+    "influx": ("influx", "Influencing"), "compressor": ("compressor", "Distilling"),
 }  # fmt: skip
 TEXTS = dict.fromkeys(("power_bert", "ltp", "length_adaptive", "pyramid_bert", "trbert", "leap"), "encode") | {
     "sdtp": "prompt", "dynamic_context_pruning": "prompt", "tokenbutler": "predict", "dynamic_pooling": "pooling",

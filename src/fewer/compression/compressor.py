@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewer.core import KeepRatio, Reducer, SignalError, Signals, Site, Tokens
 from fewer.core.place import Place
 from fewer.core.plan import Hard
-from fewer.core.written import Each, Unit, Written
+from fewer.core.written import BEFORE, BEHIND, Each, Unit, Written
 from fewer.methods.text.influx import Influx
 from fewer.models.influx import ExampleReader, ExemplarPruner
 from fewer.runtime.reading import LanguageReader, WordReader, around, reads_words, window_of
@@ -26,6 +26,7 @@ from .forced import broken, forced
 from .source import JOINT, Source
 
 PROMISE = " We can get the answer to this question in the given documents."
+RANKED = 20_000  # documents whose rank for a question is remembered
 STRAIGHT = 6  # steps towards the length that was asked for; then halves
 NEAR = 16  # units on each side of a border that may change sides
 
@@ -98,6 +99,7 @@ class Compressor:
         self.model, self.tokenizer, self.counter = model.eval(), tokenizer, counter or tokenizer
         self.force, self.protect, self.gate = tuple(force), tuple(protect), gate
         self.shelf, self.side = shelf, side
+        self._ranked: dict[Any, float] = {}  # documents that were ranked for a question, at whatever length
         self.window = window or window_of(model)
 
     def __call__(
@@ -217,7 +219,9 @@ class Compressor:
             if task.prompt.question else [] for task in tasks
         ]  # fmt: skip
         promise, joint = (self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in (PROMISE, JOINT))
-        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window)
+        if len(self._ranked) > RANKED:
+            self._ranked.clear()
+        return LanguageReader(self.model, ids, valid, part, coded, joint, promise, front, self.window, self._ranked)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
     def _made(self, task: Task) -> Compressed:
@@ -302,9 +306,8 @@ class _Units:
             if not task.stays[i]:
                 free.setdefault(unit, []).append(i)
         there = {*task.order}
-        parts = dict.fromkeys(task.source.parts[i] for i in task.order)  # in the order they stand now
-        place = {part: number for number, part in enumerate(parts)}
-        self.place = [place.get(part, len(place)) for part in task.source.parts]
+        place = _places([task.source.parts[i] for i in task.order])
+        self.place = [place(part) for part in task.source.parts]
         self.fixed = [i for i, stays in enumerate(task.stays) if stays]
         self.ranked = sorted(free.values(), key=lambda unit: (unit[0] not in there, -task.score[unit[0]], unit[0]))
         self.chosen = sum(unit[0] in there for unit in self.ranked)
@@ -319,6 +322,16 @@ class _Units:
     def beyond(self, border: int, by: float) -> int:
         """The border so many tokens away."""
         return bisect_left(self._upto, self._upto[border] + by)
+
+
+def _places(order: Sequence[int]) -> Callable[[int], int]:
+    """Where a part stands among those that stay, of which the order is given: one that was left out stands in its old
+    place where the others do, else behind them, and in front of the question in any case."""
+    there = [part for part in dict.fromkeys(order) if 0 <= part < BEHIND]
+    if there == sorted(there):
+        return int
+    place = {BEFORE: -1, BEHIND: BEHIND} | {part: number for number, part in enumerate(there)}
+    return lambda part: place.get(part, len(there))
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,27 @@ def mean(values: Sequence[float] | np.ndarray, *, draws: int = 2000, seed: int =
     return Interval(float(x.mean()), low, high)
 
 
+def clustered(
+    values: Sequence[float] | np.ndarray, group: Sequence[int], *, draws: int = 4000, seed: int = 0
+) -> Interval:
+    """A mean and its 95 % percentile bootstrap interval where items of one group depend on each other: groups are
+    drawn, with all their items. values: (N,); group: (N,), equal numbers belong together.
+
+    Raises   ValueError for no observations, or values and groups of different lengths.
+
+    >>> clustered([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1])
+    Interval(value=0.5, low=0.0, high=1.0)
+    """
+    x, (_, where) = np.asarray(values, float), np.unique(np.asarray(group), return_inverse=True)
+    _count(x)
+    if x.shape != where.shape:
+        raise ValueError(f"{x.size} values and {where.size} groups: give each value its group")
+    total, size = np.bincount(where, x), np.bincount(where)
+    drawn = np.random.default_rng(seed).integers(len(size), size=(draws, len(size)))
+    low, high = np.quantile(total[drawn].sum(1) / size[drawn].sum(1), (0.025, 0.975)).tolist()
+    return Interval(float(x.mean()), low, high)
+
+
 def agreement(logits: Tensor, reference: Tensor) -> float:
     """Share of items whose best class is the reference's. logits, reference: (N, classes)."""
     return (logits.argmax(-1) == reference.argmax(-1)).double().mean().item()

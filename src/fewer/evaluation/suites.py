@@ -19,6 +19,7 @@ __all__ = ["SUITES", "Table", "run"]
 SUITES: Mapping[str, str] = {
     "reasoning": "fewer.evaluation.reasoning",
     "training": "fewer.evaluation.selection",
+    "text": "fewer.evaluation.text",
 }
 """Names, and the module that measures each."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ class LanguageReader:
     start      what every text begins with for the model, such as a BOS; where there is nothing, the first token's
                surprisal is the mean of the others'
     window     most tokens in sight; the first ones and the latest stay, when a text is longer
+    ranked     what was found out about questions behind texts, by both, for other readers with the same model
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class LanguageReader:
     promise: Sequence[int] = ()
     start: Sequence[int] = ()
     window: int = UNLIMITED
+    ranked: MutableMapping[Any, float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def surprisal(self) -> Tensor:
@@ -76,7 +78,10 @@ class LanguageReader:
             for part in range(parts):
                 mine = self.ids[row, (self.part[row] == part) & self.valid[row]].tolist()
                 if mine:
-                    score[row, part] = -self._behind([*self.start, *mine[-room:]], asked)
+                    key = (*self.start, *mine[-room:]), tuple(asked)
+                    if key not in self.ranked:
+                        self.ranked[key] = float(self._behind([*key[0]], asked))
+                    score[row, part] = -self.ranked[key]
         return score
 
     def _behind(self, text: list[int], asked: list[int]) -> Tensor:
