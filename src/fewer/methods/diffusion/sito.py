@@ -22,8 +22,9 @@ class SiTo(OperationReducer):
     ratio: share of the tokens that is dropped, rounded down; bases stay, so that of cells of 2 x 2 no more than three
     quarters can go.
     cell: edge of a cell. max_downsample: blocks on grids that are at most so many times coarser than the finest.
-    likeness, noise: weights of the mean similarity to all tokens and of a normal draw, which depends on seed, step and
-    block alone. What the paper sets them to was not at hand: 1 and 0.1 are ours.
+    likeness, noise: weights of the mean similarity to all tokens and of a normal draw. What the paper sets them to was
+    not at hand: 1 and 0.1 are ours.
+    seed: of the draw, which depends on step and block alone.
     """
 
     ratio: float = 0.5

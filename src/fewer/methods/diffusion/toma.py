@@ -23,6 +23,7 @@ class ToMA(OperationReducer):
     temperature: of the softmax over cosines by which a token shares itself out. The paper's was not at hand: 0.1 is
     ours.
     reuse: steps for which a block keeps destinations and shares; 1 = none.
+    max_downsample: blocks on grids that are at most so many times coarser than the finest.
     attention, cross, mlp: around which operations.
     """
 
