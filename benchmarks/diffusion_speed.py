@@ -1,8 +1,8 @@
 """How much faster a denoiser runs with fewer tokens, against what the remaining FLOPs promise, and its memory.
 
-A random UNet of Stable Diffusion's design, half as wide and three levels deep, fused attention on both sides, one CPU thread in
-float32: timings do not depend on weights. Seconds are this thread's CPU seconds. The unreduced model is run before and
-after each reduced run; medians of the ratios, with quartiles. FLOPs are counted by torch over the whole model.
+A random UNet of Stable Diffusion's design, half as wide and three levels deep, fused attention on both sides, one CPU
+thread in float32: timings do not depend on weights. Seconds are this thread's CPU seconds. The unreduced model is run
+before and after each reduced run; medians of the ratios, with quartiles. FLOPs are those torch counts in the model.
 
     python benchmarks/diffusion_speed.py --side 40 --rounds 5 [--peer FOLDER] [--memory] [--steps] [--out results.json]
 

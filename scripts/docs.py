@@ -190,6 +190,11 @@ GROUPS: dict[str, tuple[str, str]] = {
         "The KV cache",
         "Decoders, once a prompt is read and while they write: fewer rows stored, fewer read, or fewer bits.",
     ),
+    "diffusion": (
+        "Denoisers",
+        "UNets and transformers of diffusers, or a pipeline with one. All rows come back behind every operation; the "
+        "[guide](diffusion.md) shows how. Always held against fewer steps.",
+    ),
     "state space": ("State-space models", "Mamba and Mamba-2."),
     "loss": (
         "Training losses",

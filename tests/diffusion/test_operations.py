@@ -287,6 +287,9 @@ def test_methods_and_hosts_that_do_not_fit() -> None:
     model, _ = denoiser("dit")
     with pytest.raises(HostError, match="tome shortens the sequence from block to block"):
         fewer.apply(model, "tome")
+    for site in ("around_operation", "denoising"):
+        with pytest.raises(HostError, match=f"random:site={site} shortens the sequence"):
+            fewer.apply(model, f"random:site={site}")
     with pytest.raises(HostError, match="tomesd acts in a denoiser, and ViT"):
         fewer.apply(tiny_vit(), "tomesd")
 

@@ -12,7 +12,7 @@ from .. import hosts
 from ..adapters.clip_guide import Guide
 from ..adapters.kvpress import Press, adapt
 from ..core import Reducer, Site
-from ..core.denoising import StepReducer
+from ..core.denoising import OperationReducer, StepReducer
 from ..core.visual import acts_on_visual_rows
 from ..spec import parse, text
 from . import saving, verify, verify_visual
@@ -126,7 +126,7 @@ def _in_denoiser(host: hosts.Host, reducers: Sequence[Reducer]) -> bool:
 
     Raises   HostError where a method is for one and the host is none, or the other way round; SessionError for several.
     """
-    theirs = [r.site is Site.AROUND_OPERATION or isinstance(r, StepReducer) for r in reducers]
+    theirs = [isinstance(r, OperationReducer | StepReducer) for r in reducers]
     one = isinstance(host, hosts.DiffusionHost)
     if wrong := [text(r) for r, mine in zip(reducers, theirs, strict=True) if mine != one]:
         raise hosts.HostError(
