@@ -1,4 +1,4 @@
-"""SpAtten: tokens that little attention has gone to, over all blocks so far, leave for good. arXiv:2012.09852, sec. 3."""
+"""SpAtten: tokens that little attention has gone to, over all blocks so far, leave for good. arXiv:2012.09852."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fewer.core.budgets import BudgetError
 
 @dataclass(frozen=True)
 class Cascade(KeepRatio):
-    """All stay in the first blocks (15 % of them, at least three but never the last), then fewer in each, linearly, down
-    to `ratio` in the last. Rounded up.
+    """All stay in the first blocks (15 % of them, at least three but never the last), then fewer in each, linearly,
+    down to `ratio` in the last. Rounded up.
 
     of: a share of what entered the model ("start"), or of what is seen so far where a cache is counted ("current").
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,19 @@ class SpAttenDecode(CacheReducer):
     prompts only) and is not followed. With `spatten` in front, prompts are read with fewer tokens too.
     """
 
-    budget: Budget = Cascade(0.5)
+    budget: Budget = Cascade(0.5)  # noqa: RUF009
     recent: int = 1
     layers: tuple[int, ...] | None = None
-    decodes: ClassVar[bool] = True
     watches: ClassVar[bool] = True
+
+    if not TYPE_CHECKING:  # at every step: importance that was not added up is lost
+        decodes = True
 
     def __post_init__(self) -> None:
         if self.recent < 1:
-            raise BudgetError(f"recent={self.recent}: the newest token, which nothing has looked at yet, stays; from 1 up")
+            raise BudgetError(
+                f"recent={self.recent}: the newest token, which nothing has looked at yet, stays; from 1 up"
+            )
 
     @property
     def least(self) -> int:
