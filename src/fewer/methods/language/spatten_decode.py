@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewer.core import Budget, Plan, Signals, Tokens, reducer
-from fewer.core.budgets import BudgetError
+from fewer.core.budgets import BudgetError, Cascade
 from fewer.core.cache import CacheReducer, CacheSignals, Rows, marked
-
-from .spatten import Cascade
 
 
 @reducer("spatten_decode", paper="arXiv:2012.09852", acts="prune", on="kv-cache", training="free")
@@ -24,7 +22,7 @@ class SpAttenDecode(CacheReducer):
     Importance is the attention a token has received, summed over heads, queries, blocks and steps: one number for all
     blocks. A block keeps the most important of those that the block before it has kept in this step.
 
-    budget   share of all tokens so far that is left in the last block; see `Cascade` for those before. A number
+    budget   share of all tokens so far that is left in the last block; before it as `spatten` has it. A number
              (tokens=) holds for every block
     recent   newest tokens that always stay
 
@@ -33,7 +31,7 @@ class SpAttenDecode(CacheReducer):
     prompts only) and is not followed. With `spatten` in front, prompts are read with fewer tokens too.
     """
 
-    budget: Budget = Cascade(0.5)  # noqa: RUF009
+    budget: Budget = Cascade(0.5)
     recent: int = 1
     layers: tuple[int, ...] | None = None
     watches: ClassVar[bool] = True
