@@ -36,7 +36,7 @@ from fewer.hardware.roofline import by_flops, by_tokens, speed_up
 
 VITS = {  # width, heads, blocks, image side, samples
     "deit-ti, 1": (192, 3, 12, 224, 1), "deit-ti, 4": (192, 3, 12, 224, 4), "deit-s, 1": (384, 6, 12, 224, 1),
-    "vit-b, 1": (768, 12, 12, 224, 1), "deit-s at 384, 1": (384, 6, 12, 384, 1), "vit of 512, 2": (512, 8, 8, 256, 2),
+    "vit-b, 1": (768, 12, 12, 224, 1), "deit-s at 384, 1": (384, 6, 12, 384, 1), "vit of 512, 2": (512, 8, 12, 256, 2),
 }  # fmt: skip
 ON_VITS = ("tome:r=8", "tome:r=16", "evit:keep=0.7", "evit:keep=0.5", "dynamicvit:keep=0.7", "cls_topk:keep=0.3")
 LLAMAS = {  # width, MLP, heads, KV heads, blocks, tokens

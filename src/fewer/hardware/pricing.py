@@ -21,7 +21,7 @@ from .machines import Machine, Price, Processor, steps_of
 from .ops import CountedByData, Op, Work, record
 from .roofline import by_flops, by_tokens, speed_up
 
-ERROR = 0.05
+ERROR = 0.06
 """Relative error of foretold speed-ups on a processor, as benchmarks/cost_model.py found it: the median, rounded up."""
 
 
