@@ -55,11 +55,12 @@ def test_contract(check: Check, method: Reducer, host: TinyHost) -> None:
 # power_bert are models of their own. Their own tests hold them to what they promise.
 ON_TEXT = {
     "bert": ["ends", "length_adaptive", "pyramid_bert", "power_bert:tokens=9+6,layers=0+1", "sdtp", "spatten"],
-    "llama": ["lazyllm", "sdtp", "spatten", "agile_quant", "random", "cls_topk", "dynamicvit", "tome:proportional=false",
-              "evit:fuse=false", "atc:proportional=false"],
+    "llama": ["lazyllm", "sdtp", "spatten", "agile_quant", "random", "cls_topk", "dynamicvit",
+              "tome:proportional=false", "evit:fuse=false", "atc:proportional=false"],
     "mamba2": ["utrc"],
     "roberta": ["tome", "random"], "distilbert": ["tome", "evit"], "modernbert": ["tome", "evit", "random", "sdtp"],
-    "qwen3": ["lazyllm"], "gemma3_text": ["lazyllm", "sdtp", "tome:proportional=false"], "gpt2": ["lazyllm", "random", "spatten"],
+    "qwen3": ["lazyllm"], "gemma3_text": ["lazyllm", "sdtp", "tome:proportional=false"],
+    "gpt2": ["lazyllm", "random", "spatten"],
     "mamba": ["utrc"], "vilt": ["pumer", "random", "tome", "evit"],
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ FORMS = [
 ELSEWHERE = {"dynamic_pooling", "utrc", "pumer", "turbo_cross", "dart", "dynamic_llava", "fastv", "fitprune",
              "framefusion", "pyramiddrop", "sparsevlm", "topv"}  # fmt: skip
 EVEN = {"diffrate", "spvit"}
-ROWS = {"leap", "evit", "madtp", "spvit", "tokenlearner"}  # no place among the words of a causal text
+ROWS = {"leap", "evit", "heatvit", "madtp", "spvit", "tokenlearner"}  # no place among the words of a causal text
 SIZES = {"atc", "ppt", "tofu", "token_transforming", "tome", "turbo"}  # a decoder's cache carries none
 REFUSED = {
     "bert": ELSEWHERE | EVEN, "llama": ELSEWHERE | ROWS | SIZES | {"diffrate"},

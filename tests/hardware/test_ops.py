@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -43,8 +44,8 @@ def test_flops_are_those_torch_counts_on_the_real_pass(method: str | None) -> No
     model, x = tiny_vit("vit", image=48), images(2, 48)
     session = fewer.apply(model, method) if method else None
     imagined = Work(record(lambda: model(x))).flops
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)  # the counter does not know the fused kernel of a CPU
     if session:
         session.remove()
     assert imagined == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -81,8 +82,9 @@ def test_a_step_behind_a_prompt_reads_what_the_cache_holds() -> None:
 
 
 def test_counts_that_depend_on_numbers_are_said_to() -> None:
-    model = tiny_vit("vit")
-    with fewer.apply(model, "evit:mass=0.7,fuse=false,layers=1"):
-        with pytest.raises(CountedByData, match="depends on the input"):
-            record(lambda: model(images(2)))
-        assert any(op.kind == "gemm" for op in record(lambda: model(images(2)), compute=True))
+    def summed() -> list[int]:
+        return [0] * int(torch.ones(3).sum())
+
+    with pytest.raises(CountedByData, match="depends on the input"):
+        record(summed)
+    assert [op.kind for op in record(summed, compute=True)] == ["copy", "reduce"]

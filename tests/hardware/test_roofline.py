@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 
 from fewer.hardware import calibrate
-from fewer.hardware.calibrate import Around, Clock, Profile, Table
+from fewer.hardware.calibrate import Profile, Table
 from fewer.hardware.ops import Op, Work
 from fewer.hardware.roofline import by_flops, by_tokens, estimate, op_seconds, speed_up
-
-
-def flat(rate: float, axes: int) -> Table:
-    return Table([[1, 10]] * axes, [rate] * 2**axes)
-
-
-def made(**changes) -> Profile:
-    kinds = {k: Table([[1e3, 1e6]], [1e-6, 1e-3]) for k in ("light", "rows", "copy")}
-    around = {"encoder": Around(1e-6, 3e-6, 1e-4)}
-    given = dict(
-        machine={"name": "made up"}, gemm=flat(1e9, 3), pairs=flat(5e8, 3), attention=flat(1e9, 3), causal=flat(0.5, 1),
-        masked=flat(1.2, 1), kinds=kinds, sort=Table([[16, 1600]], [1e-6, 1e-4]), view=1e-6, around=around,
-    )  # fmt: skip
-    return Profile(**given | changes)
+from fewer.hardware.timing import Clock, spread
+from profiles import made
 
 
 def gemm(m: int, layer: int = 0, batch: int = 0) -> Op:
@@ -125,10 +114,13 @@ def test_a_machine_is_measured_once_and_again_where_its_file_is_spoilt(tmp_path,
 
 def test_the_clock_takes_longer_for_more() -> None:
     clock, a = Clock("cpu"), torch.randn(200, 200)
-    one, four = clock(lambda: a @ a), clock(lambda: [a @ a for _ in range(4)])
-    assert 2 < four / one < 8
-    assert clock.spread() >= 0
-    assert 1.5 < clock.ratio(lambda: [a @ a for _ in range(4)], lambda: [a @ a for _ in range(2)]) < 3
+    runs = {1: lambda: a @ a, 4: lambda: [a @ a for _ in range(4)]}
+    samples: dict[int, list[float]] = {}
+    clock.sweep(runs, samples, 5)
+    assert [len(s) for s in samples.values()] == [5, 5]
+    assert 2 < statistics.median(samples[4]) / statistics.median(samples[1]) < 8
+    assert spread([1.0, 1.0, 1.0, 1.0]) == 0 < spread(samples[1])
+    assert clock.once(runs[4], lambda: None) > clock.once(runs[1], lambda: None)
 
 
 @pytest.mark.slow
@@ -138,7 +130,7 @@ def test_measuring_this_machine_gives_a_profile_that_foretells_a_product() -> No
     try:
         p = calibrate.measure()
         clock, x, w = Clock("cpu"), torch.randn(300, 500), torch.randn(700, 500)
-        truth = clock(lambda: torch.nn.functional.linear(x, w))
+        truth = clock.once(lambda: torch.nn.functional.linear(x, w), lambda: None)
     finally:
         torch.set_num_threads(threads)
     assert set(p.around) == {"encoder", "prompt", "step"}

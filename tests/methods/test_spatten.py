@@ -12,8 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import fewer
 from decoders import decoder, prompt
 from fewer.core import Place
-from fewer.core.budgets import BudgetError
-from fewer.methods.language.spatten import Cascade
+from fewer.core.budgets import BudgetError, Cascade
 from fewer.testing.models import tiny_vit
 
 LAYERS = 3

@@ -42,7 +42,8 @@ def run(method: str, out: Path, kind: str = "vit", **changes: object):
 
 
 @pytest.mark.parametrize("method", [
-    "dynamicvit:keep=0.5,layers=1+2", "spvit:keep=0.5+0.25,layers=1+2", "tps:scorer=dynamicvit,keep=0.5,layers=1+2",
+    "dynamicvit:keep=0.5,layers=1+2", "spvit:keep=0.5+0.25,layers=1+2", "heatvit:keep=0.5+0.25,layers=1+2",
+    "tps:scorer=dynamicvit,keep=0.5,layers=1+2",
     "tokenlearner:tokens=4,layers=2", "diffrate:layers=1+2+3,granularity=1",
 ])  # fmt: skip
 def test_every_trained_method_trains_saves_and_comes_back(method: str, tmp_path: Path) -> None:

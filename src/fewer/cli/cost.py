@@ -20,14 +20,18 @@ def command(
     method: Annotated[str, typer.Option(help="Text form such as tome:r=13.")] = "tome:r=8",
     hardware: Annotated[
         str,
-        typer.Option(help="cpu or cuda (this machine), spatten, heatvit, systolic:128x128 (:os, :ws, :is), primate:512."),
+        typer.Option(
+            help="cpu or cuda (this machine), spatten, heatvit, systolic:128x128 (:os, :ws, :is), primate:512."
+        ),
     ] = "cpu",
     tokens: Annotated[int, typer.Option(min=1, help="Of a text; in --phase decode, of the prompt.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     phase: Annotated[str, typer.Option(help="Of a decoder: prefill or decode. Default: prefill.")] = "",
     input: Annotated[
         str | None,
-        typer.Option(help="A picture (a file, embedded:17) or a text: computed, for methods whose counts depend on it."),
+        typer.Option(
+            help="A picture (a file, embedded:17) or a text: computed, for methods whose counts depend on it."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure this machine again.")] = False,
@@ -77,7 +81,7 @@ def _size(processor: Any) -> tuple[int, int] | None:
     size = getattr(processor, "size", None)
     if isinstance(size, int):
         return size, size
-    return tuple(size) if isinstance(size, (tuple, list)) and len(size) == 2 else None  # type: ignore[return-value]
+    return tuple(size) if isinstance(size, (tuple, list)) and len(size) == 2 else None
 
 
 def _show(model: str, report: Report) -> None:
@@ -94,7 +98,14 @@ def _show(model: str, report: Report) -> None:
         for r in report.rows
     ]  # fmt: skip
     rows.append(
-        ("whole pass", "", "", _cost(report.before, report.unit), _cost(report.after, report.unit), f"{report.speed_up:.2f}")
+        (
+            "whole pass",
+            "",
+            "",
+            _cost(report.before, report.unit),
+            _cost(report.after, report.unit),
+            f"{report.speed_up:.2f}",
+        )
     )
     grid(heads, rows)
     told = "" if report.low is None else f", between {report.low:.2f} and {report.high:.2f} as far as is known"

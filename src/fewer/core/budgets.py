@@ -9,6 +9,7 @@ Every counting convention of the literature has a name here:
 | DynamicViT, ATC: share of the first free tokens, power by stage | `KeepRatio(0.7, of="start")` |
 | explicit shares of the first free tokens, stage by stage | `KeepRatio((0.7, 0.39, 0.21), of="start")` |
 | a share cut off in double precision (kvpress) | `KeepRatio(0.7, rounding="trunc")` |
+| SpAtten: all in the first blocks, then linearly down to a share | `Cascade(0.5)` |
 | a number that stays | `Capacity(64)`, `Capacity((128, 64, 32))` |
 | per sample: a score threshold, a share of the mass, outliers | `Threshold(0.01)`, `Mass(0.9)`, `Outliers()` |
 """
@@ -178,6 +179,34 @@ class KeepRatio(Budget):
         quiet = at.quiet
         table = [max(self.keep(n, replace(quiet, start=n)), min(least, n)) for n in range(at.start + 1)]
         return torch.minimum(on_device(table, real.device)[at.starts], real)
+
+
+@dataclass(frozen=True)
+class Cascade(KeepRatio):
+    """All stay in the first blocks (15 % of them, at least three but never the last), then fewer in each, linearly,
+    down to `ratio` in the last. Rounded up.
+
+    of: a share of what entered the model ("start"), or of what is seen so far where a cache is counted ("current").
+    """
+
+    ratio: float | tuple[float, ...] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.ratio, tuple):
+            raise BudgetError(f"keep={self.ratio}: a cascade takes one share, what is left in the last block")
+
+    @staticmethod
+    def dense(layers: int) -> int:
+        """How many first blocks keep all."""
+        return min(max(3, math.ceil(0.15 * layers)), layers - 1)
+
+    def keep(self, free: int, at: Place) -> int:
+        assert isinstance(self.ratio, float | int)
+        whole = self.dense(at.layers)
+        share = 1 - (1 - self.ratio) * max(at.layer - whole + 1, 0) / (at.layers - whole)
+        every = free if self.of == "current" else at.start
+        return max(min(math.ceil(round(every * share, 9)), free), min(1, free))
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Signals:
                 "cuts a clip into a grid of patches (VideoMAE, ViViT, V-JEPA 2)"
             )
         return self.frames, *self.grid
+
     at_step: Moment | None = None
 
     @property

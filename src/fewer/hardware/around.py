@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig,
 
 from fewer.runtime.apply import apply
 
-from .calibrate import Around, Clock, Profile
+from .calibrate import Around, Profile
 from .ops import Op, record
 from .roofline import op_seconds
+from .timing import Clock
 
+World = tuple[Callable[[], Any], Callable[[], Any]]
 BLOCKS = 4
 METHODS = {
     "encoder": ("tome:r=1", "evit:keep=0.7,layers=1+2+3", "evit:keep=0.7,layers=2", "random:keep=0.8,layers=1+2+3",
@@ -27,24 +31,52 @@ METHODS = {
 }  # fmt: skip
 
 
-def around(profile: Profile, device: str, dtype: torch.dtype) -> dict[str, Around]:
-    """For each kind of pass, what is spent around operations, fitted over methods on a tiny model, the time of the
-    operations themselves left out."""
-    clock = Clock(device, samples=25)
+Timed = tuple[list[Op], list[float]]
+ROUNDS = 21
+
+
+def timings(clock: Clock, device: str, dtype: torch.dtype) -> dict[str, list[Timed]]:
+    """For each kind of pass the operations of a tiny model and its seconds, round by round, in which it runs alone and
+    then under each method."""
     other = torch.ones(4 << 20, device=device)  # in a model of some size, nothing around an operation is still at hand
-    found = {}
+    found: dict[str, list[Timed]] = {}
     for kind, net, prepare in _tiny(device, dtype):
-        plain, took, alone = _timed(profile, clock, other, prepare(net))
-        rows, extra = [], []
-        for method in METHODS[kind]:
-            with warnings.catch_warnings(), apply(net, method):
+        with ExitStack() as undo:
+            worlds = [prepare(net)]
+            for method in METHODS[kind]:
+                twin = copy.deepcopy(net)
+                undo.enter_context(apply(twin, method))
+                worlds.append(prepare(twin))
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tiny caches say what they are
-                ops, longer, theirs = _timed(profile, clock, other, prepare(net))
-            rows.append((max(len(ops) - len(plain), 0), BLOCKS))
-            extra.append((longer - took) - (theirs - alone))
-        own, block = _least(np.asarray(rows, float), np.asarray(extra))
-        found[kind] = Around(max((took - alone) / len(plain), 0.0), own, block)
+                found[kind] = _in_turn(clock, other, worlds)
     return found
+
+
+def _in_turn(clock: Clock, other: torch.Tensor, worlds: list[World]) -> list[Timed]:
+    ops = [record(call, prepare=fill) for fill, call in worlds]
+    for fill, call in worlds:
+        fill()
+        call()
+    took = clock.rounds([call for _, call in worlds], lambda: other.add_(1), ROUNDS)
+    return list(zip(ops, took, strict=True))
+
+
+def fitted(profile: Profile, models: dict[str, list[Timed]]) -> dict[str, Around]:
+    """What is spent around operations, the time of the operations themselves left out."""
+    found = {}
+    for kind, ((plain, took), *others) in models.items():
+        alone = _seconds(profile, plain)
+        rows = [(max(len(ops) - len(plain), 0), BLOCKS) for ops, _ in others]
+        more = [statistics.median(np.subtract(longer, took).tolist()) for _, longer in others]  # inside a round
+        extra = [m - (_seconds(profile, ops) - alone) for m, (ops, _) in zip(more, others, strict=True)]
+        own, block = _least(np.asarray(rows, float), np.asarray(extra))
+        found[kind] = Around(max((statistics.median(took) - alone) / len(plain), 0.0), own, block)
+    return found
+
+
+def _seconds(profile: Profile, ops: list[Op]) -> float:
+    return sum(op_seconds(profile, op) for op in ops)
 
 
 def _least(rows: np.ndarray, extra: np.ndarray) -> tuple[float, float]:
@@ -56,17 +88,6 @@ def _least(rows: np.ndarray, extra: np.ndarray) -> tuple[float, float]:
     if both[0] < 0:
         return 0.0, max(float(extra.mean() / BLOCKS), 0.0)
     return float(both[0]), float(both[1])
-
-
-def _timed(
-    profile: Profile, clock: Clock, other: torch.Tensor, world: tuple[Callable[[], Any], Callable[[], Any]]
-) -> tuple[list[Op], float, float]:
-    """Operations of a call, its seconds, and those of its operations."""
-    fill, call = world
-    ops = record(call, prepare=fill)
-    fill()
-    took = clock.once(call, lambda: other.add_(1))
-    return ops, took, sum(op_seconds(profile, op) for op in ops)
 
 
 def _tiny(device: str, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Any]]]:
@@ -83,7 +104,9 @@ def _tiny(device: str, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, Cal
         return nullcontext, lambda: net(pixel_values=torch.zeros(1, 3, 64, 64, device=device, dtype=dtype))
 
     def prompt(net: nn.Module) -> Any:
-        return nullcontext, lambda: net(torch.zeros(1, 16, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
+        return nullcontext, lambda: net(
+            torch.zeros(1, 16, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1
+        )
 
     def step(net: nn.Module) -> Any:
         held: dict[str, Any] = {}

@@ -12,34 +12,22 @@ import math
 import platform
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fewer.folders import cache_folder
 
+from .ops import KINDS
+from .points import LINES, PRODUCTS, SORTED, SQUARE, Maker, Point, flops
+from .timing import Clock, spread
+
 VERSION = 1
-TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
-WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-PAIRS = (16, 64, 256, 1024)
-INNER = (64, 512)
-# Kernels like multiples of 16 or 64, and what a reduction leaves is none: neither are these.
-QUERIES, KEYS, HEADS = (1, 19, 75, 150, 300, 1100), (19, 75, 150, 300, 1100, 4300), (32, 64, 128)
-NUMBERS = (1 << 6, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22)
-SORTED = (16, 64, 256, 1024, 4096)
-MOST = 1e9  # FLOPs of the largest product that is timed
-ROW = 256  # numbers in a row of what is moved
-RING = 3  # results that are alive at a time
-LINES = 8  # heads or rows side by side where attention and sorting are timed
-COLD = 256 << 20  # bytes of weights that are multiplied in turn: in a model, too, none is found in a cache
+SWEEPS = 3, 2  # over all operations, before and behind whole models
 
 
 @dataclass
@@ -163,202 +151,55 @@ def profile(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     return found
 
 
-class Clock:
-    """Times small things often enough. samples: how often; least: seconds a sample lasts at least."""
-
-    def __init__(self, device: str, samples: int = 5, least: float = 4e-4) -> None:
-        self.device, self.samples, self.least = device, samples, least
-        own = device == "cpu" and torch.get_num_threads() == 1
-        self.now = time.thread_time if own else time.perf_counter
-        self.spreads: list[float] = []
-
-    def __call__(self, run: Callable[[], Any]) -> float:
-        """Median seconds of a run."""
-        run()
-        took, times = self._sample(run, 1), 1
-        while took < self.least and times < 4096:
-            times *= max(2, min(16, math.ceil(self.least / max(took, 1e-7))))
-            took = self._sample(run, times)
-        found = sorted([took / times, *(self._sample(run, times) / times for _ in range(self.samples - 1))])
-        low, middle, high = statistics.quantiles(found, n=4)
-        self.spreads.append((high - low) / 2 / middle)
-        return found[len(found) // 2]
-
-    def once(self, run: Callable[[], Any], between: Callable[[], Any]) -> float:
-        """Median seconds of a run behind something else, which is not timed."""
-        run()
-        found = []
-        for _ in range(self.samples):
-            between()
-            found.append(self._sample(run, 1))
-        return statistics.median(found)
-
-    def ratio(self, run: Callable[[], Any], against: Callable[[], Any], turns: int = 9) -> float:
-        """Median over turns of the seconds of one over those of another."""
-        times = max(1, math.ceil(self.least / max(self._sample(run, 1), 1e-7)))
-        self._sample(against, 1)
-        return statistics.median(self._sample(run, times) / self._sample(against, times) for _ in range(turns))
-
-    def _sample(self, run: Callable[[], Any], times: int) -> float:
-        self._wait()
-        began = self.now()
-        for _ in range(times):
-            run()
-        self._wait()
-        return self.now() - began
-
-    def _wait(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-
-    def spread(self) -> float:
-        """Relative half width between quartiles, the median over what was timed since the last question."""
-        found = statistics.median(self.spreads) if self.spreads else 0.0
-        self.spreads = []
-        return found
-
-
 @torch.no_grad()
 def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Profile:
     """Time everything a profile holds."""
-    began = time.perf_counter()
-    clock, spread = Clock(device), {}
-    made = _Maker(device, dtype)
-    view = clock(lambda x=made(8, 8): x.view(64))
-    clock.spread()
-    gemm = _rates(clock, (TOKENS, WIDTHS, WIDTHS), lambda m, n, k: 2 * m * n * k, made.linear)
-    spread["gemm"] = clock.spread()
-    pairs = _rates(clock, (PAIRS, PAIRS, INNER), lambda m, n, k: 2 * LINES * m * n * k, made.pairs)
-    spread["pairs"] = clock.spread()
-    attention = _rates(clock, (QUERIES, KEYS, HEADS), lambda n, m, d: 4 * LINES * n * m * d, made.attention)
-    spread["attention"] = clock.spread()
-    causal, masked = (_factors(clock, made, *how) for how in ((True, False), (False, True)))
-    kinds = {kind: _by_bytes(clock, run) for kind, run in made.kinds()}
-    sort = Table([list(SORTED)], [clock(lambda x=made(LINES, n): x.sort(dim=-1, descending=True, stable=True)) / LINES for n in SORTED])
-    spread["kinds"] = clock.spread()
-    found = Profile(machine(device, dtype), gemm, pairs, attention, causal, masked, kinds, sort, view, spread=spread)
-    from .around import around
+    from .around import fitted, timings
 
-    found.around = around(found, device, dtype)
+    began = time.perf_counter()
+    clock, runs = Clock(device), Maker(device, dtype).runs()
+    samples: dict[Point, list[float]] = {}
+    clock.sweep(runs, samples, SWEEPS[0])
+    models = timings(clock, device, dtype)
+    clock.sweep(runs, samples, SWEEPS[1])
+    found = _profile(machine(device, dtype), samples)
+    found.around = fitted(found, models)
     found.seconds = time.perf_counter() - began
     return found
 
 
-def _rates(
-    clock: Clock, axes: Sequence[Sequence[int]], flops: Callable[..., int], make: Callable[..., Callable[[], Any]]
-) -> Table:
-    """FLOPs a second over a grid; a point too large to be timed has the rate of the largest below it on the first axis."""
-    first, *others = axes
+def _profile(here: dict[str, str], samples: dict[Point, list[float]]) -> Profile:
+    """What samples of all operations come to."""
+    took = {point: statistics.median(found) for point, found in samples.items()}
+    rates = {kind: _rates(kind, took) for kind in PRODUCTS}
+    square = {n: took["square", (n,)] for n in SQUARE}
+    causal, masked = (
+        Table([list(SQUARE)], [took[how, (n,)] / square[n] for n in SQUARE]) for how in ("causal", "masked")
+    )
+    by_bytes: dict[str, dict[int, float]] = {}
+    for (kind, size), seconds in took.items():
+        if kind in ("light", *KINDS) and kind != "sort":
+            by_bytes.setdefault(kind, {})[size[0]] = seconds
+    kinds = {kind: Table([list(found)], list(found.values())) for kind, found in by_bytes.items()}
+    sort = Table([list(SORTED)], [took["sort", (n,)] / LINES for n in SORTED])
+    parts: dict[str, list[float]] = {}
+    for (kind, _), found in samples.items():
+        parts.setdefault(kind if kind in PRODUCTS else "kinds", []).append(spread(found))
+    spreads = {part: statistics.median(widths) for part, widths in parts.items()}
+    return Profile(
+        here, rates["gemm"], rates["pairs"], rates["attention"], causal, masked, kinds, sort, took["view", ()],
+        spread=spreads,
+    )  # fmt: skip
+
+
+def _rates(kind: str, took: dict[Point, float]) -> Table:
+    """FLOPs a second; where a point is too large to be timed, that of the largest below it on the first axis."""
+    first, *others = PRODUCTS[kind]
     found: dict[tuple[int, ...], float] = {}
     for rest in product(*others):
         rate = 1.0
         for m in first:
-            work = flops(m, *rest)
-            if work <= MOST or m == first[0]:
-                rate = work / clock(make(m, *rest))
+            if (kind, (m, *rest)) in took:
+                rate = flops(kind, (m, *rest)) / took[kind, (m, *rest)]
             found[(m, *rest)] = rate
-    return Table([list(a) for a in axes], [found[point] for point in product(*axes)])
-
-
-def _factors(clock: Clock, made: _Maker, causal: bool, mask: bool) -> Table:
-    """What a causal or a given mask does to the time of attention, by queries; both timed in turn."""
-    sizes = QUERIES[2:]
-    found = [clock.ratio(made.attention(n, n, 64, causal, mask), made.attention(n, n, 64)) for n in sizes]
-    return Table([list(sizes)], found)
-
-
-def _by_bytes(clock: Clock, run: Callable[[int], tuple[int, Callable[[], Any]]]) -> Table:
-    """Seconds by bytes moved."""
-    points = [run(n) for n in NUMBERS]
-    return Table([[moved for moved, _ in points]], [clock(call) for _, call in points])
-
-
-@dataclass
-class _Maker:
-    """Makes what is timed."""
-
-    device: str
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.memory, self.read = self(COLD // torch.empty((), dtype=self.dtype).element_size()), 0
-
-    def cold(self, n: int, k: int) -> Tensor:
-        """(n, k) of memory that has not been read for a long time."""
-        if self.read + n * k > len(self.memory):
-            self.read = 0
-        self.read += n * k
-        return self.memory[self.read - n * k : self.read].view(n, k)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-    def linear(self, m: int, n: int, k: int) -> Callable[[], Any]:
-        """A product with a weight that is read from memory."""
-        x, bias = self(m, k), self(n)
-        return lambda: F.linear(x, self.cold(n, k), bias)
-
-    def pairs(self, m: int, n: int, k: int) -> Callable[[], Any]:
-        a, b = self(LINES, m, k), self(LINES, n, k)
-        return lambda: a @ b.transpose(1, 2)
-
-    def attention(self, n: int, m: int, d: int, causal: bool = False, mask: bool = False) -> Callable[[], Any]:
-        """Heads lie as projections leave them, side by side in a row."""
-        q, k, v = (self(1, rows, LINES, d).transpose(1, 2) for rows in (n, m, m))
-        bias = self(1, 1, 1, m) if mask else None
-        return self.ringed(lambda _: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal), [q])
-
-    def ringed(self, call: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
-        """A call whose inputs take turns and whose results live on for a while, as in a model: what is read was not
-        written just before, and what is written is not where the last result was."""
-        turn, held = cycle(inputs), deque[Any](maxlen=RING - 1)
-        return lambda: held.append(call(next(turn)))
-
-    def kinds(self) -> Iterator[tuple[str, Callable[[int], tuple[int, Callable[[], Any]]]]]:
-        """Each kind of operation: of n numbers, what it moves and the call."""
-
-        def ring(*shape: int) -> list[Tensor]:
-            return [self(*shape) for _ in range(RING)]
-
-        def shaped(n: int) -> tuple[int, int]:
-            return max(1, n // ROW), min(n, ROW)
-
-        def unary(call: Callable[[Tensor], Any], passes: int = 2) -> Callable[[int], tuple[int, Callable[[], Any]]]:
-            def make(n: int) -> tuple[int, Callable[[], Any]]:
-                inputs = ring(*shaped(n))
-                return passes * inputs[0].nbytes, self.ringed(call, inputs)
-
-            return make
-
-        def light(n: int) -> tuple[int, Callable[[], Any]]:
-            inputs = ring(*shaped(n))
-            others = cycle(inputs[1:] + inputs[:1])
-            return 3 * inputs[0].nbytes, self.ringed(lambda x: x + next(others), inputs)
-
-        def reduce(n: int) -> tuple[int, Callable[[], Any]]:
-            rows, width = shaped(n)
-            inputs = [x.view(rows, 4, -1).transpose(0, 1) for x in ring(rows, width)]  # over heads, as keys lie
-            return inputs[0].nbytes, self.ringed(lambda x: x.mean(0), inputs)
-
-        def rows(n: int) -> tuple[int, Callable[[], Any]]:
-            inputs = ring(*shaped(2 * n))
-            index = torch.randperm(inputs[0].shape[0], device=self.device)[: max(1, inputs[0].shape[0] // 2)]
-            return 2 * index.numel() * inputs[0].shape[1] * inputs[0].element_size(), self.ringed(
-                lambda x: x.index_select(0, index), inputs
-            )
-
-        def gather(n: int) -> tuple[int, Callable[[], Any]]:
-            inputs = ring(*shaped(n))
-            index = torch.randint(inputs[0].shape[1], inputs[0].shape, device=self.device)
-            return 2 * inputs[0].nbytes, self.ringed(lambda x: x.gather(1, index), inputs)
-
-        yield "light", light
-        yield "norm", unary(lambda x: F.layer_norm(x, x.shape[1:]))
-        yield "gelu", unary(F.gelu)
-        yield "silu", unary(F.silu)
-        yield "exp", unary(torch.exp)
-        yield "softmax", unary(lambda x: x.softmax(-1))
-        yield "reduce", reduce
-        yield "copy", unary(Tensor.clone)
-        yield "rows", rows
-        yield "gather", gather
+    return Table([list(axis) for axis in PRODUCTS[kind]], [found[point] for point in product(*PRODUCTS[kind])])

@@ -30,8 +30,11 @@ class Price:
 class Machine(Protocol):
     """name, title: as it is written, and in words. basis: where its numbers come from. counts: what is counted."""
 
-    name: str
-    title: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+
     basis: str
     counts: str
 
@@ -104,7 +107,9 @@ class Attention:
     name: str = "spatten"
     title: str = "SpAtten, the authors' behavioural model"
     basis: str = SIMULATED
-    counts: str = "cycles of attention alone, one sample, its parts one behind the other; ranking where tokens have gone"
+    counts: str = (
+        "cycles of attention alone, one sample, its parts one behind the other; ranking where tokens have gone"
+    )
 
     def price(self, work: Work, plain: Work | None = None) -> Price:
         calls = [op for op in work.ops if op.kind == "attention"]
@@ -180,7 +185,9 @@ def machine(form: str, dtype: str = "float32", *, fresh: bool = False, log: Call
     name, _, rest = form.partition(":")
     if name in ("cpu", "cuda") and not (name == "cpu" and rest):
         if name == "cuda" and not torch.cuda.is_available():
-            raise ValueError("hardware cuda: torch finds no GPU here, and what was never measured is not foretold; take cpu")
+            raise ValueError(
+                "hardware cuda: torch finds no GPU here, and what was never measured is not foretold; take cpu"
+            )
         return Processor(profile(form, getattr(torch, dtype), fresh=fresh, log=log), form)
     if name == "spatten" and not rest:
         return Attention()
@@ -201,4 +208,5 @@ def steps_of(machine: Machine, tokens: Sequence[float]) -> str:
     rows = machine.array.rows
     left = sorted({round(n) for n in tokens}, reverse=True)
     edges = sorted({-(-n // rows) * rows for n in left})
-    return f"tokens are computed {rows} at a time: in linear layers the counts here cost what {', '.join(map(str, edges))} do"
+    same = ", ".join(map(str, edges))
+    return f"tokens are computed {rows} at a time: in linear layers the counts here cost what {same} do"

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = frozenset(
+VIEWED = (
     "view t transpose expand select slice unsqueeze squeeze permute detach alias _unsafe_view split split_with_sizes "
-    "unbind as_strided diagonal lift_fresh unfold reshape _reshape_alias chunk view_as_real view_as_complex".split()
+    "unbind as_strided diagonal lift_fresh unfold reshape _reshape_alias chunk view_as_real view_as_complex"
 )
+VIEWS = frozenset(VIEWED.split())
 """Operations that move no data: what they cost is their call."""
 
 KINDS = {
@@ -33,12 +34,14 @@ KINDS = {
     "copy": "clone cat copy_ _to_copy contiguous repeat constant_pad_nd stack fill_ zero_ zeros ones full new_zeros "
             "new_ones new_full zeros_like ones_like full_like arange scalar_tensor repeat_interleave flip roll",
     "rows": "index_select index_add_ index_add index_copy_ index_copy embedding index index_put_ index_put",
-    "gather": "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_fill masked_fill_ "
-              "where nan_to_num masked_scatter",
+    "gather": "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_fill "
+              "masked_fill_ where nan_to_num masked_scatter",
     "sort": "sort topk argsort searchsorted kthvalue",
 }  # fmt: skip
 _KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
-EMPTY = frozenset("empty new_empty empty_like empty_strided device _local_scalar_dense sym_size is_same_size".split())
+NOTHING = "empty new_empty empty_like empty_strided device _local_scalar_dense sym_size is_same_size"
+EMPTY = frozenset(NOTHING.split())
+"""Those that cost nothing to speak of."""
 
 
 class CountedByData(ValueError):
@@ -106,7 +109,11 @@ class Recorder(TorchDispatchMode):
 
 
 def record(
-    call: Callable[[], Any], blocks: Sequence[nn.Module] = (), *, compute: bool = False, prepare: Callable[[], Any] | None = None
+    call: Callable[[], Any],
+    blocks: Sequence[nn.Module] = (),
+    *,
+    compute: bool = False,
+    prepare: Callable[[], Any] | None = None,
 ) -> list[Op]:
     """The operations of a call, from shapes alone.
 

@@ -8,12 +8,13 @@ it has not seen.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .calibrate import LINES, Profile
+from .calibrate import Profile
 from .ops import Op, Work
+from .points import LINES
 
 
 def op_seconds(profile: Profile, op: Op) -> float:
@@ -27,14 +28,16 @@ def op_seconds(profile: Profile, op: Op) -> float:
         rate = profile.pairs.at(m, n, k) if batch > 1 else profile.gemm.at(m, n, k)
         return op.flops / rate
     if op.kind == "attention":
-        heads, n, m, d, causal, masked = op.shape
+        _, n, m, d, causal, masked = op.shape
         seconds = op.flops / profile.attention.at(n, m, d)
         if causal and n > 1:
             seconds *= profile.causal.at(n)
         return seconds * profile.masked.at(n) if masked else seconds
     if op.kind == "sort":
         numbers, last = op.shape
-        return max(numbers / max(last, 1) / LINES, 1) * LINES * profile.sort.at(last) * _longer(last, profile.sort.axes[0])
+        return (
+            max(numbers / max(last, 1) / LINES, 1) * LINES * profile.sort.at(last) * _longer(last, profile.sort.axes[0])
+        )
     table = profile.kinds[op.kind]
     return table.at(op.bytes) * _longer(op.bytes, table.axes[0])
 
@@ -61,8 +64,8 @@ class Estimate:
 def estimate(profile: Profile, work: Work, plain: Work | None = None) -> Estimate:
     """How long a pass takes. plain: the same without methods, where there are any: what the pass does more often than
     that one is the session's own, with the calls that go with it."""
-    kinds: Counter[str] = Counter()
-    layers: Counter[int] = Counter()
+    kinds: dict[str, float] = defaultdict(float)
+    layers: dict[int, float] = defaultdict(float)
     spent = profile.around[work.kind]
     for op in work.ops:
         seconds = op_seconds(profile, op)

@@ -1,44 +1,15 @@
-"""SpAtten: tokens that little attention has gone to, over all blocks so far, leave for good. arXiv:2012.09852, sec. 3."""
+"""SpAtten: tokens that little attention has gone to, over all blocks so far, leave for good. arXiv:2012.09852."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewer.core import Budget, KeepRatio, Place, Plan, Reducer, Signals, Tokens, reducer, select
-from fewer.core.budgets import BudgetError
-
-
-@dataclass(frozen=True)
-class Cascade(KeepRatio):
-    """All stay in the first blocks (15 % of them, at least three but never the last), then fewer in each, linearly, down
-    to `ratio` in the last. Rounded up.
-
-    of: a share of what entered the model ("start"), or of what is seen so far where a cache is counted ("current").
-    """
-
-    ratio: float | tuple[float, ...] = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.ratio, tuple):
-            raise BudgetError(f"keep={self.ratio}: a cascade takes one share, what is left in the last block")
-
-    @staticmethod
-    def dense(layers: int) -> int:
-        """How many first blocks keep all."""
-        return min(max(3, math.ceil(0.15 * layers)), layers - 1)
-
-    def keep(self, free: int, at: Place) -> int:
-        assert isinstance(self.ratio, float | int)
-        whole = self.dense(at.layers)
-        share = 1 - (1 - self.ratio) * max(at.layer - whole + 1, 0) / (at.layers - whole)
-        every = free if self.of == "current" else at.start
-        return max(min(math.ceil(round(every * share, 9)), free), min(1, free))
+from fewer.core import Budget, Plan, Reducer, Signals, Tokens, reducer, select
+from fewer.core.budgets import Cascade
 
 
 @reducer("spatten", paper="arXiv:2012.09852", acts="prune", on="language", training="free")
@@ -49,8 +20,8 @@ class SpAtten(Reducer):
     A token that leaves is in no later block, its row of this block's MLP included. While a prompt is read the cache of
     each block holds what entered its attention; `spatten_decode` goes on while tokens are written.
 
-    budget: share of the first tokens left in the last block; see `Cascade` for those before. A budget of another kind
-        is asked block by block.
+    budget: share of the first tokens left in the last block. All stay in the first blocks (15 % of them, at least
+        three), then linearly fewer (`fewer.core.budgets.Cascade`). Another kind of budget is asked block by block.
     average: divide by the number of queries that could see a token, which takes the advantage from early tokens of a
         causal text. The paper sums.
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewer.core import Budget, Plan, Signals, Tokens, reducer
-from fewer.core.budgets import BudgetError
+from fewer.core.budgets import BudgetError, Cascade
 from fewer.core.cache import CacheReducer, CacheSignals, Rows, marked
-
-from .spatten import Cascade
 
 
 @reducer("spatten_decode", paper="arXiv:2012.09852", acts="prune", on="kv-cache", training="free")
@@ -24,7 +22,7 @@ class SpAttenDecode(CacheReducer):
     Importance is the attention a token has received, summed over heads, queries, blocks and steps: one number for all
     blocks. A block keeps the most important of those that the block before it has kept in this step.
 
-    budget   share of all tokens so far that is left in the last block; see `Cascade` for those before. A number
+    budget   share of all tokens so far that is left in the last block; before it as `spatten` has it. A number
              (tokens=) holds for every block
     recent   newest tokens that always stay
 
@@ -36,12 +34,16 @@ class SpAttenDecode(CacheReducer):
     budget: Budget = Cascade(0.5)
     recent: int = 1
     layers: tuple[int, ...] | None = None
-    decodes: ClassVar[bool] = True
     watches: ClassVar[bool] = True
+
+    if not TYPE_CHECKING:  # at every step: importance that was not added up is lost
+        decodes = True
 
     def __post_init__(self) -> None:
         if self.recent < 1:
-            raise BudgetError(f"recent={self.recent}: the newest token, which nothing has looked at yet, stays; from 1 up")
+            raise BudgetError(
+                f"recent={self.recent}: the newest token, which nothing has looked at yet, stays; from 1 up"
+            )
 
     @property
     def least(self) -> int:

@@ -1,4 +1,4 @@
-"""HeatViT: heads judge tokens by themselves and all others, and what goes is packed into one token. arXiv:2211.08110."""
+"""HeatViT: heads judge tokens, and what goes is packed into one token. arXiv:2211.08110."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class HeatViT(Reducer):
         gone = before - tokens.free.of(policy, -1)
         package = F.pad(gone * score, (p, 0))
         new = (gone.detach().sum(-1, keepdim=True) > 0).to(policy.dtype)
-        if held is not None:  # packed again, and hidden from now on
+        if held is not None and some is not None:  # packed again, and hidden from now on
             package = torch.cat([package[:, : p - 1], held, package[:, p:]], 1)
             policy = torch.cat([policy[:, : p - 1], torch.zeros_like(held), policy[:, p:]], 1)
             new = torch.maximum(new, some)
