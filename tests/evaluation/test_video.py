@@ -105,3 +105,19 @@ def test_a_strip_shows_tubes_in_one_colour_and_fades_what_went() -> None:
     assert picture[24, 24].tolist() != [200, 200, 200]
     with pytest.raises(ValueError, match="2 frames"):
         strip(frames, rows[0])
+
+
+def test_the_packaged_model_answers_and_loses_little_at_half_the_tokens() -> None:
+    import fewer
+    from fewer.models.zoo import load_model
+    from fewer.recipes.actions import correct
+
+    packaged, processor = load_model("video-actions")
+    asked = clips.exam(100)
+    assert processor.size == (clips.SIZE, clips.SIZE)
+    full = correct(packaged, asked).float().mean(0)
+    assert bool((full[:3] > 0.85).all())
+    assert float(full[3]) > 0.3
+    with fewer.apply(packaged, "rlt:keep=0.5"):
+        half = correct(packaged, asked).float().mean()
+    assert float(half) > float(full.mean()) - 0.05
