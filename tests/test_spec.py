@@ -63,6 +63,9 @@ def test_every_method_reads_what_it_writes(name: str) -> None:
         "vtw": ("k=2",),
         "dyvte": ("hidden=32",),
         "rho1": ("keep=0.5",),
+        **dict.fromkeys(("tomesd", "sito", "toma", "toca", "duca"), ("ratio=0.25",)),
+        "fora": ("every=5",),
+        **dict.fromkeys(("teacache", "first_block_cache"), ("threshold=0.5",)),
     }  # all, or a share only
     for form in forms.get(name, ("keep=0.5", "tokens=9", "r=3")):
         method = fewer.parse(f"{name}:{form}")
