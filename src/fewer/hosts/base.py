@@ -110,6 +110,8 @@ class Host:
         #: What reads the rows behind the blocks wants: "some" = whichever are left; one for each that came in, behind
         #: the "last" block or behind "each" of them, as maps of a backbone are made of.
         self.reads: Literal["some", "last", "each"] = "each" if found.dense else "some"
+        #: Whether it takes padding among those rows for real ones: it pools by attention and is told of no mask.
+        self.reads_fillers = False
         self.reader: nn.Module | None = None  # a decoder that looks at what the last block gives
         self.learned: LearnedRows | None = None  # rows in front that nobody wrote, where another library puts some
         self.heads, self.head_dim = self._heads()

@@ -117,7 +117,7 @@ def _open(
                 f"what stands behind the blocks of {host.name} in {type(model).__name__} cannot do with fewer rows "
                 f"({read.why}); apply the method to the model inside, and put rows back with session.restore"
             )
-        host.reads = read.rows
+        host.reads, host.reads_fillers = read.rows, read.fillers
     return start(model, reducers, execution, modules, host, guide)
 
 

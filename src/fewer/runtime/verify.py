@@ -95,10 +95,14 @@ def _tried(host: Host) -> Verdict:
 
 @dataclass(frozen=True)
 class Read:
-    """What a head wants of the rows behind the blocks, see `Host.reads`; why: it can do with none of these."""
+    """What a head wants of the rows behind the blocks, see `Host.reads`; why: it can do with none of these.
+
+    fillers   whether it reads rows that are padding as if they were real, see `Host.reads_fillers`
+    """
 
     rows: Literal["some", "last", "each"] = "some"
     why: str = ""
+    fillers: bool = False
 
 
 _read: dict[tuple[Any, ...], Read] = {}
@@ -145,9 +149,28 @@ def _head(model: nn.Module) -> Read:
             said = said or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             continue
         if len(got) == len(plain) and all(_rows_apart(a, b, left) for a, b in zip(got, plain, strict=True)):
-            return Read(rows)
+            return Read(rows, fillers=rows == "some" and _reads_fillers(twin, given, own, method))
         said = said or "what it makes of fewer rows is of another shape"
     return Read(why=said)
+
+
+def _reads_fillers(twin: nn.Module, given: dict[str, Any], own: Host, method: Random) -> bool:
+    """Whether a head makes something else of the rows that stay where masked ones lie among them."""
+    answers = []
+    for execution in ("padded", "masked"):
+        try:
+            with session.start(twin, [method], execution, None, own):
+                answers.append(_answer(twin, given))
+        except (RuntimeError, TypeError, ValueError):  # masked execution is refused in words of its own
+            return False
+    few, masked = (_pooled(answer) for answer in answers)
+    return any(not torch.allclose(a, b, 1e-3, 1e-4) for a, b in zip(few, masked, strict=True))
+
+
+def _pooled(answer: Any) -> list[Tensor]:
+    """What an answer says of whole samples, such as logits of classes."""
+    parts = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, (tuple, list)) else [answer]
+    return [part for part in parts if _floats(part) and part.dim() < 3]
 
 
 def _prime(n: int) -> int:

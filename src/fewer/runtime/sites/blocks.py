@@ -216,6 +216,11 @@ class BlockSite:
         real = self._real(x)
         if real is None:
             return x
+        if self.host.reads_fillers and real.dtype == torch.bool:
+            raise HostError(
+                f"samples keep numbers of rows of their own, and what reads those behind the blocks of "
+                f"{self.host.name} takes padding for rows; use a budget that counts (keep=, tokens=, r=)"
+            )
         weight = real.to(x.dtype)[..., None]
         pooled, share = x[:, self.host.pools_from :], weight[:, self.host.pools_from :]
         mean = (pooled * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp_min(1)
