@@ -98,7 +98,7 @@ FAULTS = [
     # -- runtime: blocks -----------------------------------------------------------------------------------------------
     Fault(BLOCKS, "        self.proportional = self.proportional or reducer.proportional ", "        self.proportional = reducer.proportional ",
           "sizes are forgotten behind another method", f"{DRAWN}::test_methods_that_keep_all_there_is"),
-    Fault("runtime/trace.py", "        other.memory = [dict(m) for m in self.memory]\n", "        other.memory = list(self.memory)\n",
+    Fault("runtime/trace.py", "other.memory, other.shared = [dict(m) for m in self.memory], dict", "other.memory, other.shared = list(self.memory), dict",
           "a checkpoint's second run shares the first one's memory", SESSION),
     Fault(BLOCKS, '        if self.program.execution == "packed" and self.steps and', '        if self.program.execution == "packed" and',
           "rows are packed though padding stands in front", f"{DRAWN}::test_methods_that_keep_all_there_is"),

@@ -23,6 +23,7 @@ from fewer.runtime.program import SessionError
 from fewer.testing import fitted
 from fewer.testing.models import images, tiny_vit
 
+OTHER_PLACES = (Site.KV_CACHE, Site.BRIDGE, Site.TEXT, Site.AROUND_OPERATION, Site.DENOISING)
 LENGTHS = (17, 9, 13, 4)
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 # Forms that count in another way than the method does by itself.
@@ -54,7 +55,7 @@ def model(kind: str) -> nn.Module:
 
 def methods() -> Iterator[tuple[str, Reducer]]:
     for name, cls in fewer.registered().items():
-        if name not in ("vtw", "dyvte") and cls().site not in (Site.KV_CACHE, Site.BRIDGE, Site.TEXT):
+        if name not in ("vtw", "dyvte") and cls().site not in OTHER_PLACES and cls.card.on != "video":
             yield name, fitted(cls)
     for form in FORMS:
         method = fewer.parse(form)

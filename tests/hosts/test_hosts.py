@@ -17,9 +17,12 @@ from fewer.runtime.verify import verify
 from fewer.testing import Honest
 from fewer.testing.checks import same_snapshot, snapshot
 from fewer.testing.faults import norms
+from fewer.testing.models import VIDEOS
 from vit import KINDS, images, run, tiny_vit
 
 BIASED = ("beit", "beit_shared")  # packed execution has no place for a bias between tokens
+
+PICTURES = [kind for kind in KINDS if kind not in VIDEOS]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def taken(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return torch.stack([one.index_select(dim - 1, own) for one, own in zip(x, index, strict=True)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 @pytest.mark.parametrize("method", ["tome:r=0", "evit:keep=1,layers=1+2", "cls_topk:keep=1,layers=0"])
 def test_reducing_nothing_is_the_identity_to_the_bit(kind: str, method: str) -> None:
     model, x = tiny_vit(kind), images(2)
@@ -62,7 +65,7 @@ def test_reducing_nothing_is_the_identity_to_the_bit(kind: str, method: str) -> 
     assert torch.equal(run(model, x), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_pruning_before_a_block_is_giving_the_plain_block_fewer_tokens(kind: str) -> None:
     """An independent reference for every architecture: the model itself, its blocks fed with the rows that stay."""
     model, x = tiny_vit(kind), images(3)
@@ -84,7 +87,7 @@ def test_pruning_before_a_block_is_giving_the_plain_block_fewer_tokens(kind: str
     assert_close(reduced, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_what_passes_a_block_by_comes_out_as_it_went_in(kind: str) -> None:
     model, x = tiny_vit(kind), images(2)
     seen: list[Tensor] = []
@@ -112,7 +115,7 @@ def _with_shared_bias(index: Tensor) -> Any:
     return hook
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_ragged_samples_answer_as_they_do_alone_in_every_execution(kind: str) -> None:
     """Pooling by mean or attention, and everything before it, looks at real rows only."""
     model, x = tiny_vit(kind), images(3)
@@ -129,7 +132,7 @@ def test_ragged_samples_answer_as_they_do_alone_in_every_execution(kind: str) ->
         assert_close(other, answers[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_removal_leaves_no_trace(kind: str) -> None:
     model, x = tiny_vit(kind), images(1)
     plain, before = run(model, x), snapshot(model)

@@ -83,8 +83,13 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     sizes = [max(map(len, column)) + 1 for column in zip(heads, *cells, strict=True)]
     kept = list(range(len(heads)))
 
+    room = READABLE if WINDOW else 2 * READABLE  # a reader who searches wants a cell on one line
+
     def needed() -> int:
-        return sum(min(sizes[i], READABLE) if i else sizes[i] for i in kept)
+        return sum(min(sizes[i], room) if folds(i) else sizes[i] for i in kept)
+
+    def folds(i: int) -> bool:
+        return i == kept[-1] or (i > 0 and sizes[i] > room)
 
     while WINDOW and len(kept) > 2 and needed() > out.width:
         kept.pop(-2)
@@ -92,7 +97,7 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     for i in kept:
         table.add_column(
             heads[i],
-            no_wrap=i != kept[-1] and (i == 0 or sizes[i] <= READABLE),
+            no_wrap=not folds(i),
             overflow="fold",
             style=ACCENT if i == 0 else "",
         )
