@@ -64,7 +64,7 @@ def command(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="A fixed set of tasks on packaged weights instead: reasoning, text.", show_default=False),
+        typer.Option(help="A fixed set of tasks on packaged weights: reasoning, text, training.", show_default=False),
     ] = None,
     all: Annotated[bool | None, typer.Option("--all", help="Every method and level of the default list.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cpu.")] = None,

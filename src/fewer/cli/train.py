@@ -42,23 +42,13 @@ def command(
         str | None, typer.Option(help="Model whose method's modules are trained. Default: what the recipe is made for.")
     ] = None,
     out_: Annotated[Path, typer.Option("--out", help="Folder for the weights and the log.")] = Path("runs/train"),
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="For shorten: thinkprune, fast, zipr1, lcpo, o1-pruner, dast, kimi, correct.", show_default=False
-        ),
-    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe: --set steps=300; repeat.")
     ] = None,
 ) -> None:
     """Train a packaged model, or a method's own modules on a model; find the settings of methods that have such."""
     quiet()
-    if reward is not None and name != "shorten":
-        raise ValueError(f"--reward does not apply to {name}: only shorten learns from a reward")
     recipe, run = _recipe(name, model)
-    if reward is not None:
-        recipe = _changed(recipe, {"reward": reward})
     recipe = _changed(recipe, dict(_assignment(item) for item in set_ or ()))
     say(recipe)
     say(run(recipe=recipe, out=writable(out_, folder=True), log=say))

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .budgets import Budget, KeepRatio
+from .budgets import Budget, BudgetError, KeepRatio
 from .noise import noise
 from .place import Site
 from .plan import Plan
 from .reducer import Reducer
 from .signals import Signals
 from .tokens import Tokens
+
+OPERATIONS = ("attention", "cross", "mlp")
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,27 @@ class OperationReducer(Reducer):
     """A method around the operations of a denoiser's blocks. Its plan is over the rows that enter a block; each of the
     chosen operations runs on what it leaves, and its answer goes back to all rows.
 
-    operations      of "attention", "cross", "mlp"
+    ratio           share of the rows that go, rounded down
+    operations      those of OPERATIONS that a field of that name says; self-attention alone where there is none
     max_downsample  blocks on a grid that is so many times coarser, or finer, are reduced
     proportional    keys of merged rows count as often as there are tokens in them, by a bias of log(size)
     """
 
     site: ClassVar[Site] = Site.AROUND_OPERATION
+    ratio: float = 0.5
     max_downsample: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise BudgetError(f"ratio={self.ratio} is outside [0, 1); it is the share of the tokens that goes")
+
+    @property
+    def budget(self) -> Budget:
+        return KeepRatio(1 - self.ratio, rounding="ceil")
 
     @property
     def operations(self) -> tuple[str, ...]:
-        return ("attention",)
+        return tuple(name for name in OPERATIONS if getattr(self, name, name == "attention"))
 
 
 class StepReducer(Reducer):
@@ -75,14 +87,14 @@ class StepReducer(Reducer):
 
     whole    the unit is the whole stack of blocks: `holds` decides behind the first of them whether the others run, or
              with `early` in front of all; else each operation by itself, as `renews` and `plan` say
-    watches  wants at each evaluation that renews what attention says of the rows: `signals.memory["received"]`, (B, N),
+    attends  wants at each evaluation that renews what attention says of the rows: `signals.memory["received"]`, (B, N),
              the attention each received in its block, and "spread", the entropy of what each pays to the words
     """
 
     site: ClassVar[Site] = Site.DENOISING
     whole: ClassVar[bool] = False
     early: ClassVar[bool] = False
-    watches: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
     @property
     def budget(self) -> Budget:

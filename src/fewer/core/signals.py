@@ -67,6 +67,7 @@ class Signals:
     beside: Visual | None = None
     text: Written | None = None
     against: Callable[[], Tensor] | None = None
+    at_step: Moment | None = None
     frames: int = 1
     pixels: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +91,6 @@ class Signals:
                 "cuts a clip into a grid of patches (VideoMAE, ViViT, V-JEPA 2)"
             )
         return self.frames, *self.grid
-
-    at_step: Moment | None = None
 
     @property
     def moment(self) -> Moment:

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewer.core import SignalError
 from fewer.core.written import BEHIND
-from fewer.runtime.reading import around, window_of
+from fewer.runtime.reading import Wordless, around, window_of
 
 __all__ = ["SETTINGS", "ExampleReader", "ExemplarPruner"]
 
@@ -125,14 +124,15 @@ class ExemplarPruner(nn.Module):
 
 
 @dataclass(eq=False)
-class ExampleReader:
+class ExampleReader(Wordless):
     """What a pruner wants of texts: a reader that methods on texts ask. ids, valid, part: (B, N), see `LanguageReader`.
 
     wanted      (B, N): probability of staying, of the tokens of contexts; NaN elsewhere
     relevance   (B, parts): the log-odds of an example
     """
 
-    pruner: ExemplarPruner
+    says: ClassVar[str] = "which examples and tokens stay"
+    model: ExemplarPruner
     ids: Tensor
     valid: Tensor
     part: Tensor
@@ -160,29 +160,9 @@ class ExampleReader:
         ]
         if not places:
             return wanted, odds
-        features = self.pruner.features([self.ids[row, where].tolist() for row, _, where in places])
-        examples, tokens = self.pruner(features)
+        features = self.model.features([self.ids[row, where].tolist() for row, _, where in places])
+        examples, tokens = self.model(features)
         for (row, part, where), example, of in zip(places, examples, tokens, strict=True):
             odds[row, part] = example[1] - example[0]
             wanted[row, where] = of[:, 1].exp()
         return wanted, odds
-
-    def _none(self) -> Any:
-        raise SignalError(
-            f"{type(self.pruner).__name__} says which examples and tokens stay, and has no probabilities of a text; "
-            "this method takes a causal language model"
-        )
-
-    @property
-    def surprisal(self) -> Tensor:
-        return self._none()
-
-    @property
-    def asked(self) -> Tensor:
-        return self._none()
-
-    def apart(self, group: Tensor) -> Tensor:
-        return self._none()
-
-    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> Any:
-        return self._none()

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -245,8 +245,39 @@ class Single:
             walk.keep(stays[i : i + 1])
 
 
+class Wordless:
+    """A reader that says what stays, and has no probabilities of a text: what asks for them needs another."""
+
+    model: nn.Module
+    says: ClassVar[str] = "which words stay"
+
+    def _none(self) -> Any:
+        raise SignalError(
+            f"{type(self.model).__name__} says {self.says}, and has no probabilities of a text; this method takes a "
+            "causal language model"
+        )
+
+    @property
+    def surprisal(self) -> Tensor:
+        return self._none()
+
+    @property
+    def asked(self) -> Tensor:
+        return self._none()
+
+    @property
+    def relevance(self) -> Tensor:
+        return self._none()
+
+    def apart(self, group: Tensor) -> Tensor:
+        return self._none()
+
+    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> LanguageWalk:
+        return self._none()
+
+
 @dataclass(eq=False)
-class WordReader:
+class WordReader(Wordless):
     """An encoder with a head of two labels, leave and stay, that reads texts in pieces.
 
     model   AutoModelForTokenClassification with labels 0 = leaves, 1 = stays. ids, valid: (B, N), see `LanguageReader`.
@@ -291,30 +322,6 @@ class WordReader:
             found.append((start, stop))
             start = stop
         return found
-
-    def _none(self) -> Any:
-        raise SignalError(
-            f"{type(self.model).__name__} says which words stay, and has no probabilities of a text; this method takes "
-            "a causal language model"
-        )
-
-    @property
-    def surprisal(self) -> Tensor:
-        return self._none()
-
-    @property
-    def asked(self) -> Tensor:
-        return self._none()
-
-    @property
-    def relevance(self) -> Tensor:
-        return self._none()
-
-    def apart(self, group: Tensor) -> Tensor:
-        return self._none()
-
-    def walk(self, place: Tensor | None = None, *, asked: bool = False) -> LanguageWalk:
-        return self._none()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.core import Budget, BudgetError, Hard, KeepRatio, Plan, Signals, Tokens, reducer
+from fewer.core import BudgetError, Hard, Plan, Signals, Tokens, reducer
 from fewer.core.denoising import OperationReducer, best_of_cells
 from fewer.core.match import unit
 from fewer.core.plan import complement, take
@@ -36,14 +36,9 @@ class SiTo(OperationReducer):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise BudgetError(f"ratio={self.ratio} is outside [0, 1); it is the share of the tokens that is dropped")
+        super().__post_init__()
         if self.cell < 2 or self.max_downsample < 1:
             raise BudgetError(f"cell={self.cell}, max_downsample={self.max_downsample}: at least 2 and 1")
-
-    @property
-    def budget(self) -> Budget:
-        return KeepRatio(1 - self.ratio, rounding="ceil")
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         assert signals.grid is not None

@@ -40,7 +40,7 @@ class ToCa(StepReducer):
     cell: int = 2
     layers: tuple[int, ...] | None = None
 
-    watches = True
+    attends = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.cell < 1:

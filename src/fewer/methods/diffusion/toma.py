@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.core import Budget, BudgetError, KeepRatio, Plan, Signals, Tokens, reducer
+from fewer.core import BudgetError, Plan, Signals, Tokens, reducer
 from fewer.core.denoising import OperationReducer
 from fewer.core.match import unit
 
@@ -38,22 +38,12 @@ class ToMA(OperationReducer):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise BudgetError(f"ratio={self.ratio} is outside [0, 1); it is the share of the tokens that is merged")
+        super().__post_init__()
         if min(self.window, self.reuse, self.max_downsample) < 1 or self.temperature <= 0:
             raise BudgetError(
                 f"window={self.window}, reuse={self.reuse}, max_downsample={self.max_downsample}: at least one; "
                 f"temperature={self.temperature}: above zero"
             )
-
-    @property
-    def budget(self) -> Budget:
-        return KeepRatio(1 - self.ratio, rounding="ceil")
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        chosen = {"attention": self.attention, "cross": self.cross, "mlp": self.mlp}
-        return tuple(name for name, on in chosen.items() if on)
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         assert signals.grid is not None

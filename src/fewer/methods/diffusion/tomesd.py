@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fewer.core import Budget, BudgetError, KeepRatio, Plan, Signals, Tokens, match, reducer
+from fewer.core import BudgetError, Plan, Signals, Tokens, match, reducer
 from fewer.core.denoising import OperationReducer
 
 
@@ -37,21 +37,11 @@ class ToMeSD(OperationReducer):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise BudgetError(f"ratio={self.ratio} is outside [0, 1); it is the share of the tokens that is merged")
+        super().__post_init__()
         if self.sx < 1 or self.sy < 1 or self.max_downsample < 1:
             raise BudgetError(
                 f"sx={self.sx}, sy={self.sy}, max_downsample={self.max_downsample}: cells and grids are at least one"
             )
-
-    @property
-    def budget(self) -> Budget:
-        return KeepRatio(1 - self.ratio, rounding="ceil")
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        chosen = {"attention": self.attention, "cross": self.cross, "mlp": self.mlp}
-        return tuple(name for name, on in chosen.items() if on)
 
     def plan(self, signals: Signals, tokens: Tokens) -> Plan:
         assert signals.grid is not None

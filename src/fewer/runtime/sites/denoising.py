@@ -127,7 +127,7 @@ class DenoisingSite(DenoiserSite):
     ) -> Any:
         """Everything computed, and kept."""
         memory.clear()
-        if self.method.watches and operation.kind in ("attention", "cross"):
+        if self.method.attends and operation.kind in ("attention", "cross"):
             noted = now.memory(operation.block)
             noted.clear()
             n = now.block[operation.block][0].shape[1]
